@@ -1,0 +1,64 @@
+// The flat C boundary of mmfast: every entry point of the native library.
+//
+// Rules. Every function returns a status: 0 for success, else one of the codes below with a message in
+// mmfast_last_error() (thread-local). Nothing throws across this boundary. The caller allocates every buffer; a kernel
+// allocates only scratch that it frees before it returns. Sizes are elements, not bytes. No pointer may be null unless
+// its comment says so; outputs never alias inputs unless their comment says so. Outputs are written (`=`), not added to.
+#pragma once
+#include <stdint.h>
+
+#define MMFAST_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum mmfast_status { MMFAST_OK = 0, MMFAST_INVALID_ARGUMENT = 1, MMFAST_OUT_OF_MEMORY = 2, MMFAST_CUDA_ERROR = 3 };
+
+enum mmfast_dtype { MMFAST_FLOAT32 = 0, MMFAST_FLOAT64 = 1, MMFAST_FLOAT16 = 2, MMFAST_BFLOAT16 = 3 };
+
+// The message of the last failure in this thread; empty if there was none. Valid until the next failure here.
+const char* mmfast_last_error(void);
+
+// Instruction sets compiled in and supported by this processor, best last, as one space-separated string.
+const char* mmfast_supported_isas(void);
+// The instruction set in use, and a way to choose a lower one (for tests). An unknown or unsupported name is refused.
+const char* mmfast_isa(void);
+int mmfast_set_isa(const char* name);
+
+// ---- adversarial -----------------------------------------------------------------------------------------------------
+// A loss is a sum over K terms. Term k maps one tensor of n_k logits x to
+//     value_k = weight_k * reduce_i phi_k(sign_k * x_i + shift_k),
+// reduce being the mean (mean = 1; the mean of no elements is NaN) or the sum (mean = 0), and
+// total = value_0 + ... + value_{K-1}, added in that order.
+enum mmfast_phi { MMFAST_SOFTPLUS = 0, MMFAST_SQUARE = 1, MMFAST_RELU = 2, MMFAST_IDENTITY = 3 };
+
+typedef struct {
+    const void* logits;  // (size,) dtype, contiguous
+    void* dlogits;       // (size,) dtype, contiguous; backward only, may alias logits, null in forward
+    int64_t size;
+    int32_t phi;  // enum mmfast_phi
+    double sign, shift, weight;
+} mmfast_adversarial_term;
+
+typedef struct {
+    int32_t dtype;  // enum mmfast_dtype, of all logits
+    int32_t mean;
+    int64_t count;                         // K
+    const mmfast_adversarial_term* terms;  // (K,), host memory
+    // (K,) value of each term: float64 for float64 logits, else float32; forward only
+    void* values;
+    // (1,) total in dtype; forward only
+    void* total;
+    // (1,) gradient of the loss with respect to total, in dtype; backward only
+    const void* dtotal;
+    int32_t threads;  // CPU: at least 1
+} mmfast_adversarial_args;
+
+int mmfast_cpu_adversarial_forward(const mmfast_adversarial_args* args);
+// dlogits_k = dtotal * weight_k * phi_k'(sign_k * x + shift_k) * sign_k [/ n_k], rounded once.
+int mmfast_cpu_adversarial_backward(const mmfast_adversarial_args* args);
+
+#ifdef __cplusplus
+}
+#endif
