@@ -72,12 +72,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_isa", &mmfast_set_isa);
     m.def("supported_isas", &mmfast_supported_isas);
 
-    m.def("cpu_adversarial_forward", [](int dtype, bool mean, const std::vector<Term>& terms, Pointer values,
-                                        Pointer total, int threads) {
-        return adversarial(mmfast_cpu_adversarial_forward, dtype, mean, terms, values, total, 0, threads);
-    });
-    m.def("cpu_adversarial_backward", [](int dtype, bool mean, const std::vector<Term>& terms, Pointer dtotal,
-                                         int threads) {
-        return adversarial(mmfast_cpu_adversarial_backward, dtype, mean, terms, 0, 0, dtotal, threads);
-    });
+    m.def("cpu_adversarial_forward",
+          [](int dtype, bool mean, const std::vector<Term>& terms, Pointer values, Pointer total, int threads) {
+              return adversarial(mmfast_cpu_adversarial_forward, dtype, mean, terms, values, total, 0, threads);
+          });
+    m.def("cpu_adversarial_backward",
+          [](int dtype, bool mean, const std::vector<Term>& terms, Pointer dtotal, int threads) {
+              return adversarial(mmfast_cpu_adversarial_backward, dtype, mean, terms, 0, 0, dtotal, threads);
+          });
 }

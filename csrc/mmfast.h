@@ -3,7 +3,8 @@
 // Rules. Every function returns a status: 0 for success, else one of the codes below with a message in
 // mmfast_last_error() (thread-local). Nothing throws across this boundary. The caller allocates every buffer; a kernel
 // allocates only scratch that it frees before it returns. Sizes are elements, not bytes. No pointer may be null unless
-// its comment says so; outputs never alias inputs unless their comment says so. Outputs are written (`=`), not added to.
+// its comment says so; outputs never alias inputs unless their comment says so. Outputs are written (`=`), not added
+// to.
 #pragma once
 #include <stdint.h>
 
@@ -26,8 +27,9 @@ const char* mmfast_supported_isas(void);
 const char* mmfast_isa(void);
 int mmfast_set_isa(const char* name);
 
-// ---- adversarial -----------------------------------------------------------------------------------------------------
-// A loss is a sum over K terms. Term k maps one tensor of n_k logits x to
+// ---- adversarial
+// ----------------------------------------------------------------------------------------------------- A loss is a sum
+// over K terms. Term k maps one tensor of n_k logits x to
 //     value_k = weight_k * reduce_i phi_k(sign_k * x_i + shift_k),
 // reduce being the mean (mean = 1; the mean of no elements is NaN) or the sum (mean = 0), and
 // total = value_0 + ... + value_{K-1}, added in that order.

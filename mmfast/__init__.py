@@ -1,3 +1,8 @@
 """mmfast: fast training of multimodal image generators, behind PyTorch's own modules."""
 
+from . import functional, nn
+from .dispatch import use_backend
+
 __version__ = "0.1.0"
+
+__all__ = ["__version__", "functional", "nn", "use_backend"]

@@ -1,8 +1,8 @@
 // The adversarial loss: value_k = weight_k * reduce_i phi_k(u_i), u_i = sign_k * x_i + shift_k; total = sum_k value_k.
 //
-// Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. Forward reads each logit once; backward reads it once
-// and writes its gradient, so both are bound by memory for large tensors and by the call for small ones.
-// Each tensor is cut into chunks of kChunk elements, whatever the number of threads. A chunk is summed in four vectors of
+// Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. Forward reads each logit once; backward reads it
+// once and writes its gradient, so both are bound by memory for large tensors and by the call for small ones. Each
+// tensor is cut into chunks of kChunk elements, whatever the number of threads. A chunk is summed in four vectors of
 // the compute type (float for 16-bit and float32 logits), chunks are added in double, in order: the same bits for any
 // number of threads. Backward: d = dtotal * weight_k [/ n_k] * sign_k * phi_k'(u).
 #include <math.h>
@@ -22,10 +22,14 @@ constexpr int64_t kChunk = 4096;
 template <typename V>
 inline V phi_of(int phi, V u) {
     switch (phi) {
-        case MMFAST_SOFTPLUS: return softplus_of(u);
-        case MMFAST_SQUARE: return u * u;
-        case MMFAST_RELU: return u < 0 ? V{} : u;
-        default: return u;
+        case MMFAST_SOFTPLUS:
+            return softplus_of(u);
+        case MMFAST_SQUARE:
+            return u * u;
+        case MMFAST_RELU:
+            return u < 0 ? V{} : u;
+        default:
+            return u;
     }
 }
 
@@ -34,10 +38,14 @@ template <typename V>
 inline V slope_of(int phi, V u) {
     const V one = V{} + 1;
     switch (phi) {
-        case MMFAST_SOFTPLUS: return sigmoid_of(u);
-        case MMFAST_SQUARE: return u + u;
-        case MMFAST_RELU: return u <= 0 ? V{} : one;
-        default: return one;
+        case MMFAST_SOFTPLUS:
+            return sigmoid_of(u);
+        case MMFAST_SQUARE:
+            return u + u;
+        case MMFAST_RELU:
+            return u <= 0 ? V{} : one;
+        default:
+            return one;
     }
 }
 
@@ -47,8 +55,7 @@ C chunk_sum(const T* x, int64_t n, C sign, C shift) {
     Vec<C> sum[4] = {};
     int64_t i = 0;
     for (; i + 4 * kWidth <= n; i += 4 * kWidth)
-        for (int j = 0; j < 4; ++j)
-            sum[j] += phi_of(kPhi, load_float(x + i + j * kWidth, kWidth) * sign + shift);
+        for (int j = 0; j < 4; ++j) sum[j] += phi_of(kPhi, load_float(x + i + j * kWidth, kWidth) * sign + shift);
     for (; i + kWidth <= n; i += kWidth) sum[0] += phi_of(kPhi, load_float(x + i, kWidth) * sign + shift);
     C rest = 0;
     if (i < n) {
@@ -71,20 +78,28 @@ void chunk_gradient(const T* x, T* dx, int64_t n, C sign, C shift, C factor) {
 template <typename T, typename C>
 C chunk_sum_of(int phi, const T* x, int64_t n, C sign, C shift) {
     switch (phi) {
-        case MMFAST_SOFTPLUS: return chunk_sum<MMFAST_SOFTPLUS>(x, n, sign, shift);
-        case MMFAST_SQUARE: return chunk_sum<MMFAST_SQUARE>(x, n, sign, shift);
-        case MMFAST_RELU: return chunk_sum<MMFAST_RELU>(x, n, sign, shift);
-        default: return chunk_sum<MMFAST_IDENTITY>(x, n, sign, shift);
+        case MMFAST_SOFTPLUS:
+            return chunk_sum<MMFAST_SOFTPLUS>(x, n, sign, shift);
+        case MMFAST_SQUARE:
+            return chunk_sum<MMFAST_SQUARE>(x, n, sign, shift);
+        case MMFAST_RELU:
+            return chunk_sum<MMFAST_RELU>(x, n, sign, shift);
+        default:
+            return chunk_sum<MMFAST_IDENTITY>(x, n, sign, shift);
     }
 }
 
 template <typename T, typename C>
 void chunk_gradient_of(int phi, const T* x, T* dx, int64_t n, C sign, C shift, C factor) {
     switch (phi) {
-        case MMFAST_SOFTPLUS: return chunk_gradient<MMFAST_SOFTPLUS>(x, dx, n, sign, shift, factor);
-        case MMFAST_SQUARE: return chunk_gradient<MMFAST_SQUARE>(x, dx, n, sign, shift, factor);
-        case MMFAST_RELU: return chunk_gradient<MMFAST_RELU>(x, dx, n, sign, shift, factor);
-        default: return chunk_gradient<MMFAST_IDENTITY>(x, dx, n, sign, shift, factor);
+        case MMFAST_SOFTPLUS:
+            return chunk_gradient<MMFAST_SOFTPLUS>(x, dx, n, sign, shift, factor);
+        case MMFAST_SQUARE:
+            return chunk_gradient<MMFAST_SQUARE>(x, dx, n, sign, shift, factor);
+        case MMFAST_RELU:
+            return chunk_gradient<MMFAST_RELU>(x, dx, n, sign, shift, factor);
+        default:
+            return chunk_gradient<MMFAST_IDENTITY>(x, dx, n, sign, shift, factor);
     }
 }
 
@@ -159,21 +174,31 @@ int backward(const mmfast_adversarial_args& args) {
 
 int adversarial_forward(const mmfast_adversarial_args& args) {
     switch (args.dtype) {
-        case MMFAST_FLOAT32: return forward<float, float>(args);
-        case MMFAST_FLOAT64: return forward<double, double>(args);
-        case MMFAST_FLOAT16: return forward<Half, float>(args);
-        case MMFAST_BFLOAT16: return forward<Bf16, float>(args);
-        default: return MMFAST_INVALID_ARGUMENT;
+        case MMFAST_FLOAT32:
+            return forward<float, float>(args);
+        case MMFAST_FLOAT64:
+            return forward<double, double>(args);
+        case MMFAST_FLOAT16:
+            return forward<Half, float>(args);
+        case MMFAST_BFLOAT16:
+            return forward<Bf16, float>(args);
+        default:
+            return MMFAST_INVALID_ARGUMENT;
     }
 }
 
 int adversarial_backward(const mmfast_adversarial_args& args) {
     switch (args.dtype) {
-        case MMFAST_FLOAT32: return backward<float, float>(args);
-        case MMFAST_FLOAT64: return backward<double, double>(args);
-        case MMFAST_FLOAT16: return backward<Half, float>(args);
-        case MMFAST_BFLOAT16: return backward<Bf16, float>(args);
-        default: return MMFAST_INVALID_ARGUMENT;
+        case MMFAST_FLOAT32:
+            return backward<float, float>(args);
+        case MMFAST_FLOAT64:
+            return backward<double, double>(args);
+        case MMFAST_FLOAT16:
+            return backward<Half, float>(args);
+        case MMFAST_BFLOAT16:
+            return backward<Bf16, float>(args);
+        default:
+            return MMFAST_INVALID_ARGUMENT;
     }
 }
 

@@ -19,15 +19,15 @@
 #define MMFAST_FOR_EACH_ISA(X) X(baseline) MMFAST_FOR_AVX2(X) MMFAST_FOR_AVX512(X)
 
 // every kernel: name, arguments
-#define MMFAST_FOR_EACH_KERNEL(X)                      \
+#define MMFAST_FOR_EACH_KERNEL(X)                   \
     X(adversarial_forward, mmfast_adversarial_args) \
     X(adversarial_backward, mmfast_adversarial_args)
 
 namespace mmfast {
 
 #define MMFAST_DECLARE_KERNEL(name, args) int name(const args&);
-#define MMFAST_DECLARE_ISA(isa)                       \
-    namespace isa {                                   \
+#define MMFAST_DECLARE_ISA(isa)                   \
+    namespace isa {                               \
     MMFAST_FOR_EACH_KERNEL(MMFAST_DECLARE_KERNEL) \
     }
 MMFAST_FOR_EACH_ISA(MMFAST_DECLARE_ISA)
@@ -83,9 +83,12 @@ int fail(int status, const char* message) {
 namespace {
 int checked(int status) {
     switch (status) {
-        case MMFAST_OK: return status;
-        case MMFAST_OUT_OF_MEMORY: return fail(status, "the kernel could not allocate its scratch memory");
-        default: return fail(status, "the kernel was given an argument it does not take");
+        case MMFAST_OK:
+            return status;
+        case MMFAST_OUT_OF_MEMORY:
+            return fail(status, "the kernel could not allocate its scratch memory");
+        default:
+            return fail(status, "the kernel was given an argument it does not take");
     }
 }
 }  // namespace

@@ -74,18 +74,14 @@ inline void from_float(float x, Half* out) {
 }
 
 // A vector of float32 from n <= kLanes<float> stored elements, and back.
-inline Vec<float> load_float(const float* p, int n) {
-    return n == kLanes<float> ? load(p) : load_partial(p, n);
-}
+inline Vec<float> load_float(const float* p, int n) { return n == kLanes<float> ? load(p) : load_partial(p, n); }
 inline void store_float(float* p, Vec<float> v, int n) {
     if (n == kLanes<float>)
         store(p, v);
     else
         store_partial(p, v, n);
 }
-inline Vec<double> load_float(const double* p, int n) {
-    return n == kLanes<double> ? load(p) : load_partial(p, n);
-}
+inline Vec<double> load_float(const double* p, int n) { return n == kLanes<double> ? load(p) : load_partial(p, n); }
 inline void store_float(double* p, Vec<double> v, int n) {
     if (n == kLanes<double>)
         store(p, v);

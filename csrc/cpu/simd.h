@@ -99,10 +99,11 @@ inline T sum_lanes(Vec<T> v) {
     return lane[0];
 }
 
-// ---- exp, log1p, sigmoid, tanh, softplus -----------------------------------------------------------------------------
-// exp(x) = 2^k * exp(r) with k = round(x / ln 2) and |r| <= ln 2 / 2, by a polynomial; 2^k is applied in two halves so
-// that subnormal results and the largest finite ones are right. Inputs are clamped, so the ends saturate to 0 and inf;
-// NaN passes through. Coefficients: Taylor's, whose remainder at |r| = 0.3466 is below the rounding error.
+// ---- exp, log1p, sigmoid, tanh, softplus
+// ----------------------------------------------------------------------------- exp(x) = 2^k * exp(r) with k = round(x
+// / ln 2) and |r| <= ln 2 / 2, by a polynomial; 2^k is applied in two halves so that subnormal results and the largest
+// finite ones are right. Inputs are clamped, so the ends saturate to 0 and inf; NaN passes through. Coefficients:
+// Taylor's, whose remainder at |r| = 0.3466 is below the rounding error.
 
 inline Vec<float> exp_of(Vec<float> x) {
     using V = Vec<float>;

@@ -1,0 +1,163 @@
+"""Which backend serves a call: explicit choice > use_backend(...) > MMFAST_BACKEND > measured preference.
+
+A backend says in sentences what it *cannot* do (`refusals`) and, of what it can, what it was not measured to do faster
+than PyTorch (`reluctance`). The first backend of an op that neither refuses nor is reluctant serves; `torch`, the last,
+does neither. An explicit choice asks only for refusals and raises where there are any.
+
+A choice depends on static facts only - device, dtype, channels, kernel, mode, hidden size; never on the length of a
+sequence or the size of a batch -, so a compiled graph chooses once, while it is traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from . import config
+
+BACKENDS = ("torch", "cpu", "triton", "cuda")
+
+# Process-wide, like torch.backends' own settings, and in a list that Dynamo guards on: a graph that was compiled under
+# one choice is compiled again under another.
+_forced: list[str | None] = [None]
+
+
+class Backend:
+    """One way to compute an op. A subclass sets `name` and adds the op's own methods."""
+
+    name: str
+
+    def refusals(self, case: Any) -> list[str]:
+        """What of this case the backend cannot do: sentences saying what was asked and what is supported."""
+        raise NotImplementedError
+
+    def reluctance(self, case: Any) -> str:
+        """Why PyTorch is preferred for this case; empty where this backend was measured to be faster."""
+        raise NotImplementedError
+
+
+class TorchBackend(Backend):
+    """PyTorch's own implementation: it never refuses and is never reluctant."""
+
+    name = "torch"
+
+    def refusals(self, case: Any) -> list[str]:
+        return []
+
+    def reluctance(self, case: Any) -> str:
+        return ""
+
+
+class Choice(NamedTuple):
+    """A backend's name, why it serves, and for each backend passed over the reasons."""
+
+    backend: str
+    reason: str
+    passed_over: dict[str, list[str]]
+
+
+class Op:
+    """An op, the named tuple of static facts that its choice depends on, and its backends, `torch` last."""
+
+    registry: dict[str, Op] = {}
+
+    def __init__(self, name: str, case: type, backends: Sequence[Backend]) -> None:
+        self.name = name
+        self.case = case
+        self.backends = {backend.name: backend for backend in backends}
+        self._chosen: dict[tuple, str] = {}
+        Op.registry[name] = self
+
+    def select(self, case: Any, explicit: str | None = None) -> str:
+        """The name of the backend that serves `case`, a hashable tuple of static facts.
+
+        Raises ValueError for an unknown backend's name and RuntimeError where an explicit choice cannot serve.
+        """
+        requested = explicit or _forced[0] or config.BACKEND
+        if torch.compiler.is_compiling():
+            # Dynamo hands constants over, of which a named tuple is none
+            return _select_while_tracing(self.name, tuple(case), requested)
+        return self._select(case, requested)
+
+    def _select(self, case: Any, requested: str | None) -> str:
+        key = (case, requested, torch.get_num_threads())
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            chosen = self._chosen[key] = self._choose(case, requested).backend
+        return chosen
+
+    def explain(self, case: Any, explicit: str | None = None) -> Choice:
+        """The choice for `case`, with its reasons. Raises as `select` does."""
+        return self._choose(case, explicit or _forced[0] or config.BACKEND)
+
+    def _choose(self, case: Any, requested: str | None) -> Choice:
+        if requested is not None:
+            return self._obey(case, check_backend(requested))
+        passed_over = {}
+        for name, backend in self.backends.items():
+            refusals = backend.refusals(case)
+            if not refusals and not (reluctance := backend.reluctance(case)):
+                reason = "no other backend is faster here" if name == "torch" else "measured faster than PyTorch"
+                return Choice(name, reason, passed_over)
+            passed_over[name] = refusals or [reluctance]
+        raise AssertionError(f"op {self.name} has no torch backend")
+
+    def _obey(self, case: Any, requested: str) -> Choice:
+        backend = self.backends.get(requested)
+        if backend is None:
+            refusals = [f"{self.name} has no {requested!r} backend (it has: {', '.join(self.backends)})"]
+        else:
+            refusals = backend.refusals(case)
+        if refusals:
+            raise RuntimeError(f"backend {requested!r} was asked for {self.name}, but: " + "; ".join(refusals))
+        return Choice(requested, f"backend {requested!r} was asked for", {})
+
+
+@torch.compiler.assume_constant_result
+def _select_while_tracing(name: str, case: tuple, requested: str | None) -> str:
+    op = Op.registry[name]
+    return op._select(op.case(*case), requested)
+
+
+def check_backend(name: str) -> str:
+    """`name`, or ValueError where it is no backend's name."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; mmfast has: {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within this context every op uses the named backend ("torch", "cpu", "triton" or "cuda"); None: mmfast chooses.
+
+    Process-wide, as torch.backends' settings are. An op that the backend cannot serve raises RuntimeError with the
+    reasons. A module's or a function's own `backend=` argument comes before it, MMFAST_BACKEND after it.
+    """
+    before = _forced[0]
+    _forced[0] = None if name is None else check_backend(name)
+    try:
+        yield
+    finally:
+        _forced[0] = before
+
+
+def needs_formula(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a call is under a torch.func transform or forward-mode AD, which only differentiable formulas serve."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    forward_ad = torch.autograd.forward_ad
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether kernels may be called on these tensors directly: eager, no subclass, nobody listening to dispatch."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
+    )

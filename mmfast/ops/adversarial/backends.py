@@ -1,0 +1,88 @@
+"""The adversarial op's backends: refusals, preference, and the call.
+
+`forward(terms, mean, logits)` gives (total (), values (K,)): total in the logits' dtype, values in float32 (float64 for
+float64 logits). `backward(dtotal, terms, mean, logits)` gives the gradient of each tensor of logits, in its layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...dispatch import Backend, Op, TorchBackend
+from . import equations
+from .equations import Term
+
+
+class Case(NamedTuple):
+    """The static facts a choice depends on."""
+
+    device: str
+    dtype: torch.dtype
+
+
+def values_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the terms' values for logits of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_outputs(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Unwritten (total, values) for these logits; also the op's fake."""
+    x = logits[0]
+    return x.new_empty(()), x.new_empty(len(logits), dtype=values_dtype(x.dtype))
+
+
+class Torch(TorchBackend):
+    """The formula as PyTorch users write it."""
+
+    def forward(self, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        values = equations.values(terms, mean, logits)
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        return total, torch.stack(values).to(values_dtype(total.dtype))
+
+    def backward(self, dtotal: Tensor, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> list[Tensor]:
+        return equations.gradient(dtotal, terms, mean, logits)
+
+
+class Cpu(Backend):
+    """csrc/cpu/adversarial.cpp"""
+
+    name = "cpu"
+
+    def refusals(self, case: Case) -> list[str]:
+        refusals = [] if native.available() else [native.load_error()]
+        if case.device != "cpu":
+            refusals.append(f"the logits are on {case.device} (supported: cpu)")
+        if case.dtype not in native.DTYPES:
+            refusals.append(f"the logits are {case.dtype} (supported: float32, float64, float16, bfloat16)")
+        return refusals
+
+    def reluctance(self, case: Case) -> str:
+        return ""
+
+    def forward(self, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        total, values = empty_outputs(logits)
+        native.cpu_adversarial_forward(terms, mean, values, total, [_dense(x) for x in logits])
+        return total, values
+
+    def backward(self, dtotal: Tensor, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> list[Tensor]:
+        logits = [_dense(x) for x in logits]
+        dlogits = [torch.empty_like(x) for x in logits]
+        native.cpu_adversarial_backward(terms, mean, dtotal.contiguous(), logits, dlogits)
+        return dlogits
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself where its elements fill one block of memory, whatever their order; else a contiguous copy."""
+    if x.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(x):
+        return x
+    return x.contiguous()
+
+
+OP = Op("adversarial", Case, [Cpu(), Torch()])
