@@ -67,7 +67,8 @@ class Op:
     def __init__(self, name: str, case: type, backends: Sequence[Backend]) -> None:
         self.name = name
         self.case = case
-        self.backends = {backend.name: backend for backend in backends}
+        # Any: each op's backends add the op's own methods
+        self.backends: dict[str, Any] = {backend.name: backend for backend in backends}
         self._chosen: dict[tuple, str] = {}
         Op.registry[name] = self
 
@@ -96,7 +97,7 @@ class Op:
     def _choose(self, case: Any, requested: str | None) -> Choice:
         if requested is not None:
             return self._obey(case, check_backend(requested))
-        passed_over = {}
+        passed_over: dict[str, list[str]] = {}
         for name, backend in self.backends.items():
             refusals = backend.refusals(case)
             if not refusals and not (reluctance := backend.reluctance(case)):

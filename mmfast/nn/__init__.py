@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .adversarial import AdversarialLoss
+from .adversarial import AdversarialLoss as AdversarialLoss
 
 __all__ = sorted({*getattr(torch.nn, "__all__", ()), "AdversarialLoss"})
 

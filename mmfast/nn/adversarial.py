@@ -13,7 +13,8 @@ class AdversarialLoss(torch.nn.Module):
     """The loss of a discriminator on real and fake logits, and of the generator that it judges.
 
     Equivalent to, for mode "non-saturating":
-    `discriminator(r, f) = scale * (softplus(-r).mean() + softplus(f).mean())`, `generator(f) = scale * softplus(-f).mean()`,
+    `discriminator(r, f) = scale * (softplus(-r).mean() + softplus(f).mean())`,
+    `generator(f) = scale * softplus(-f).mean()`,
     summed over the tensors of a list (multi-scale, multi-period discriminators).
 
     mode: "non-saturating", "hinge", "lsgan" (targets 1 and 0) or "wasserstein"; ValueError otherwise.

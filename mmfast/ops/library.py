@@ -1,7 +1,7 @@
 """Registration shared by the ops: schema, kernels, fake and autograd under `torch.ops.mmfast`.
 
-One kernel is registered for CPU and CUDA alike: the backend, an argument of every op, decides what runs. Autograd is a
-classic autograd.Function entered from the Autograd key, so that a compiled graph holds one forward and one backward node.
+One kernel is registered for CPU and CUDA alike: the backend, an argument of every op, decides what runs. Autograd is
+a classic autograd.Function entered from the Autograd key: a compiled graph holds one forward and one backward node.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ A loss is a sum of terms. The term (phi, sign, shift, weight) maps one tensor of
 
 the losses of the literature are rows of a table:
 
-    non-saturating   softplus(-x) for what shall count as real, softplus(x) for fake   Goodfellow et al., arXiv:1406.2661
-    hinge            relu(1 - x), relu(1 + x); generator -x                            Lim and Ye, arXiv:1705.02894
-    lsgan            (x - 1)^2, x^2                                                    Mao et al., arXiv:1611.04076
-    wasserstein      -x, x                                                             Arjovsky et al., arXiv:1701.07875
+    non-saturating   softplus(-x) for real, softplus(x) for fake      Goodfellow et al., arXiv:1406.2661
+    hinge            relu(1 - x), relu(1 + x); generator -x           Lim and Ye, arXiv:1705.02894
+    lsgan            (x - 1)^2, x^2                                   Mao et al., arXiv:1611.04076
+    wasserstein      -x, x                                            Arjovsky et al., arXiv:1701.07875
 """
 
 from __future__ import annotations

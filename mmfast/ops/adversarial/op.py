@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ...dispatch import is_plain
 from ..library import below_autograd, define, needs_gradient
@@ -49,7 +48,7 @@ class AdversarialLoss(torch.autograd.Function):
         return total, values
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dtotal: Tensor, _dvalues: Tensor):
+    def backward(ctx: Any, dtotal: Tensor, _dvalues: Tensor):
         needed = ctx.needs_input_grad[4:]
         logits = [x for x, need in zip(ctx.saved_tensors, needed, strict=True) if need]
         terms = [term for term, need in zip(ctx.terms, needed, strict=True) if need]
