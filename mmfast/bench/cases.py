@@ -1,0 +1,255 @@
+"""Layers of real models: the one list that tests, benchmarks and validation share.
+
+A case builds its module from a namespace (torch.nn or mmfast.nn) and its inputs from a generator, so that rivals get
+equal weights and equal data. It also counts the floating-point operations and the bytes that the work cannot do
+without, which make the floor that a measured time is compared with.
+
+Sources of the shapes: the models' published configurations, named in each case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a forward pass cannot do without: floating-point operations in matrix products, and bytes moved."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class RnnCase:
+    """A recurrent layer, or with steps = 0 a Cell. Lengths of packed input fall from steps to steps * shortest."""
+
+    model: str
+    mode: str
+    steps: int
+    batch: int
+    input_size: int
+    hidden_size: int
+    layers: int = 1
+    bidirectional: bool = False
+    packed: bool = False
+    shortest: float = 0.5
+
+    op = "rnn"
+
+    @property
+    def name(self) -> str:
+        extra = f"-L{self.layers}" * (self.layers > 1) + "-bi" * self.bidirectional + "-packed" * self.packed
+        size = f"T{self.steps}-B{self.batch}" if self.steps else f"cell-B{self.batch}"
+        return f"{self.model}-{self.mode}-{size}-I{self.input_size}-H{self.hidden_size}{extra}"
+
+    def build(self, nn: Any) -> torch.nn.Module:
+        if not self.steps:
+            return getattr(nn, self.mode + "Cell")(self.input_size, self.hidden_size)
+        return getattr(nn, self.mode)(self.input_size, self.hidden_size, self.layers, bidirectional=self.bidirectional)
+
+    def lengths(self) -> Tensor:
+        """(batch,) int64, descending."""
+        return torch.linspace(self.steps, max(1.0, self.steps * self.shortest), self.batch).round().long()
+
+    def inputs(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> list[Tensor]:
+        shape = (self.steps, self.batch, self.input_size) if self.steps else (self.batch, self.input_size)
+        return [torch.randn(shape, generator=generator).to(device, dtype)]
+
+    def run(self, module: torch.nn.Module, x: Tensor) -> Tensor:
+        """The tensor whose gradient is taken."""
+        if not self.steps:
+            y = module(x)
+            return y[0] if isinstance(y, tuple) else y
+        if self.packed:
+            packed = torch.nn.utils.rnn.pack_padded_sequence(x, self.lengths())
+            return module(packed)[0].data
+        return module(x)[0]
+
+    def work(self, dtype: torch.dtype) -> Work:
+        rows = int(self.lengths().sum()) if self.packed else max(self.steps, 1) * self.batch
+        gates, directions, flops, words = GATES[self.mode], 1 + self.bidirectional, 0.0, 0.0
+        width = self.input_size
+        for _ in range(self.layers):
+            flops += 2.0 * rows * gates * self.hidden_size * (width + self.hidden_size) * directions
+            words += rows * (width + self.hidden_size * directions)
+            words += gates * self.hidden_size * (width + self.hidden_size) * directions
+            width = self.hidden_size * directions
+        return Work(flops, words * dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class ConvTransposeCase:
+    """A transposed convolution, with the normalisation and activation that follow it in its model."""
+
+    model: str
+    batch: int
+    in_channels: int
+    out_channels: int
+    size: tuple[int, ...]
+    kernel: int
+    stride: int
+    padding: int = 0
+    output_padding: int = 0
+    groups: int = 1
+    bias: bool = True
+    norm: str = ""
+    activation: str = ""
+
+    op = "conv_transpose"
+
+    @property
+    def name(self) -> str:
+        tail = "".join(f"-{part}" for part in (self.norm, self.activation) if part)
+        group = f"-g{self.groups}" * (self.groups > 1)
+        at = "x".join(map(str, self.size))
+        return (
+            f"{self.model}-{self.in_channels}to{self.out_channels}-k{self.kernel}s{self.stride}p{self.padding}"
+            f"{group}-at{at}-B{self.batch}{tail}"
+        )
+
+    def build(self, nn: Any) -> torch.nn.Module:
+        dims = len(self.size)
+        conv = getattr(nn, f"ConvTranspose{dims}d")(
+            self.in_channels,
+            self.out_channels,
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.bias,
+        )
+        layers = [conv]
+        if self.norm:
+            layers.append(getattr(nn, f"{self.norm}{dims}d")(self.out_channels))
+        if self.activation:
+            layers.append(getattr(nn, self.activation)())
+        return nn.Sequential(*layers)
+
+    def inputs(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> list[Tensor]:
+        shape = (self.batch, self.in_channels, *self.size)
+        return [torch.randn(shape, generator=generator).to(device, dtype)]
+
+    def run(self, module: torch.nn.Module, x: Tensor) -> Tensor:
+        return module(x)
+
+    def out_size(self) -> list[int]:
+        return [(side - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding for side in self.size]
+
+    def work(self, dtype: torch.dtype) -> Work:
+        dims = len(self.size)
+        taps = self.kernel**dims * self.in_channels * self.out_channels / self.groups
+        inputs = self.batch * math.prod(self.size)
+        outputs = self.batch * math.prod(self.out_size())
+        words = inputs * self.in_channels + outputs * self.out_channels + taps
+        return Work(2.0 * inputs * taps, words * dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class AdversarialCase:
+    """The discriminator's loss on a list of logits, one shape per discriminator."""
+
+    model: str
+    mode: str
+    shapes: tuple[tuple[int, ...], ...]
+
+    op = "adversarial"
+
+    @property
+    def name(self) -> str:
+        count = sum(math.prod(shape) for shape in self.shapes)
+        return f"{self.model}-{self.mode}-{len(self.shapes)}x{count}"
+
+    def build(self, nn: Any) -> torch.nn.Module:
+        from .. import nn as mmfast_nn
+
+        return mmfast_nn.AdversarialLoss(self.mode, backend="torch" if nn is torch.nn else None)
+
+    def inputs(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> list[Tensor]:
+        return [3 * torch.randn(shape, generator=generator).to(device, dtype) for shape in self.shapes * 2]
+
+    def run(self, module: torch.nn.Module, *logits: Tensor) -> Tensor:
+        half = len(logits) // 2
+        return module.discriminator(logits[:half], logits[half:])
+
+    def work(self, dtype: torch.dtype) -> Work:
+        return Work(0.0, 2.0 * sum(math.prod(shape) for shape in self.shapes) * dtype.itemsize)
+
+
+Case = RnnCase | ConvTransposeCase | AdversarialCase
+
+
+def _rnn_cases() -> Iterator[RnnCase]:
+    for mode in GATES:
+        # the article's image encoder, rows of a 28 x 28 picture
+        yield RnnCase("article", mode, 28, 64, 28, 128)
+        yield RnnCase("layer", mode, 128, 64, 128, 128)
+        yield RnnCase("layer", mode, 128, 8, 128, 128)
+        yield RnnCase("layer", mode, 128, 1, 128, 128)
+        yield RnnCase("layer", mode, 256, 16, 512, 512)
+        yield RnnCase("layer", mode, 512, 16, 128, 128, packed=True)
+        # AttnGAN's text encoder: 18 words of 300 numbers, 128 units a direction
+        yield RnnCase("attngan", mode, 18, 32, 300, 128, bidirectional=True, packed=True, shortest=1 / 6)
+        # mmfast train's speech encoder
+        yield RnnCase("speech", mode, 60, 32, 80, 128, bidirectional=True, packed=True)
+        yield RnnCase("cell", mode, 0, 64, 128, 128)
+        yield RnnCase("cell", mode, 0, 1, 128, 128)
+    # EnCodec's SLSTM: 75 frames a second of 512 channels, two layers
+    yield RnnCase("encodec", "LSTM", 75, 8, 512, 512, layers=2)
+
+
+def _conv_transpose_cases() -> Iterator[ConvTransposeCase]:
+    # DCGAN's generator (pytorch/examples)
+    dcgan = ConvTransposeCase("dcgan", 32, 512, 256, (4, 4), 4, 2, 1, bias=False, norm="BatchNorm", activation="ReLU")
+    yield replace(dcgan, in_channels=100, out_channels=512, size=(1, 1), stride=1, padding=0)
+    yield dcgan
+    yield replace(dcgan, in_channels=256, out_channels=128, size=(8, 8))
+    yield replace(dcgan, in_channels=128, out_channels=64, size=(16, 16))
+    yield replace(dcgan, in_channels=64, out_channels=3, size=(32, 32), norm="", activation="Tanh")
+    # StudioGAN's deep_conv upsampling convolutions
+    yield replace(dcgan, model="studiogan", bias=True)
+    # pix2pix' U-Net at 256 x 256
+    pix2pix = replace(dcgan, model="pix2pix", batch=1, activation="")
+    yield replace(pix2pix, in_channels=1024, out_channels=512, size=(4, 4))
+    yield replace(pix2pix, in_channels=512, out_channels=128, size=(32, 32))
+    yield replace(pix2pix, in_channels=128, out_channels=3, size=(128, 128), norm="", activation="Tanh", bias=True)
+    # CycleGAN's ResNet-9 decoder
+    cyclegan = ConvTransposeCase("cyclegan", 1, 256, 128, (64, 64), 3, 2, 1, 1, norm="InstanceNorm", activation="ReLU")
+    yield cyclegan
+    # HiFi-GAN V1 and V3 upsamplers
+    yield ConvTransposeCase("hifigan-v1", 4, 512, 256, (32,), 16, 8, 4)
+    yield ConvTransposeCase("hifigan-v1", 4, 128, 64, (2048,), 4, 2, 1)
+    yield ConvTransposeCase("hifigan-v3", 4, 256, 128, (32,), 16, 8, 4)
+    # EnCodec at 24 kHz, DAC at 44.1 kHz, Mimi's depthwise resampler
+    yield ConvTransposeCase("encodec", 4, 512, 256, (75,), 16, 8)
+    yield ConvTransposeCase("encodec", 4, 64, 32, (12000,), 4, 2)
+    yield ConvTransposeCase("dac", 2, 768, 384, (264,), 16, 8, 4)
+    yield ConvTransposeCase("mimi", 8, 512, 512, (64,), 4, 2, groups=512, bias=False)
+    # U-Net decoders in two and three dimensions
+    yield ConvTransposeCase("unet2d", 4, 128, 64, (64, 64), 2, 2)
+    yield ConvTransposeCase("unet3d", 1, 128, 64, (16, 20, 24), 2, 2)
+
+
+def _adversarial_cases() -> Iterator[AdversarialCase]:
+    # HiFi-GAN: five period and three scale discriminators, ragged
+    hifigan = tuple((16, length) for length in (416, 416, 415, 413, 407, 512, 257, 129))
+    for mode in ("non-saturating", "hinge", "lsgan", "wasserstein"):
+        yield AdversarialCase("dcgan", mode, ((64,),))
+        yield AdversarialCase("patchgan", mode, ((64, 1, 30, 30),))
+        yield AdversarialCase("large", mode, ((4_000_000,),))
+        yield AdversarialCase("hifigan", mode, hifigan)
+
+
+def cases(op: str | None = None) -> list[Case]:
+    """All cases, or those of one op: "rnn", "conv_transpose" or "adversarial"."""
+    every: Sequence[Case] = [*_rnn_cases(), *_conv_transpose_cases(), *_adversarial_cases()]
+    return [case for case in every if op is None or case.op == op]
