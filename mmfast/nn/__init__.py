@@ -6,13 +6,40 @@ from typing import Any
 
 import torch
 
-from .adversarial import AdversarialLoss as AdversarialLoss
+from .adversarial import AdversarialLoss
+from .conv_transpose import (
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    LazyConvTranspose1d,
+    LazyConvTranspose2d,
+    LazyConvTranspose3d,
+)
+from .rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__all__ = sorted({*getattr(torch.nn, "__all__", ()), "AdversarialLoss"})
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "AdversarialLoss",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "GRUCell",
+    "LSTMCell",
+    "LazyConvTranspose1d",
+    "LazyConvTranspose2d",
+    "LazyConvTranspose3d",
+    "RNNCell",
+]
+__all__ += [name for name in dir(torch.nn) if not name.startswith("_") and name not in __all__]
 
 
 def __getattr__(name: str) -> Any:
-    return getattr(torch.nn, name)
+    try:
+        return getattr(torch.nn, name)
+    except AttributeError:
+        raise AttributeError(f"neither mmfast.nn nor torch.nn has {name!r}") from None
 
 
 def __dir__() -> list[str]:

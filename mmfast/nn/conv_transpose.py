@@ -1,0 +1,147 @@
+"""Transposed convolution in one, two and three dimensions; the lazy layers learn in_channels from their first input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from ..dispatch import Op
+from ..ops.conv_transpose.backends import OP, Case
+from .layer import Layer
+
+Size = int | tuple[int, ...]
+
+
+class _Call(Layer):
+    """The call and its case; a torch.nn.ConvTranspose*d comes behind it in the bases."""
+
+    functional: Callable[..., Tensor]
+
+    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        dims = len(self.kernel_size)
+        if self.padding_mode != "zeros":
+            raise ValueError(f"Only `zeros` padding mode is supported for ConvTranspose{dims}d")
+        geometry = (self.stride, self.padding)
+        output_padding = self._output_padding(input, output_size, *geometry, self.kernel_size, dims, self.dilation)
+        arguments = (*geometry, output_padding, self.groups, self.dilation)
+        return self.functional(input, self.weight, self.bias, *arguments, backend=self.backend)
+
+    def static_case(self: Any) -> tuple[Op, Any]:
+        parameter = next(self.parameters())
+        channels = (self.in_channels, self.out_channels)
+        geometry = (self.kernel_size, self.stride, self.padding, self.output_padding, self.dilation, self.groups)
+        return OP, Case(parameter.device.type, parameter.dtype, *channels, *geometry)
+
+
+class _ConvTranspose(_Call):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        geometry: Any = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
+        super().__init__(in_channels, out_channels, *geometry, device, dtype)  # type: ignore[call-arg]
+        self.backend = backend
+
+
+class _LazyConvTranspose(_Call):
+    def __init__(
+        self,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        geometry: Any = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
+        super().__init__(out_channels, *geometry, device, dtype)  # type: ignore[call-arg]
+        self.backend = backend
+
+
+class ConvTranspose1d(_ConvTranspose, torch.nn.ConvTranspose1d):
+    """A transposed convolution over sequences: x (N, Cin, L) or (Cin, L) gives (N, Cout, L') or (Cout, L').
+
+    L' = (L - 1) * stride - 2 * padding + dilation * (kernel_size - 1) + output_padding + 1.
+
+    Equivalent to: `torch.nn.ConvTranspose1d`, of which it is a subclass; `forward(x, output_size=None)` too.
+    backend (keyword-only, an attribute): "torch", "cpu", "triton", "cuda" or None (mmfast chooses); not in state_dict.
+    Dtypes, differentiability: `mmfast.functional.conv_transpose1d`.
+    """
+
+    functional = staticmethod(F.conv_transpose1d)
+
+
+class ConvTranspose2d(_ConvTranspose, torch.nn.ConvTranspose2d):
+    """A transposed convolution over images: x (N, Cin, H, W) or (Cin, H, W) gives (N, Cout, H', W') or (Cout, H', W').
+
+    H' and W' follow the formula of ConvTranspose1d; a size is one number or a tuple (height, width).
+
+    Equivalent to: `torch.nn.ConvTranspose2d`, of which it is a subclass. All else: `ConvTranspose1d`.
+    """
+
+    functional = staticmethod(F.conv_transpose2d)
+
+
+class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):
+    """A transposed convolution over volumes: x (N, Cin, D, H, W) or (Cin, D, H, W) gives (N, Cout, D', H', W').
+
+    D', H' and W' follow the formula of ConvTranspose1d; a size is one number or a tuple (depth, height, width).
+
+    Equivalent to: `torch.nn.ConvTranspose3d`, of which it is a subclass. All else: `ConvTranspose1d`.
+    """
+
+    functional = staticmethod(F.conv_transpose3d)
+
+
+class LazyConvTranspose1d(_LazyConvTranspose, torch.nn.LazyConvTranspose1d):  # type: ignore[misc]
+    """A ConvTranspose1d without in_channels: taken from its first input, upon which it becomes a ConvTranspose1d.
+
+    Equivalent to: `torch.nn.LazyConvTranspose1d`, of which it is a subclass.
+    """
+
+    cls_to_become = ConvTranspose1d  # type: ignore[assignment]
+    functional = staticmethod(F.conv_transpose1d)
+
+
+class LazyConvTranspose2d(_LazyConvTranspose, torch.nn.LazyConvTranspose2d):  # type: ignore[misc]
+    """A ConvTranspose2d without in_channels: taken from its first input, upon which it becomes a ConvTranspose2d.
+
+    Equivalent to: `torch.nn.LazyConvTranspose2d`, of which it is a subclass.
+    """
+
+    cls_to_become = ConvTranspose2d  # type: ignore[assignment]
+    functional = staticmethod(F.conv_transpose2d)
+
+
+class LazyConvTranspose3d(_LazyConvTranspose, torch.nn.LazyConvTranspose3d):  # type: ignore[misc]
+    """A ConvTranspose3d without in_channels: taken from its first input, upon which it becomes a ConvTranspose3d.
+
+    Equivalent to: `torch.nn.LazyConvTranspose3d`, of which it is a subclass.
+    """
+
+    cls_to_become = ConvTranspose3d  # type: ignore[assignment]
+    functional = staticmethod(F.conv_transpose3d)

@@ -1,0 +1,334 @@
+"""Recurrent layers and cells: here only the layout - packed, unbatched, batch first - and the checks of sizes.
+
+Parameters are read through attributes at each call, each once, so parametrized and replaced weights are honoured
+(a spectral_norm makes one power iteration a call). There is no flat weight buffer to go stale.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import functional as F
+from ..dispatch import Op
+from ..ops.rnn.backends import OP, Case
+from .layer import Layer
+
+Weights = list[list[torch.nn.Parameter]]
+
+_FUNCTIONS: dict[str, Any] = {
+    "RNN_TANH": functools.partial(F.rnn, nonlinearity="tanh"),
+    "RNN_RELU": functools.partial(F.rnn, nonlinearity="relu"),
+    "GRU": F.gru,
+    "LSTM": F.lstm,
+}
+
+
+class _Sequence(Layer, torch.nn.RNNBase):
+    """A stack of recurrent layers in one or both directions. RNNBase makes the parameters and names the sizes."""
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        """The parameters as they are now; RNNBase keeps a list of them, which the layers here never read."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Any) -> None:
+        """RNNBase renews its list here; there is none."""
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() == 3:
+            if hx is not None:
+                self._check_dims(hx, "batched", 3)
+            return self._forward_batched(input, hx)
+        if input.dim() == 2:
+            return self._forward_unbatched(input, hx)
+        kind = "tensor instead" if self.mode.startswith("RNN") else "instead"
+        name = self.mode.partition("_")[0]
+        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D {kind}")
+
+    def _forward_batched(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        weights = self.all_weights
+        self._check_sizes(input, hx, None, weights)
+        return self._call(input, hx, weights, None)
+
+    def _forward_unbatched(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        batch_dim = 0 if self.batch_first else 1
+        if hx is not None:
+            self._check_dims(hx, "unbatched", 2)
+            hx = _each(hx, lambda state: state.unsqueeze(1))
+        output, hx = self._forward_batched(input.unsqueeze(batch_dim), hx)
+        return output.squeeze(batch_dim), _each(hx, lambda state: state.squeeze(1))
+
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is not None:
+            hx = self.permute_hidden(hx, sorted_indices)
+        weights = self.all_weights
+        self._check_packed_sizes(data, hx, batch_sizes, weights)
+        output, hx = self._call(data, hx, weights, batch_sizes)
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self.permute_hidden(hx, unsorted_indices)
+
+    def _check_dims(self, hx: Any, kind: str, dims: int) -> None:
+        if hx.dim() != dims:
+            raise RuntimeError(f"For {kind} {dims}-D input, hx should also be {dims}-D but got {hx.dim()}-D tensor")
+
+    def _check_sizes(self, input: Tensor, hx: Any, batch_sizes: Tensor | None, weights: Weights) -> None:
+        dtype = weights[0][0].dtype
+        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
+                f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
+            )
+        dims = 2 if batch_sizes is not None else 3
+        if input.dim() != dims:
+            raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
+            )
+        if hx is not None:
+            self._check_states(hx, input, batch_sizes)
+
+    _check_packed_sizes = _check_sizes
+
+    def _check_states(self, hx: Any, input: Tensor, batch_sizes: Tensor | None) -> None:
+        self.check_hidden_size(hx, self.get_expected_hidden_size(input, batch_sizes))
+
+    def _call(self, input: Tensor, hx: Any, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
+        return _FUNCTIONS[self.mode](
+            input,
+            hx,
+            weights,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            batch_sizes=batch_sizes,
+            backend=self.backend,
+        )
+
+    def static_case(self) -> tuple[Op, Any]:
+        parameter = next(self.parameters())
+        sizes = (self.input_size, self.hidden_size, self.proj_size)
+        return OP, Case(parameter.device.type, parameter.dtype, self.mode, *sizes, self.bidirectional)
+
+
+def _each(hx: Any, function: Any) -> Any:
+    return function(hx) if isinstance(hx, Tensor) else tuple(function(state) for state in hx)
+
+
+class RNN(_Sequence):
+    """A stack of Elman RNNs: h_t = tanh or relu (W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
+
+    Equivalent to: `torch.nn.RNN`, with its constructor `RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh",
+    bias=True, batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)`, attributes, state_dict,
+    initialisation and errors; but a subclass of `torch.nn.RNNBase`, since torch.compile refuses every torch.nn.RNN.
+
+    input: (T, B, I), with batch_first (B, T, I), unbatched (T, I), or a PackedSequence.
+    hx: (layers * directions, B, H), unbatched without B; None: zeros.
+    Returns the last layer's output (T, B, directions * H) in the layout of the input, and the final state like hx.
+    backend (keyword-only, an attribute): "torch", "cpu", "triton", "cuda" or None (mmfast chooses); not in state_dict.
+    Dtypes, differentiability: `mmfast.functional.rnn`.
+    """
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        _refuse_proj_size(kwargs)
+        if len(args) > 3:
+            nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__("RNN_" + nonlinearity.upper(), *args, **kwargs)
+        self.nonlinearity = nonlinearity
+        self.backend = backend
+
+
+class GRU(_Sequence):
+    """A stack of gated recurrent units, with the reset gate applied after the product with h_{t-1}.
+
+    Equivalent to: `torch.nn.GRU`, with its constructor `GRU(input_size, hidden_size, num_layers=1, bias=True,
+    batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)`, attributes, state_dict,
+    initialisation and errors; but a subclass of `torch.nn.RNNBase`, since torch.compile refuses every torch.nn.GRU.
+
+    Shapes, backend, dtypes, differentiability: `RNN`, `mmfast.functional.gru`. Source: Cho et al., arXiv:1406.1078.
+    """
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        _refuse_proj_size(kwargs)
+        super().__init__("GRU", *args, **kwargs)
+        self.backend = backend
+
+
+class LSTM(_Sequence):
+    """A stack of long short-term memories, with proj_size also their projection h_t = W_hr (o_t tanh(c_t)).
+
+    Equivalent to: `torch.nn.LSTM`, with its constructor `LSTM(input_size, hidden_size, num_layers=1, bias=True,
+    batch_first=False, dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None)`, attributes, state_dict,
+    initialisation and errors; but a subclass of `torch.nn.RNNBase`, since torch.compile refuses every torch.nn.LSTM.
+
+    hx: None or (h, c), h of (layers * directions, B, proj_size or H) and c of (layers * directions, B, H).
+    Returns the output and (h_n, c_n). All else: `RNN`, `mmfast.functional.lstm`. Source: Hochreiter and Schmidhuber,
+    1997, doi:10.1162/neco.1997.9.8.1735; projection: Sak et al., arXiv:1402.1128.
+    """
+
+    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+        self.backend = backend
+
+    get_expected_cell_size: Any = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = torch.nn.LSTM.check_forward_args
+    permute_hidden: Any = torch.nn.LSTM.permute_hidden
+
+    def _check_dims(self, hx: Any, kind: str, dims: int) -> None:
+        h, c = hx[0].dim(), hx[1].dim()
+        if h != dims or c != dims:
+            raise RuntimeError(
+                f"For {kind} {dims}-D input, hx and cx should also be {dims}-D but got ({h}-D, {c}-D) tensors"
+            )
+
+    def _check_packed_sizes(self, *args: Any) -> None:
+        """None, as in torch.nn.LSTM: the op refuses wrong sizes itself."""
+
+    def _check_states(self, hx: Any, input: Tensor, batch_sizes: Tensor | None) -> None:
+        expected = self.get_expected_hidden_size(input, batch_sizes)
+        self.check_hidden_size(hx[0], expected, "Expected hidden[0] size {}, got {}")
+        expected = self.get_expected_cell_size(input, batch_sizes)
+        self.check_hidden_size(hx[1], expected, "Expected hidden[1] size {}, got {}")
+
+
+def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+class _Cell(Layer):
+    """One step; a torch.nn.RNNCellBase comes behind it in the bases."""
+
+    name: str
+
+    def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{self.name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if hx is not None:
+            self._check_dims(hx)
+        if input.dim() == 2:
+            return self._call(input, hx)
+        if hx is not None:
+            hx = _each(hx, lambda state: state.unsqueeze(0))
+        return _each(self._call(input.unsqueeze(0), hx), lambda state: state.squeeze(0))
+
+    def _check_dims(self, hx: Any) -> None:
+        if hx.dim() not in (1, 2):
+            raise ValueError(f"{self.name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+
+    def _weights(self: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+
+    def _case(self: Any, mode: str) -> tuple[Op, Any]:
+        parameter = next(self.parameters())
+        return OP, Case(parameter.device.type, parameter.dtype, mode, self.input_size, self.hidden_size)
+
+
+class RNNCell(_Cell, torch.nn.RNNCell):
+    """One step of an Elman RNN: h' = tanh or relu (W_ih x + b_ih + W_hh h + b_hh).
+
+    Equivalent to: `torch.nn.RNNCell`, of which it is a subclass.
+
+    input: (B, I) or (I,). hx: (B, H) or (H,); None: zeros. Returns h' of hx's shape.
+    backend (keyword-only, an attribute): "torch", "cpu", "triton", "cuda" or None (mmfast chooses); not in state_dict.
+    Dtypes, differentiability: `mmfast.functional.rnn_cell`.
+    """
+
+    name = "RNNCell"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
+        self.backend = backend
+
+    def _call(self, input: Tensor, hx: Tensor | None) -> Tensor:
+        return F.rnn_cell(input, hx, *self._weights(), nonlinearity=self.nonlinearity, backend=self.backend)
+
+    def static_case(self) -> tuple[Op, Any]:
+        return self._case("RNN_" + self.nonlinearity.upper())
+
+
+class GRUCell(_Cell, torch.nn.GRUCell):
+    """One step of a gated recurrent unit, the reset gate after the product.
+
+    Equivalent to: `torch.nn.GRUCell`, of which it is a subclass. Shapes and all else: `RNNCell`,
+    `mmfast.functional.gru_cell`.
+    """
+
+    name = "GRUCell"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        self.backend = backend
+
+    def _call(self, input: Tensor, hx: Tensor | None) -> Tensor:
+        return F.gru_cell(input, hx, *self._weights(), backend=self.backend)
+
+    def static_case(self) -> tuple[Op, Any]:
+        return self._case("GRU")
+
+
+class LSTMCell(_Cell, torch.nn.LSTMCell):
+    """One step of a long short-term memory: (h, c) of (B, H) or (H,) each, None for zeros, gives (h', c').
+
+    Equivalent to: `torch.nn.LSTMCell`, of which it is a subclass. All else: `RNNCell`, `mmfast.functional.lstm_cell`.
+    """
+
+    name = "LSTMCell"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        self.backend = backend
+
+    def _check_dims(self, hx: Any) -> None:
+        for index, state in enumerate(hx):
+            if state.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
+
+    def _call(self, input: Tensor, hx: Any) -> tuple[Tensor, Tensor]:
+        return F.lstm_cell(input, hx, *self._weights(), backend=self.backend)
+
+    def static_case(self) -> tuple[Op, Any]:
+        return self._case("LSTM")
