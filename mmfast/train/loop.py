@@ -211,7 +211,7 @@ def start(settings: Settings, out: Path | None) -> None:
 
 
 def resume(folder: Path, *, steps: int | None, minutes: float | None, backend: str | None) -> None:
-    """Goes on with a run as if it had never stopped; `steps` and `minutes` replace its limits, counted from its start."""
+    """Goes on with a run as if it had never stopped; `steps` and `minutes`, from its start, replace its limits."""
     settings, config = read_config(folder)
     if steps is not None or minutes is not None:
         settings = replace(settings, steps=steps, minutes=minutes)
