@@ -1,0 +1,76 @@
+"""Text encoder and decoder over UTF-8 bytes: every language and script, no vocabulary."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+BYTES = 256  # byte 0 pads and, for the decoder, starts and ends a caption
+
+
+def within(lengths: Tensor, steps: int) -> Tensor:
+    """(B,) lengths to the mask (B, steps) of the steps inside them."""
+    return torch.arange(steps, device=lengths.device) < lengths[:, None]
+
+
+def pooled_rnn(rnn: torch.nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
+    """Runs a bidirectional batch-first RNN on packed x: (B, T, I) and takes each unit's maximum over time: (B, 2H)."""
+    packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+    hidden, _ = pad_packed_sequence(rnn(packed)[0], batch_first=True, padding_value=float("-inf"))
+    return hidden.amax(1)
+
+
+class TextEncoder(torch.nn.Module):
+    """Bytes to a code: embedding, one convolution over neighbouring bytes, packed bidirectional GRU, maximum over time.
+
+    Input `text`: (B, T) int64 bytes, 0-padded; `lengths`: (B,) int64, each >= 1. Output: (B, code_size), each row
+    normalised (LayerNorm). The code of a caption does not depend on how far the batch is padded.
+    """
+
+    def __init__(self, code_size: int, hidden_size: int = 128, embedding_size: int = 64, *, nn: Any = torch.nn) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(BYTES, embedding_size, padding_idx=0)
+        self.neighbours = nn.Sequential(nn.Conv1d(embedding_size, hidden_size, 5, padding=2), nn.ReLU())
+        self.rnn = nn.GRU(hidden_size, hidden_size, batch_first=True, bidirectional=True)
+        self.code = nn.Sequential(nn.Linear(2 * hidden_size, code_size), nn.LayerNorm(code_size))
+
+    def forward(self, text: Tensor, lengths: Tensor) -> Tensor:
+        x = self.neighbours(self.embedding(text).transpose(1, 2)).transpose(1, 2)
+        return self.code(pooled_rnn(self.rnn, x, lengths))
+
+
+class TextDecoder(torch.nn.Module):
+    """A code to bytes: a GRU started from the code that sees the bytes so far and the code at each step."""
+
+    def __init__(self, code_size: int, hidden_size: int = 128, embedding_size: int = 64, *, nn: Any = torch.nn) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(BYTES, embedding_size)
+        self.given = nn.Linear(code_size, embedding_size)
+        self.start = nn.Sequential(nn.Linear(code_size, hidden_size), nn.Tanh())
+        self.rnn = nn.GRU(embedding_size, hidden_size, batch_first=True)
+        self.byte = nn.Linear(hidden_size, BYTES)
+
+    def forward(self, codes: Tensor, text: Tensor) -> Tensor:
+        """Logits of each byte and of the end, given the true bytes before it.
+
+        `codes`: (B, code_size), `text`: (B, T) int64 bytes, 0-padded. Output: (B, T + 1, 256); position t is the guess
+        of byte t, and a caption of length n ends with byte 0 at position n.
+        """
+        before = torch.nn.functional.pad(text, (1, 0))
+        x = self.embedding(before) + self.given(codes)[:, None]
+        hidden, _ = self.rnn(x, self.start(codes)[None])
+        return self.byte(hidden)
+
+    @torch.no_grad()
+    def write(self, codes: Tensor, longest: int = 64) -> list[str]:
+        """The likeliest caption of each code (B, code_size), byte by byte, at most `longest` bytes."""
+        given, state = self.given(codes)[:, None], self.start(codes)[None]
+        byte = torch.zeros(len(codes), 1, dtype=torch.int64, device=codes.device)
+        written = []
+        for _ in range(longest):
+            hidden, state = self.rnn(self.embedding(byte) + given, state)
+            byte = self.byte(hidden).argmax(2)
+            written.append(byte)
+        rows = torch.cat(written, 1).tolist() if written else [[] for _ in codes]
+        return [bytes(row).split(b"\0")[0].decode(errors="ignore") for row in rows]

@@ -1,0 +1,320 @@
+"""The run: folder, schedule, progress, checkpoints and resumption."""
+
+import contextlib
+import datetime
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mmfast
+from mmfast.train import UserError, checkpoint, data
+from mmfast.train.checkpoint import file_errors, write_bytes
+from mmfast.train.progress import Progress
+from mmfast.train.settings import Settings, read_config, write_config
+from mmfast.train.step import LOSSES, Step
+
+FLUSH_EVERY = 10  # steps between looks at the losses
+
+
+class Captions:
+    """The endless stream of training captions: epoch after epoch, each in an order of its own.
+
+    A pure function of seed and step, so there is nothing to save: a resumed run asks for the step it is at.
+    """
+
+    def __init__(self, captions: Tensor, batch: int, seed: int) -> None:
+        self.captions = captions
+        self.batch = batch
+        self.seed = seed
+        self._epoch = -1
+        self._order = captions
+
+    def at(self, step: int) -> Tensor:
+        """The captions of step `step` (from 0): (batch,) int64."""
+        place, missing, parts = step * self.batch, self.batch, []
+        while missing:
+            epoch, begin = divmod(place, len(self.captions))
+            part = self._ordered(epoch)[begin : begin + missing]
+            parts.append(part)
+            place, missing = place + len(part), missing - len(part)
+        return torch.cat(parts)
+
+    def _ordered(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = self.captions[torch.randperm(len(self.captions), generator=generator)]
+            self._epoch = epoch
+        return self._order
+
+
+def draw(settings: Settings, rows: int) -> tuple[Tensor, Tensor]:
+    """Noise (rows, noise_size), and which of image, text and speech the generator may see: (rows, 3) bool.
+
+    Drawn from torch's global generator. Mostly words or speech alone, for that is what it is asked for later.
+    """
+    noise = torch.randn(rows, settings.noise_size)
+    wanted = torch.rand(rows, 3) < torch.tensor([0.15, 0.6, 0.5])
+    return noise, wanted
+
+
+class Metrics:
+    """metrics.csv: a row of LOSSES for each step, and no wall-clock number, so that equal runs have equal files."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.path = run / "metrics.csv"
+        self.pending: list[tuple[int, Tensor]] = []
+        header = ",".join(("step", *LOSSES)) + "\n"
+        kept = header
+        if step:
+            with file_errors(self.path):
+                lines = self.path.read_text().splitlines(keepends=True)[1:]
+            kept += "".join(line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step)
+        write_bytes(self.path, kept.encode())
+
+    def add(self, step: int, losses: Tensor) -> None:
+        self.pending.append((step, losses))
+
+    def flush(self) -> dict[str, float]:
+        """Writes what is pending; returns the means. FloatingPointError names the first step that was not finite."""
+        if not self.pending:
+            return {}
+        steps = [step for step, _ in self.pending]
+        rows = torch.stack([losses for _, losses in self.pending]).tolist()
+        self.pending.clear()
+        lines = [f"{step},{','.join(f'{x:.6g}' for x in row)}\n" for step, row in zip(steps, rows, strict=True)]
+        with file_errors(self.path), open(self.path, "a") as file:
+            file.writelines(lines)
+        for step, row in zip(steps, rows, strict=True):
+            bad = [name for name, x in zip(LOSSES, row, strict=True) if x - x != 0]
+            if bad:
+                raise FloatingPointError(f"{' and '.join(bad)} of step {step}")
+        return {name: sum(column) / len(rows) for name, column in zip(LOSSES, zip(*rows, strict=True), strict=True)}
+
+
+class Run:
+    """A training run in its folder."""
+
+    def __init__(self, folder: Path, settings: Settings, dataset: data.Dataset) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.dataset = dataset
+        self.captions = Captions(dataset.train, settings.batch, settings.seed)
+        self.seconds = 0.0  # trained so far, in all sittings
+        torch.manual_seed(settings.seed)
+        self.step = Step(settings, mmfast.nn, mmfast.nn.AdversarialLoss("hinge"))
+
+    def load(self) -> None:
+        """Goes back to the last checkpoint."""
+        state = checkpoint.load(self.folder)
+        if state["fingerprint"] != self.dataset.fingerprint:
+            raise UserError(f"{self.folder} was trained on other data than this: give it the same data, or train anew")
+        self.step.load_state_dict(state["training"])
+        self.seconds = state["seconds"]
+        checkpoint.restore_random_state(state["random"])
+
+    def save(self) -> None:
+        """Replaces the checkpoint, unless a weight is not finite (FloatingPointError)."""
+        if not self.step.is_finite():
+            raise FloatingPointError(f"a weight after step {self.step.done}")
+        state = {
+            "fingerprint": self.dataset.fingerprint,
+            "seconds": self.seconds,
+            "training": self.step.state_dict(),
+            "random": checkpoint.random_state(),
+        }
+        checkpoint.save(self.folder, state)
+
+    def finished(self) -> bool:
+        """Whether the steps or the minutes asked for are done."""
+        limits = self.settings
+        out_of_steps = limits.steps is not None and self.step.done >= limits.steps
+        return out_of_steps or (limits.minutes is not None and self.seconds >= 60 * limits.minutes)
+
+    def fraction(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        by_steps = self.step.done / self.settings.steps if self.settings.steps else 0.0
+        by_time = self.seconds / (60 * self.settings.minutes) if self.settings.minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def train(self) -> bool:
+        """Steps until the limit; False where Ctrl-C or SIGTERM came first. Saves first, on the way and last."""
+        metrics = Metrics(self.folder, self.step.done)
+        if not self.step.done:
+            self.save()
+        began, before, first = time.monotonic(), self.seconds, self.step.done
+        with stop_signals() as stopped, Progress() as progress:
+            try:
+                while not self.finished() and not stopped:
+                    metrics.add(self.step.done + 1, self._once())
+                    self.seconds = before + time.monotonic() - began
+                    if self.step.done % FLUSH_EVERY == 0:
+                        speed = (self.step.done - first) * self.settings.batch / (self.seconds - before)
+                        progress.show(self.fraction(), self.step.done, metrics.flush(), speed)
+                    if self.step.done % self.settings.save_every == 0:
+                        metrics.flush()
+                        self.save()
+                metrics.flush()
+                self.save()
+            except FloatingPointError as error:
+                raise self._diverged(error) from None
+        return self.finished()
+
+    def _once(self) -> Tensor:
+        captions = self.captions.at(self.step.done)
+        noise, wanted = draw(self.settings, len(captions))
+        return self.step(self.dataset.batch(captions), self.dataset.picture_of[captions], noise, wanted)
+
+    def _diverged(self, error: FloatingPointError) -> UserError:
+        kept = checkpoint.load(self.folder)["training"]["step"]
+        return UserError(
+            f"training diverged ({error} is not a finite number), and the checkpoint of step {kept} is kept: "
+            f"train anew with another --seed, or draw with what there is (mmfast sample {self.folder} ...)"
+        )
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C or SIGTERM comes; a second Ctrl-C interrupts at once."""
+    got: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        got.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, where signals are none of our business
+        before = {}
+    try:
+        yield got
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start(settings: Settings, out: Path | None) -> None:
+    """A new run: checks everything cheap first, then prepares the data, trains and reports."""
+    settings.check()
+    check_packages()
+    with new_folder(out) as folder, chosen_backend(settings.backend):
+        dataset = prepare(settings)
+        run = Run(folder, replace(settings, mels=data.MELS), dataset)
+        write_config(folder, run.settings, facts(dataset))
+        carry_out(run)
+
+
+def resume(folder: Path, *, steps: int | None, minutes: float | None, backend: str | None) -> None:
+    """Goes on with a run as if it had never stopped; `steps` and `minutes` replace its limits, counted from its start."""
+    settings, config = read_config(folder)
+    if steps is not None or minutes is not None:
+        settings = replace(settings, steps=steps, minutes=minutes)
+    settings = replace(settings, backend=backend or settings.backend).check()
+    check_packages()
+    check_writable(folder)
+    with chosen_backend(settings.backend):
+        run = Run(folder, settings, prepare(settings))
+        run.load()
+        if run.finished():
+            raise UserError(
+                f"{folder} has done what it was asked for ({run.step.done} steps, {run.seconds / 60:.1f} minutes): "
+                "give it a larger --steps or --minutes, counted from its start"
+            )
+        write_config(folder, settings, {key: config[key] for key in ("data", "threads") if key in config})
+        carry_out(run)
+
+
+def carry_out(run: Run) -> None:
+    from mmfast.train.evaluate import report
+
+    settings = run.settings
+    limits = [f"{settings.steps} steps"] if settings.steps else []
+    limits += [f"{settings.minutes:g} minutes"] if settings.minutes else []
+    print(f"training in {run.folder} from step {run.step.done} to {' or '.join(limits)}", flush=True)
+    if not run.train():
+        print(f"stopped at step {run.step.done}; go on with: mmfast train --resume {run.folder}")
+        raise SystemExit(130)
+    report(run)
+
+
+def facts(dataset: data.Dataset) -> dict[str, Any]:
+    described = {
+        "fingerprint": dataset.fingerprint,
+        "pictures": len(dataset.pictures),
+        "captions": len(dataset.texts),
+        "held_out": len(dataset.held_out),
+        "spoken": int(dataset.has_speech.sum()),
+        "attribution": dataset.attribution,
+    }
+    return {"data": described, "threads": torch.get_num_threads()}
+
+
+def prepare(settings: Settings) -> data.Dataset:
+    folder = Path(settings.cache) if settings.cache else None
+    source = Path(settings.data) if settings.data else None
+    return data.prepare(folder, size=settings.size, source=source)
+
+
+def check_packages() -> None:
+    """UserError where a package of the [train] extra that every run needs is missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("matplotlib", "PIL", "scipy") if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f'training needs packages that are not installed ({", ".join(missing)}): pip install "mmfast[train]"'
+        )
+
+
+@contextlib.contextmanager
+def chosen_backend(name: str | None) -> Iterator[None]:
+    """The backend asked for, while the context lasts; UserError at its start where it is unknown or cannot run."""
+    if name is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(mmfast.use_backend(name))
+            try_layers()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--backend {name} cannot train here: {str(error).splitlines()[0]}") from None
+        yield
+
+
+def try_layers() -> None:
+    """One small step through each kind of layer that a backend may refuse."""
+    hidden, _ = mmfast.nn.GRU(4, 4, batch_first=True, bidirectional=True)(torch.randn(2, 3, 4))
+    image = mmfast.nn.ConvTranspose2d(8, 1, 4, stride=2, padding=1)(hidden.transpose(1, 2)[..., None])
+    frames = mmfast.nn.ConvTranspose1d(8, 1, 4, stride=2, padding=1)(hidden.transpose(1, 2))
+    mmfast.nn.AdversarialLoss("hinge").discriminator(image, frames).backward()
+
+
+def check_writable(folder: Path) -> None:
+    """UserError where no file can be made in `folder`."""
+    with file_errors(folder), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextlib.contextmanager
+def new_folder(out: Path | None) -> Iterator[Path]:
+    """A new, empty, writable folder; taken away again where nothing was written into it."""
+    now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    folder = out or Path("runs") / now
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with file_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise UserError(f"{folder} is not empty: name a new folder with --out, or go on with --resume {folder}")
+        check_writable(folder)
+        yield folder
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
