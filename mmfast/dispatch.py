@@ -11,7 +11,7 @@ sequence or the size of a batch -, so a compiled graph chooses once, while it is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,10 @@ BACKENDS = ("torch", "cpu", "triton", "cuda")
 # Process-wide, like torch.backends' own settings, and in a list that Dynamo guards on: a graph that was compiled under
 # one choice is compiled again under another.
 _forced: list[str | None] = [None]
+
+
+# What mmfast.explain installs, for as long as it runs a model, to hear of every choice.
+_listeners: list[Callable[[Op, Any, str | None], None]] = []
 
 
 class Backend:
@@ -77,11 +81,30 @@ class Op:
 
         Raises ValueError for an unknown backend's name and RuntimeError where an explicit choice cannot serve.
         """
+        for listener in _listeners:
+            listener(self, case, explicit)
         requested = explicit or _forced[0] or config.BACKEND
         if torch.compiler.is_compiling():
             # Dynamo hands constants over, of which a named tuple is none
             return _select_while_tracing(self.name, tuple(case), requested)
         return self._select(case, requested)
+
+    def select_by(self, facts: tuple, make_case: Callable[..., Any], explicit: str | None = None) -> str:
+        """`select(make_case(*facts), explicit)`, where the answer for these facts is not known yet.
+
+        facts: what a function sees of its arguments at once. They determine the case together with autocast, under
+        which, as while tracing, the case is made anew.
+        """
+        if _listeners or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+            return self.select(make_case(*facts), explicit)
+        key = (facts, explicit or _forced[0] or config.BACKEND, torch.get_num_threads())
+        try:
+            return self._chosen[key]
+        except KeyError:
+            chosen = self._chosen[key] = self.select(make_case(*facts), explicit)
+            return chosen
+        except TypeError:  # a list among the facts is no key
+            return self.select(make_case(*facts), explicit)
 
     def _select(self, case: Any, requested: str | None) -> str:
         key = (case, requested, torch.get_num_threads())
