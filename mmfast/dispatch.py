@@ -11,6 +11,7 @@ sequence or the size of a batch -, so a compiled graph chooses once, while it is
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -86,7 +87,7 @@ class Op:
         requested = explicit or _forced[0] or config.BACKEND
         if torch.compiler.is_compiling():
             # Dynamo hands constants over, of which a named tuple is none
-            return _select_while_tracing(self.name, tuple(case), requested)
+            return _select_while_tracing(self.name, _constants(case), requested)
         return self._select(case, requested)
 
     def select_by(self, facts: tuple, make_case: Callable[..., Any], explicit: str | None = None) -> str:
@@ -140,6 +141,14 @@ class Op:
         return Choice(requested, f"backend {requested!r} was asked for", {})
 
 
+def _constants(facts: tuple) -> tuple:
+    """The facts without symbols: a size that is symbolic in the graph becomes a constant that the graph guards on."""
+    return tuple(
+        _constants(fact) if isinstance(fact, tuple) else operator.index(fact) if type(fact) is int else fact
+        for fact in facts
+    )
+
+
 @torch.compiler.assume_constant_result
 def _select_while_tracing(name: str, case: tuple, requested: str | None) -> str:
     op = Op.registry[name]
@@ -179,9 +188,13 @@ def needs_formula(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether kernels may be called on these tensors directly: eager, no subclass, nobody listening to dispatch."""
+    """Whether kernels may be called on these tensors directly: eager, no subclass, nobody listening to dispatch.
+
+    torch.jit.trace listens, too: of a kernel called directly it would record nothing but the output's allocation.
+    """
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
     )

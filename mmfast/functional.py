@@ -125,7 +125,7 @@ def _adversarial(terms: list[Term], logits: list[Tensor], backend: str | None) -
     for x in logits:
         if x.dtype != dtype:
             dtype = torch.promote_types(dtype, x.dtype)
-    if dtype.itemsize == 2 and torch.is_autocast_enabled(first.device.type):
+    if dtype.itemsize == 2 and _autocasts(first.device.type):
         dtype = torch.float32
     logits = [x if x.dtype == dtype else x.to(dtype) for x in logits]
     chosen = ADVERSARIAL.select(AdversarialCase(first.device.type, dtype), backend)
@@ -508,8 +508,15 @@ def _per_dim(size: Size, dims: int) -> tuple[int, ...]:
 
 def _compute_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or autocast's where that is on for the device and applies to `dtype`."""
-    if not torch._C._is_any_autocast_enabled() or dtype == torch.float64 or not dtype.is_floating_point:
-        return dtype
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if dtype == torch.float64 or not dtype.is_floating_point or not _autocasts(device):
         return dtype
     return torch.get_autocast_dtype(device)
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on for the device; some devices, such as meta, have none."""
+    return (
+        torch._C._is_any_autocast_enabled()
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    )

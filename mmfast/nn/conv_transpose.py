@@ -11,12 +11,12 @@ from torch import Tensor
 from .. import functional as F
 from ..dispatch import Op
 from ..ops.conv_transpose.backends import OP, Case
-from .layer import Layer
+from .layer import Twin
 
 Size = int | tuple[int, ...]
 
 
-class _Call(Layer):
+class _Call(Twin):
     """The call and its case; a torch.nn.ConvTranspose*d comes behind it in the bases."""
 
     functional: Callable[..., Tensor]

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional as F
 from ..dispatch import Op
 from ..ops.rnn.backends import OP, Case
-from .layer import Layer
+from .layer import Twin
 
 Weights = list[list[torch.nn.Parameter]]
 
@@ -28,7 +28,7 @@ _FUNCTIONS: dict[str, Any] = {
 }
 
 
-class _Sequence(Layer, torch.nn.RNNBase):
+class _Sequence(Twin, torch.nn.RNNBase):
     """A stack of recurrent layers in one or both directions. RNNBase makes the parameters and names the sizes."""
 
     @property
@@ -211,7 +211,7 @@ def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
-class _Cell(Layer):
+class _Cell(Twin):
     """One step; a torch.nn.RNNCellBase comes behind it in the bases."""
 
     name: str
