@@ -104,15 +104,17 @@ class Errors:
         finite = rounded.isfinite()
         if not finite.all() or not ours.isfinite().all():
             self._check_pattern(ours, rounded, finite)
-        exact, ours, theirs = exact[finite], ours[finite], theirs[finite]
-        # where PyTorch's own result overflowed it measures nothing
-        measured = theirs.isfinite()
+            exact, ours, theirs = exact[finite], ours[finite], theirs[finite]
         step = _ulps(exact, out.dtype)
         self._dtype = out.dtype
         self.count += exact.numel()
         self._ours.add(ours - exact, step)
-        self._yardstick.add((theirs - exact)[measured], step[measured])
         self._reference.add(exact, step)
+        measured = theirs.isfinite()
+        if not measured.all():
+            # where PyTorch's own result overflowed it measures nothing
+            theirs, exact, step = theirs[measured], exact[measured], step[measured]
+        self._yardstick.add(theirs - exact, step)
 
     def compare(self) -> Comparison:
         """The figures so far, and what the rule allows. ValueError where nothing was added."""

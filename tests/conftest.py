@@ -6,6 +6,7 @@ import sys
 import zlib
 
 import pytest
+import torch
 
 # `python -m pytest` puts the checkout first on the path, where it would hide the installed package and its libraries
 _CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
@@ -30,6 +31,15 @@ def pytest_report_header(config):
 def pytest_sessionstart(session):
     if not native.available():
         raise pytest.UsageError(f"kernels cannot be tested: {native.load_error()}")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small inputs on one thread: waking the others costs more, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
