@@ -11,7 +11,8 @@ sequence or the size of a batch -, so a compiled graph chooses once, while it is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ BACKENDS = ("torch", "cpu", "triton", "cuda")
 # Process-wide, like torch.backends' own settings, and in a list that Dynamo guards on: a graph that was compiled under
 # one choice is compiled again under another.
 _forced: list[str | None] = [None]
+
+
+# What mmfast.explain installs, for as long as it runs a model, to hear of every choice.
+_listeners: list[Callable[[Op, Any, str | None], None]] = []
 
 
 class Backend:
@@ -77,11 +82,30 @@ class Op:
 
         Raises ValueError for an unknown backend's name and RuntimeError where an explicit choice cannot serve.
         """
+        for listener in _listeners:
+            listener(self, case, explicit)
         requested = explicit or _forced[0] or config.BACKEND
         if torch.compiler.is_compiling():
             # Dynamo hands constants over, of which a named tuple is none
-            return _select_while_tracing(self.name, tuple(case), requested)
+            return _select_while_tracing(self.name, _constants(case), requested)
         return self._select(case, requested)
+
+    def select_by(self, facts: tuple, make_case: Callable[..., Any], explicit: str | None = None) -> str:
+        """`select(make_case(*facts), explicit)`, where the answer for these facts is not known yet.
+
+        facts: what a function sees of its arguments at once. They determine the case together with autocast, under
+        which, as while tracing, the case is made anew.
+        """
+        if _listeners or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+            return self.select(make_case(*facts), explicit)
+        key = (facts, explicit or _forced[0] or config.BACKEND, torch.get_num_threads())
+        try:
+            return self._chosen[key]
+        except KeyError:
+            chosen = self._chosen[key] = self.select(make_case(*facts), explicit)
+            return chosen
+        except TypeError:  # a list among the facts is no key
+            return self.select(make_case(*facts), explicit)
 
     def _select(self, case: Any, requested: str | None) -> str:
         key = (case, requested, torch.get_num_threads())
@@ -115,6 +139,14 @@ class Op:
         if refusals:
             raise RuntimeError(f"backend {requested!r} was asked for {self.name}, but: " + "; ".join(refusals))
         return Choice(requested, f"backend {requested!r} was asked for", {})
+
+
+def _constants(facts: tuple) -> tuple:
+    """The facts without symbols: a size that is symbolic in the graph becomes a constant that the graph guards on."""
+    return tuple(
+        _constants(fact) if isinstance(fact, tuple) else operator.index(fact) if type(fact) is int else fact
+        for fact in facts
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -156,9 +188,13 @@ def needs_formula(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether kernels may be called on these tensors directly: eager, no subclass, nobody listening to dispatch."""
+    """Whether kernels may be called on these tensors directly: eager, no subclass, nobody listening to dispatch.
+
+    torch.jit.trace listens, too: of a kernel called directly it would record nothing but the output's allocation.
+    """
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
     )

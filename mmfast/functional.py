@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ def _adversarial(terms: list[Term], logits: list[Tensor], backend: str | None) -
     for x in logits:
         if x.dtype != dtype:
             dtype = torch.promote_types(dtype, x.dtype)
-    if dtype.itemsize == 2 and torch.is_autocast_enabled(first.device.type):
+    if dtype.itemsize == 2 and _autocasts(first.device.type):
         dtype = torch.float32
     logits = [x if x.dtype == dtype else x.to(dtype) for x in logits]
     chosen = ADVERSARIAL.select(AdversarialCase(first.device.type, dtype), backend)
@@ -250,12 +251,16 @@ def _recurrent(
     hidden_size = first[1].shape[0] // _GATES[mode]
     proj_size = first[-1].shape[0] if len(first) in (3, 5) else 0
     sizes = (input.shape[-1], hidden_size, proj_size)
-    packed = batch_sizes is not None
-    RNN.select(RnnCase(input.device.type, _compute_dtype(input), mode, *sizes, bidirectional, packed), backend)
+    facts = (input.device, input.dtype, mode, *sizes, bidirectional, batch_sizes is not None)
+    RNN.select_by(facts, _rnn_case, backend)
     if hx is None:
         hx = _zero_states(mode, input, len(weights), hidden_size, proj_size, batch_first, batch_sizes)
     function = _recurrent_outside_graphs if torch.compiler.is_compiling() else _recurrent_of_torch
     return function(mode, input, hx, weights, dropout, training, bidirectional, batch_first, batch_sizes)
+
+
+def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
+    return RnnCase(device.type, _compute_dtype(device.type, dtype), mode, *rest)
 
 
 def _zero_states(
@@ -374,8 +379,8 @@ def lstm_cell(
 
 
 def _select_cell(mode: str, input: Tensor, weight_hh: Tensor, backend: str | None) -> str:
-    sizes = (input.shape[-1], weight_hh.shape[1])
-    return RNN.select(RnnCase(input.device.type, _compute_dtype(input), mode, *sizes), backend)
+    facts = (input.device, input.dtype, mode, input.shape[-1], weight_hh.shape[1])
+    return RNN.select_by(facts, _rnn_case, backend)
 
 
 def _zero_cell_state(input: Tensor, weight_hh: Tensor) -> Tensor:
@@ -403,9 +408,8 @@ def conv_transpose1d(
     backend: "torch", "cpu", "triton", "cuda" or None (mmfast chooses); ValueError for any other.
     Differentiable to any order.
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    _select_conv_transpose(1, input, weight, *geometry, backend)
-    return torch.nn.functional.conv_transpose1d(input, weight, bias, *geometry)
+    _select_conv_transpose(1, input, weight, stride, padding, output_padding, groups, dilation, backend)
+    return torch.conv_transpose1d(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def conv_transpose2d(
@@ -426,9 +430,8 @@ def conv_transpose2d(
 
     input: (N, Cin, H, W) or (Cin, H, W). weight: (Cin, Cout / groups, Kh, Kw). All else: `conv_transpose1d`.
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    _select_conv_transpose(2, input, weight, *geometry, backend)
-    return torch.nn.functional.conv_transpose2d(input, weight, bias, *geometry)
+    _select_conv_transpose(2, input, weight, stride, padding, output_padding, groups, dilation, backend)
+    return torch.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def conv_transpose3d(
@@ -449,9 +452,8 @@ def conv_transpose3d(
 
     input: (N, Cin, D, H, W) or (Cin, D, H, W). weight: (Cin, Cout / groups, Kd, Kh, Kw). All else: `conv_transpose1d`.
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    _select_conv_transpose(3, input, weight, *geometry, backend)
-    return torch.nn.functional.conv_transpose3d(input, weight, bias, *geometry)
+    _select_conv_transpose(3, input, weight, stride, padding, output_padding, groups, dilation, backend)
+    return torch.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def _select_conv_transpose(
@@ -468,19 +470,34 @@ def _select_conv_transpose(
     # what is no transposed convolution at all, PyTorch refuses, with its own error
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims + 2):
         return "torch"
-    case = ConvTransposeCase(
-        input.device.type,
-        _compute_dtype(input),
-        weight.shape[0],
-        weight.shape[1] * groups,
-        tuple(weight.shape[2:]),
+    facts = (input.device, input.dtype, weight.shape, stride, padding, output_padding, groups, dilation)
+    return CONV_TRANSPOSE.select_by(facts, _conv_transpose_case, backend)
+
+
+def _conv_transpose_case(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+) -> ConvTransposeCase:
+    in_channels, group_channels, *kernel_size = shape
+    dims = len(kernel_size)
+    return ConvTransposeCase(
+        device.type,
+        _compute_dtype(device.type, dtype),
+        in_channels,
+        group_channels * groups,
+        tuple(kernel_size),
         _per_dim(stride, dims),
         _per_dim(padding, dims),
         _per_dim(output_padding, dims),
         _per_dim(dilation, dims),
         groups,
     )
-    return CONV_TRANSPOSE.select(case, backend)
 
 
 def _per_dim(size: Size, dims: int) -> tuple[int, ...]:
@@ -489,11 +506,17 @@ def _per_dim(size: Size, dims: int) -> tuple[int, ...]:
     return (size,) * dims
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """x's dtype, or autocast's where that applies to x."""
-    if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64 or not x.is_floating_point():
-        return x.dtype
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x.dtype
+def _compute_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or autocast's where that is on for the device and applies to `dtype`."""
+    if dtype == torch.float64 or not dtype.is_floating_point or not _autocasts(device):
+        return dtype
     return torch.get_autocast_dtype(device)
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on for the device; some devices, such as meta, have none."""
+    return (
+        torch._C._is_any_autocast_enabled()
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    )

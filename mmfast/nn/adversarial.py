@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from ..dispatch import Op
+from ..ops.adversarial.backends import OP, Case
 from ..ops.adversarial.equations import MODES
+from .layer import Layer
 
 
-class AdversarialLoss(torch.nn.Module):
+class AdversarialLoss(Layer, torch.nn.Module):
     """The loss of a discriminator on real and fake logits, and of the generator that it judges.
 
     Equivalent to, for mode "non-saturating":
@@ -39,6 +42,9 @@ class AdversarialLoss(torch.nn.Module):
     def generator(self, fake_logits: F.Logits, real_logits: F.Logits | None = None) -> Tensor:
         """The generator's loss, a tensor without dimensions."""
         return F.adversarial_generator_loss(fake_logits, real_logits, self.mode, scale=self.scale, backend=self.backend)
+
+    def static_case(self) -> tuple[Op, Case]:
+        return OP, Case(torch.get_default_device().type, torch.get_default_dtype())
 
     def extra_repr(self) -> str:
         return f"{self.mode!r}, scale={self.scale}"

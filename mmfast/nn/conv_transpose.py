@@ -11,12 +11,12 @@ from torch import Tensor
 from .. import functional as F
 from ..dispatch import Op
 from ..ops.conv_transpose.backends import OP, Case
-from .layer import Layer
+from .layer import Twin
 
 Size = int | tuple[int, ...]
 
 
-class _Call(Layer):
+class _Call(Twin):
     """The call and its case; a torch.nn.ConvTranspose*d comes behind it in the bases."""
 
     functional: Callable[..., Tensor]
@@ -25,10 +25,21 @@ class _Call(Layer):
         dims = len(self.kernel_size)
         if self.padding_mode != "zeros":
             raise ValueError(f"Only `zeros` padding mode is supported for ConvTranspose{dims}d")
-        geometry = (self.stride, self.padding)
-        output_padding = self._output_padding(input, output_size, *geometry, self.kernel_size, dims, self.dilation)
-        arguments = (*geometry, output_padding, self.groups, self.dilation)
-        return self.functional(input, self.weight, self.bias, *arguments, backend=self.backend)
+        output_padding = self.output_padding
+        if output_size is not None:
+            geometry = (self.stride, self.padding, self.kernel_size, dims, self.dilation)
+            output_padding = tuple(self._output_padding(input, output_size, *geometry))
+        return self.functional(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+            backend=self.backend,
+        )
 
     def static_case(self: Any) -> tuple[Op, Any]:
         parameter = next(self.parameters())

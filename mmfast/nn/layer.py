@@ -1,4 +1,4 @@
-"""What every accelerated layer shares, whatever its op."""
+"""What mmfast's layers share, whatever their op."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from ..dispatch import Op
 
 
 class Layer:
-    """Comes before the torch.nn class in the bases of a layer of ours."""
+    """A layer that one of mmfast's ops serves; comes before torch.nn's class in the bases."""
 
     #: The backend of this layer's calls: "torch", "cpu", "triton", "cuda", or None: mmfast chooses. Not in state_dict.
     backend: str | None = None
 
     def static_case(self) -> tuple[Op, Any]:
-        """The op that serves this layer, and its case as far as the layer alone tells: its own dtype, not packed."""
+        """The op, and the case as far as the layer alone tells: the dtype and device of its parameters, not packed."""
         raise NotImplementedError
 
+
+class Twin(Layer):
+    """A layer that stands in for torch.nn's of the same name."""
+
     def __prepare_scriptable__(self) -> NoReturn:
-        # torch.jit.script asks every module for this first; its own errors about our Python code would mislead
-        raise RuntimeError(
-            f"torch.jit.script cannot compile mmfast.nn.{type(self).__name__}; call mmfast.restore(model) first, which "
-            "turns mmfast's layers into torch.nn's"
-        )
+        # torch.jit.script asks every module for this first; its own complaints about Python code would mislead
+        name = type(self).__name__
+        raise RuntimeError(f"TorchScript cannot compile mmfast.nn.{name}; call mmfast.restore(model) first")

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional as F
 from ..dispatch import Op
 from ..ops.rnn.backends import OP, Case
-from .layer import Layer
+from .layer import Twin
 
 Weights = list[list[torch.nn.Parameter]]
 
@@ -28,7 +28,7 @@ _FUNCTIONS: dict[str, Any] = {
 }
 
 
-class _Sequence(Layer, torch.nn.RNNBase):
+class _Sequence(Twin, torch.nn.RNNBase):
     """A stack of recurrent layers in one or both directions. RNNBase makes the parameters and names the sizes."""
 
     @property
@@ -211,17 +211,18 @@ def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
-class _Cell(Layer):
+class _Cell(Twin):
     """One step; a torch.nn.RNNCellBase comes behind it in the bases."""
 
     name: str
 
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
-        if input.dim() not in (1, 2):
-            raise ValueError(f"{self.name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        dims = input.dim()
+        if dims not in (1, 2):
+            raise ValueError(f"{self.name}: Expected input to be 1D or 2D, got {dims}D instead")
         if hx is not None:
             self._check_dims(hx)
-        if input.dim() == 2:
+        if dims == 2:
             return self._call(input, hx)
         if hx is not None:
             hx = _each(hx, lambda state: state.unsqueeze(0))
@@ -230,9 +231,6 @@ class _Cell(Layer):
     def _check_dims(self, hx: Any) -> None:
         if hx.dim() not in (1, 2):
             raise ValueError(f"{self.name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-
-    def _weights(self: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
     def _case(self: Any, mode: str) -> tuple[Op, Any]:
         parameter = next(self.parameters())
@@ -266,7 +264,8 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         self.backend = backend
 
     def _call(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        return F.rnn_cell(input, hx, *self._weights(), nonlinearity=self.nonlinearity, backend=self.backend)
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return F.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity, backend=self.backend)
 
     def static_case(self) -> tuple[Op, Any]:
         return self._case("RNN_" + self.nonlinearity.upper())
@@ -295,7 +294,8 @@ class GRUCell(_Cell, torch.nn.GRUCell):
         self.backend = backend
 
     def _call(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        return F.gru_cell(input, hx, *self._weights(), backend=self.backend)
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return F.gru_cell(input, hx, *weights, backend=self.backend)
 
     def static_case(self) -> tuple[Op, Any]:
         return self._case("GRU")
@@ -328,7 +328,8 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
                 raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
 
     def _call(self, input: Tensor, hx: Any) -> tuple[Tensor, Tensor]:
-        return F.lstm_cell(input, hx, *self._weights(), backend=self.backend)
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return F.lstm_cell(input, hx, *weights, backend=self.backend)
 
     def static_case(self) -> tuple[Op, Any]:
         return self._case("LSTM")

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfast import config
 from mmfast.train import UserError
 from mmfast.train.sources import (
     Caption,
@@ -294,9 +295,8 @@ def _grouped(captions: Sequence[Caption], codes: Sequence[bytes]) -> dict[Any, l
 
 
 def _cache_root() -> Path:
-    chosen = os.environ.get("MMFAST_DATA")
-    if chosen:
-        return Path(chosen)
+    if config.DATA:
+        return Path(config.DATA)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmfast"
 
 

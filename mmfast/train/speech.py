@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +40,9 @@ MAX_SECONDS = 20.0
 # Sound this far below the peak of a recording counts as silence at its two ends.
 SILENCE = 10 ** (-50 / 20)
 
-# eSpeak's voice for each language that it pronounces. Two languages of the emoji names are missing on purpose. Japanese:
-# eSpeak has no readings for kanji and says "Chinese letter" for each, in 70 % of the names. Arabic: the names are written
-# without short vowels, and eSpeak leaves them out where it has no entry, so that 7 % of the words are bare consonants.
+# eSpeak's voice for each language that it pronounces. Two languages of the emoji names are missing on purpose.
+# Japanese: eSpeak has no readings for kanji and says "Chinese letter" for each, in 70 % of the names. Arabic: the names
+# are written without short vowels, and eSpeak knows too few of them, so that 7 % of the words are bare consonants.
 VOICES = {
     "en": "en-us",
     "es": "es",
@@ -84,7 +85,8 @@ def spoken(texts: Sequence[str], language: str) -> list[Tensor | None]:
     """
     if language not in VOICES:
         raise UserError(f"eSpeak NG does not pronounce {language!r} well enough; languages: {', '.join(VOICES)}")
-    return log_mel(*say(texts, language))
+    rate, waves = say(texts, language)
+    return log_mel(waves, rate)
 
 
 def say(texts: Sequence[str], language: str) -> tuple[int, list[np.ndarray]]:
@@ -147,10 +149,12 @@ def _resampled(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def _mel_power(wave: np.ndarray) -> np.ndarray:
-    # numpy, not torch: this runs beside other threads, and torch would start a team of its own for each small step.
+    from scipy.fft import rfft
+
+    # Nothing here enters a team of threads (as torch and BLAS would for each small step): eSpeak speaks meanwhile.
     frames = np.lib.stride_tricks.sliding_window_view(wave, WINDOW)[::HOP]
-    spectrum = np.fft.rfft(frames * _window(), FFT)
-    return (spectrum.real**2 + spectrum.imag**2) @ _mel_filters()
+    spectrum = rfft(frames * _window(), FFT)
+    return _mel_filters().dot((spectrum.real**2 + spectrum.imag**2).T).T
 
 
 @lru_cache(maxsize=1)
@@ -160,7 +164,10 @@ def _window() -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _mel_filters() -> np.ndarray:
+def _mel_filters() -> Any:
+    """(MELS, FFT / 2 + 1), sparse: a band overlaps its two neighbours only."""
+    from scipy.sparse import csr_array
+
     def mel(hertz: np.ndarray) -> np.ndarray:
         return 2595 * np.log10(1 + hertz / 700)
 
@@ -168,7 +175,7 @@ def _mel_filters() -> np.ndarray:
     edges = np.linspace(0, mel(np.array(SAMPLE_RATE / 2)), MELS + 2)
     rise = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     fall = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    return np.minimum(rise, fall).clip(0).astype(np.float32)
+    return csr_array(np.minimum(rise, fall).clip(0).T.astype(np.float32))
 
 
 def _normalised(power: np.ndarray) -> Tensor | None:
