@@ -21,6 +21,12 @@ def pooled_rnn(rnn: torch.nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
     return hidden.amax(1)
 
 
+def written_bytes(text: Tensor, lengths: Tensor) -> Tensor:
+    """The bytes of all captions, caption after caption, each with the 0 that ends it: (N,), N = sum(lengths) + B."""
+    ended = torch.nn.functional.pad(text, (0, 1))
+    return ended[within(lengths.to(text.device) + 1, ended.shape[1])]
+
+
 class TextEncoder(torch.nn.Module):
     """Bytes to a code: embedding, a convolution over neighbouring bytes, packed bidirectional GRU, maximum over time.
 
@@ -57,16 +63,16 @@ class TextDecoder(torch.nn.Module):
         self.rnn = nn.GRU(embedding_size, hidden_size, batch_first=True)
         self.byte = nn.Linear(hidden_size, BYTES)
 
-    def forward(self, codes: Tensor, text: Tensor) -> Tensor:
-        """Logits of each byte and of the end, given the true bytes before it.
+    def forward(self, codes: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
+        """Logits of each byte and of the end, given the code and the true bytes before it.
 
-        `codes`: (B, code_size), `text`: (B, T) int64 bytes, 0-padded. Output: (B, T + 1, 256); position t is the guess
-        of byte t, and a caption of length n ends with byte 0 at position n.
+        `codes`: (B, code_size); `text`: (B, T) int64 bytes, 0-padded; `lengths`: (B,) int64. Output: (N, 256), one row
+        for each of `written_bytes`; padding, which is most of a batch, gets none.
         """
         before = torch.nn.functional.pad(text, (1, 0))
         x = self.embedding(before) + self.given(codes)[:, None]
         hidden, _ = self.rnn(x, self.start(codes)[None])
-        return self.byte(hidden)
+        return self.byte(hidden[within(lengths.to(hidden.device) + 1, hidden.shape[1])])
 
     @torch.no_grad()
     def write(self, codes: Tensor, longest: int = 64) -> list[str]:

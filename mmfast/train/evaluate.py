@@ -14,7 +14,7 @@ from torch import Tensor
 
 import mmfast
 from mmfast.models import MODALITIES, Multimodal
-from mmfast.models.text import within
+from mmfast.models.text import within, written_bytes
 from mmfast.train import drawing
 from mmfast.train.data import MAX_BYTES, Dataset
 from mmfast.train.settings import Settings
@@ -62,9 +62,8 @@ def held_out_errors(model: Multimodal, dataset: Dataset, settings: Settings, mos
         means.add("mean_image", (constant - true).abs())
         means.add("image", (levels(model.decode_image(codes[:, 0])) - true).abs())
         means.add("picture_of_text", (levels(model.generator(noise, codes[:, 1])) - true).abs())
-        asked = within(batch.text_lengths + 1, batch.text.shape[1] + 1)
-        right = torch.nn.functional.pad(batch.text, (0, 1))[asked]
-        means.add("text", model.decode_text(codes[:, 1], batch.text)[asked].argmax(1) != right)
+        guessed = model.decode_text(codes[:, 1], batch.text, batch.text_lengths).argmax(1)
+        means.add("text", guessed != written_bytes(batch.text, batch.text_lengths))
         heard = present[:, 2]
         if heard.any():
             spoken = batch.speech[heard]
