@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import mmfast
 from mmfast.train import UserError
@@ -12,7 +13,7 @@ from mmfast.train import UserError
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaint is one line."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
 
 

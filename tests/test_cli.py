@@ -98,17 +98,26 @@ def test_train_writes_a_whole_run_and_says_what_it_learned(finished):
 
 def test_a_run_is_resumed_to_a_larger_limit(finished, tmp_path, capsys):
     folder = shutil.copytree(finished[0], tmp_path / "copy")
-    line = refused(capsys, "train", "--resume", folder)
-    assert "has done what it was asked for (6 steps" in line
-    assert "--steps" in line
     assert run("train", "--resume", folder, "--steps", "8") == 0
     assert "from step 6 to 8 steps" in capsys.readouterr().out
     assert checkpoint.load(folder)["training"]["step"] == 8
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["steps"] == 8
     assert config["data"]["captions"] == 24
+    assert config["threads"] == torch.get_num_threads()
     first = (finished[0] / "metrics.csv").read_text()
     assert (folder / "metrics.csv").read_text().startswith(first)
+
+
+def test_a_finished_run_reports_again(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    (folder / "samples.png").unlink()
+    assert run("train", "--resume", folder) == 0
+    printed = capsys.readouterr().out
+    assert "copy has done what it was asked for; --steps or --minutes" in printed
+    assert "drawn from text" in printed
+    assert (folder / "samples.png").read_bytes() == (finished[0] / "samples.png").read_bytes()
+    assert (folder / "metrics.csv").read_bytes() == (finished[0] / "metrics.csv").read_bytes()
 
 
 def test_the_default_folder_is_new_in_runs(own_pictures, monkeypatch):

@@ -136,18 +136,20 @@ def test_every_epoch_has_every_caption_in_an_order_of_its_own(batch):
 
 def test_a_run_learns(tmp_path, settings, dataset):
     """Reconstructions and pictures of a small data set get better than half as wrong."""
-    run = trained(tmp_path, replace(settings, steps=150, batch=8), dataset)
+    run = trained(tmp_path, replace(settings, steps=100, batch=8), dataset)
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     assert rows[0] == ["step", *LOSSES]
-    assert [int(row[0]) for row in rows[1:]] == list(range(1, 151))
+    assert [int(row[0]) for row in rows[1:]] == list(range(1, 101))
     values = torch.tensor([[float(x) for x in row[1:]] for row in rows[1:]])
     first, last = values[:5].mean(0), values[-5:].mean(0)
     for name in ("image", "text", "alignment", "picture"):
         assert last[LOSSES.index(name)] < 0.5 * first[LOSSES.index(name)], name
     assert last[LOSSES.index("speech")] < 0.8 * first[LOSSES.index("speech")]
+    ignorant = evaluate.held_out_errors(Step(run.settings, torch.nn, PlainHinge()).averaged, dataset, run.settings)
     errors = evaluate.held_out_errors(run.step.averaged, dataset, run.settings)
-    assert errors["image"] < 0.6 * errors["mean_image"]
-    assert 0 <= errors["text"] <= 1
+    for name in ("image", "text", "speech", "picture_of_text", "picture_of_speech"):
+        assert errors[name] < 0.7 * ignorant[name], name
+    assert errors["mean_image"] == ignorant["mean_image"]
 
 
 def test_averaged_weights_follow_the_trained_ones(settings, dataset):
@@ -229,30 +231,24 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path, settings
 
 
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, settings, dataset, own_pictures):
-    """SIGKILL at random moments of two sittings; the third ends where an unbroken run does."""
-    settings = replace(settings, steps=30, data=str(own_pictures), cache=str(dataset.folder.parent))
+    """SIGKILL at a random moment; the next sitting ends where an unbroken run does."""
+    settings = replace(settings, steps=20, data=str(own_pictures), cache=str(dataset.folder.parent))
     trained(tmp_path / "whole", settings, dataset)
     killed = tmp_path / "killed"
     killed.mkdir()
-    write_config(killed, settings, {})
+    write_config(killed, settings, {"threads": 1, "data": {}})
     new_run(killed, settings, dataset).save()
-    dice = random.Random()
-    for sitting in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", RESUME, str(killed)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        if sitting < 2:
-            behind = dice.randint(1, 4) + 13 * sitting
-            while (
-                len((killed / "metrics.csv").read_bytes().splitlines() if (killed / "metrics.csv").exists() else [])
-                <= behind
-            ):
-                assert process.poll() is None, process.stdout.read().decode()
-                time.sleep(0.01)
-            time.sleep(dice.random() / 5)
-            process.send_signal(signal.SIGKILL)
-        printed = process.communicate()[0].decode()
-    assert process.returncode == 0, printed
+    command = [sys.executable, "-c", RESUME, str(killed)]
+    doomed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics, rows = killed / "metrics.csv", random.randint(1, 14)
+    while not metrics.exists() or len(metrics.read_bytes().splitlines()) <= rows:
+        assert doomed.poll() is None, doomed.stdout.read().decode()
+        time.sleep(0.01)
+    time.sleep(random.random() / 20)
+    doomed.kill()
+    doomed.communicate()
+    assert checkpoint.load(killed)["training"]["step"] in range(rows - settings.save_every, 20)
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stderr == b""
     assert_same_run(tmp_path / "whole", killed)
 
 
@@ -354,7 +350,7 @@ def test_random_state_comes_back():
 
 
 def test_config_holds_all_settings(tmp_path, settings):
-    write_config(tmp_path, settings, {"data": {"pictures": 3}})
+    write_config(tmp_path, settings, {"data": {"pictures": 3}, "threads": 2})
     again, config = read_config(tmp_path)
     assert again == settings
     assert config["mmfast"] == mmfast.__version__

@@ -223,11 +223,10 @@ def resume(folder: Path, *, steps: int | None, minutes: float | None, backend: s
         run = Run(folder, settings, prepare(settings))
         run.load()
         if run.finished():
-            raise UserError(
-                f"{folder} has done what it was asked for ({run.step.done} steps, {run.seconds / 60:.1f} minutes): "
-                "give it a larger --steps or --minutes, counted from its start"
-            )
-        write_config(folder, settings, {key: config[key] for key in ("data", "threads") if key in config})
+            print(f"{folder} has done what it was asked for; --steps or --minutes, from its start, let it go on")
+        if config["threads"] != torch.get_num_threads():
+            print(f"begun on {config['threads']} threads, goes on with {torch.get_num_threads()}: rounding will differ")
+        write_config(folder, settings, {key: config[key] for key in ("data", "threads")})
         carry_out(run)
 
 
