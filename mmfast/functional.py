@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,7 +174,7 @@ def rnn(
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     mode = "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU"
     options = (dropout, training, bidirectional, batch_first, batch_sizes)
-    output, h_n = _recurrent(mode, input, hx, weights, *options, backend)
+    output, h_n = _recurrent(mode, input, None if hx is None else (hx,), weights, *options, backend)
     return output, h_n
 
 
@@ -200,7 +200,7 @@ def gru(
     All else: `rnn`, with 3 H rows in the order r, z, n in each weight. Source: Cho et al., arXiv:1406.1078.
     """
     options = (dropout, training, bidirectional, batch_first, batch_sizes)
-    output, h_n = _recurrent("GRU", input, hx, weights, *options, backend)
+    output, h_n = _recurrent("GRU", input, None if hx is None else (hx,), weights, *options, backend)
     return output, h_n
 
 
@@ -238,7 +238,7 @@ def lstm(
 def _recurrent(
     mode: str,
     input: Tensor,
-    hx: Tensor | tuple[Tensor, Tensor] | None,
+    states: Sequence[Tensor] | None,
     weights: Weights,
     dropout: float,
     training: bool,
@@ -247,40 +247,91 @@ def _recurrent(
     batch_sizes: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    first = weights[0]
-    hidden_size = first[1].shape[0] // _GATES[mode]
-    proj_size = first[-1].shape[0] if len(first) in (3, 5) else 0
-    sizes = (input.shape[-1], hidden_size, proj_size)
+    sizes = _recurrent_sizes(mode, weights, bidirectional)
+    _check_recurrent_input(mode, input, weights, sizes, batch_sizes)
+    batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
+    shapes = [(len(weights), batch, sizes.proj_size or sizes.hidden_size)]
+    if mode == "LSTM":
+        shapes.append((len(weights), batch, sizes.hidden_size))
+    if states is not None:
+        _check_states(states, shapes)
     facts = (input.device, input.dtype, mode, *sizes, bidirectional, batch_sizes is not None)
     RNN.select_by(facts, _rnn_case, backend)
-    if hx is None:
-        hx = _zero_states(mode, input, len(weights), hidden_size, proj_size, batch_first, batch_sizes)
+    if states is None:
+        states = [input.new_zeros(shape) for shape in shapes]
     function = _recurrent_outside_graphs if torch.compiler.is_compiling() else _recurrent_of_torch
-    return function(mode, input, hx, weights, dropout, training, bidirectional, batch_first, batch_sizes)
+    return function(mode, input, states, weights, dropout, training, bidirectional, batch_first, batch_sizes)
 
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
     return RnnCase(device.type, _compute_dtype(device.type, dtype), mode, *rest)
 
 
-def _zero_states(
-    mode: str,
-    input: Tensor,
-    rows: int,
-    hidden_size: int,
-    proj_size: int,
-    batch_first: bool,
-    batch_sizes: Tensor | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
-    h = input.new_zeros(rows, batch, proj_size or hidden_size)
-    return (h, input.new_zeros(rows, batch, hidden_size)) if mode == "LSTM" else h
+class _Sizes(NamedTuple):
+    input_size: int
+    hidden_size: int
+    proj_size: int
+
+
+def _recurrent_sizes(mode: str, weights: Weights, bidirectional: bool) -> _Sizes:
+    """The sizes that the first layer's weights tell; RuntimeError where any weight has another shape than they demand.
+
+    Not even PyTorch's kernels check all of this: its LSTM reads beyond a weight that is too small.
+    """
+    directions = 2 if bidirectional else 1
+    if not weights or len(weights) % directions or not 2 <= len(weights[0]) <= 5:
+        raise RuntimeError(
+            f"weights has {len(weights)} tuples; expected {directions} per layer, each (w_ih, w_hh), "
+            "(w_ih, w_hh, b_ih, b_hh), or with a projection one of these and w_hr"
+        )
+    w_ih, w_hh, *rest = weights[0]
+    rows, output_size = w_hh.shape
+    hidden_size = rows // _GATES[mode]
+    proj_size = output_size if len(rest) % 2 else 0
+    expected = [(rows, w_ih.shape[-1]), (rows, proj_size or hidden_size), *[(rows,)] * (len(rest) // 2 * 2)]
+    if proj_size:
+        expected.append((proj_size, hidden_size))
+    for index, layer in enumerate(weights):
+        if index == directions:
+            expected[0] = (rows, output_size * directions)
+        shapes = [weight.shape for weight in layer]
+        if shapes != expected:
+            raise RuntimeError(f"weights[{index}] has the shapes {list(map(tuple, shapes))}; expected {expected}")
+    return _Sizes(w_ih.shape[-1], hidden_size, proj_size)
+
+
+def _check_recurrent_input(
+    mode: str, input: Tensor, weights: Weights, sizes: _Sizes, batch_sizes: Tensor | None
+) -> None:
+    """PyTorch's checks, with its words."""
+    dtype = weights[0][0].dtype
+    if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+        # torch.nn.LSTM leaves the dtype of packed input to its kernel
+        error = RuntimeError if mode == "LSTM" and batch_sizes is not None else ValueError
+        raise error(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
+            f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
+        )
+    dims = 3 if batch_sizes is None else 2
+    if input.dim() != dims:
+        raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+    if input.shape[-1] != sizes.input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {sizes.input_size}, got {input.shape[-1]}"
+        )
+
+
+def _check_states(states: Sequence[Tensor], shapes: list[tuple[int, int, int]]) -> None:
+    for index, (state, shape) in enumerate(zip(states, shapes, strict=True)):
+        if state.shape != shape:
+            which = "hidden" if len(shapes) == 1 else f"hidden[{index}]"
+            raise RuntimeError(f"Expected {which} size {shape}, got {list(state.shape)}")
 
 
 def _recurrent_of_torch(
     mode: str,
     input: Tensor,
-    hx: Tensor | tuple[Tensor, Tensor],
+    states: Sequence[Tensor],
     weights: Weights,
     dropout: float,
     training: bool,
@@ -293,6 +344,7 @@ def _recurrent_of_torch(
     biases = len(weights[0]) > 3
     layers = len(weights) // (2 if bidirectional else 1)
     options = (flat, biases, layers, dropout, training, bidirectional)
+    hx = states if mode == "LSTM" else states[0]
     if batch_sizes is not None:
         return function(input, batch_sizes, hx, *options)
     return function(input, hx, *options, batch_first)
