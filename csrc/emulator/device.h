@@ -269,7 +269,8 @@ inline double abs_of(double x) { return fabs(x); }
 inline float tanh_of(float x) { return tanhf(x); }
 inline double tanh_of(double x) { return tanh(x); }
 
-// Largest relative errors as the PTX ISA manual states them for ex2.approx.ftz.f32, tanh.approx.f32, rcp.approx.ftz.f32.
+// Largest relative errors, none below what the PTX ISA manual states for ex2.approx.ftz.f32, tanh.approx.f32 and
+// rcp.approx.ftz.f32.
 constexpr float kExp2Error = 0x1p-22f, kTanhError = 0x1p-11f, kReciprocalError = 0x1p-23f;
 inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
 inline float exp2_approx(float x) { return flushed(emulator::perturbed(exp2f(flushed(x)), x, kExp2Error)); }
@@ -316,10 +317,9 @@ inline Half from_float<Half>(float x) {
     if (x != x) return {uint16_t(sign | 0x7fff)};
     const float size = fabsf(x);
     if (size >= 65520.0f) return {uint16_t(sign | 0x7c00)};
-    int exponent;
-    frexpf(size, &exponent);
-    // the spacing of float16 numbers here, 2^-24 at least; nearbyint rounds ties to even
-    const int spacing = exponent - 11 < -24 ? -24 : exponent - 11;
+    // the spacing of float16 numbers here is 2^spacing, 2^-24 at least; nearbyint rounds ties to even
+    const int exponent = int(bits_of(size) >> 23) - 127;
+    const int spacing = exponent < -14 ? -24 : exponent - 10;
     const int steps = int(nearbyintf(ldexpf(size, -spacing)));
     // steps is 1024 to 2048 for normal numbers; what overflows into the exponent field is right there
     return {uint16_t(sign | (steps + ((spacing + 24) << 10)))};

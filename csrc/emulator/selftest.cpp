@@ -15,6 +15,7 @@ namespace {
 enum Bug {
     kNone,
     kMissingBarrier,
+    kMissingSecondBarrier,
     kOffByOne,
     kOffByOneInside,
     kWrongLane,
@@ -67,7 +68,7 @@ struct Call {
     }
 };
 
-// ---- y = x reversed within the block, through shared memory
+// ---- y = x reversed within the block, through shared memory, and reversed and reversed again through the same array
 template <int kBug>
 struct Reverse {
     static constexpr int kThreads = kN;
@@ -87,7 +88,13 @@ struct Reverse {
         else if (kBug != kMissingBarrier)
             barrier();
         const int from = kBug == kOffByOneInside ? (kN - i) % kN : kN - 1 - i;
-        const float reversed = block[from];
+        float reversed = block[from];
+        for (int again = 0; again < 2; ++again) {
+            if (kBug != kMissingSecondBarrier) barrier();
+            block[i] = reversed;
+            barrier();
+            reversed = block[kN - 1 - i];
+        }
         if (kBug == kUnwrittenOutput && i == 3) return;
         store(y, begin + (kBug == kTwoWriters && i == 9 ? 8 : i), reversed);
         if (kBug == kPastTheEnd && i == 0) y.data()[2 * kN] = reversed;
@@ -316,6 +323,7 @@ namespace emulator {
 const Selftest kSelftests[] = {
     MMFAST_KERNEL(reverse, "", kNone),
     MMFAST_KERNEL(reverse, "missing barrier", kMissingBarrier),
+    MMFAST_KERNEL(reverse, "missing barrier before reuse", kMissingSecondBarrier),
     MMFAST_KERNEL(reverse, "off by one", kOffByOne),
     MMFAST_KERNEL(reverse, "off by one inside", kOffByOneInside),
     MMFAST_KERNEL(reverse, "off by one in shared memory", kSharedOffByOne),
