@@ -54,7 +54,7 @@ def adversarial_discriminator_loss(
     real_logits, fake_logits: a tensor of any shape, or a list of tensors of any shapes, one per discriminator; the two
         lists have one length. float64, float32, float16 or bfloat16; 16-bit logits accumulate in float32.
     mode: "non-saturating", "hinge", "lsgan" (targets 1 and 0) or "wasserstein".
-    backend: "torch", "cpu" or None (mmfast chooses).
+    backend: "torch", "cpu", "cuda", "triton" or None (mmfast chooses).
     Returns the loss, a tensor without dimensions, in the logits' dtype (float32 under autocast).
     Differentiable to any order in eager.
     Raises ValueError for an unknown mode or backend, an empty list or lists of different lengths; RuntimeError for

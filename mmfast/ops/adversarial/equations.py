@@ -94,6 +94,6 @@ def total(terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> Tensor
 def gradient(dtotal: Tensor, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> list[Tensor]:
     """dtotal times the gradient of `total` with respect to each tensor of logits, as a differentiable formula."""
     return [
-        dtotal * (term.weight * term.sign / (x.numel() if mean else 1)) * _slope(term.phi, _argument(term, x))
+        dtotal * (term.weight * term.sign / (max(x.numel(), 1) if mean else 1)) * _slope(term.phi, _argument(term, x))
         for term, x in zip(terms, logits, strict=True)
     ]
