@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -64,6 +65,59 @@ int adversarial(Kernel<mmfast_adversarial_args> kernel, int dtype, bool mean, co
 }
 
 #ifndef MMFAST_EMULATOR
+int normalize_forward(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
+                      double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
+                      Pointer mean, Pointer var, Pointer out, int threads) {
+    mmfast_normalize_args args{};
+    args.dtype = dtype;
+    args.channels_last = channels_last;
+    args.sets = shape[0], args.batch = shape[1], args.channels = shape[2], args.size = shape[3];
+    args.activation = activation;
+    args.negative_slope = negative_slope;
+    args.measure = measure;
+    args.eps = eps;
+    args.y = as_pointer(y);
+    args.weight = as_pointer(weight);
+    args.bias = as_pointer(bias);
+    args.mean = as_pointer(mean);
+    args.var = as_pointer(var);
+    args.out = as_pointer(out);
+    args.threads = threads;
+    return run(mmfast_cpu_normalize_forward, args);
+}
+
+int normalize_backward(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
+                       double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
+                       Pointer mean, Pointer var, Pointer dout, Pointer dy, Pointer dweight, Pointer dbias,
+                       int threads) {
+    mmfast_normalize_args args{};
+    args.dtype = dtype;
+    args.channels_last = channels_last;
+    args.sets = shape[0], args.batch = shape[1], args.channels = shape[2], args.size = shape[3];
+    args.activation = activation;
+    args.negative_slope = negative_slope;
+    args.measure = measure;
+    args.eps = eps;
+    args.y = as_pointer(y);
+    args.weight = as_pointer(weight);
+    args.bias = as_pointer(bias);
+    args.mean = as_pointer(mean);
+    args.var = as_pointer(var);
+    args.dout = as_pointer(dout);
+    args.dy = as_pointer(dy);
+    args.dweight = as_pointer(dweight);
+    args.dbias = as_pointer(dbias);
+    args.threads = threads;
+    return run(mmfast_cpu_normalize_backward, args);
+}
+
+int activation(Kernel<mmfast_activation_args> kernel, int dtype, int which, double negative_slope, int64_t count,
+               Pointer y, Pointer dout, Pointer out, int threads) {
+    const mmfast_activation_args args{dtype, which,           negative_slope,  count, as_pointer(y),
+                                      as_pointer(dout), as_pointer(out), threads};
+    return run(kernel, args);
+}
+
 void bind_cpu(py::module_& m) {
     m.def("isa", &mmfast_isa);
     m.def("set_isa", &mmfast_set_isa);
@@ -77,6 +131,17 @@ void bind_cpu(py::module_& m) {
           [](int dtype, bool mean, const std::vector<Term>& terms, Pointer dtotal, int threads) {
               return adversarial(mmfast_cpu_adversarial_backward, dtype, mean, terms, 0, 0, dtotal, threads, 0, 0);
           });
+
+    m.def("cpu_normalize_forward", &normalize_forward);
+    m.def("cpu_normalize_backward", &normalize_backward);
+    m.def("cpu_activation_forward",
+          [](int dtype, int which, double negative_slope, int64_t count, Pointer y, Pointer out, int threads) {
+              return activation(mmfast_cpu_activation_forward, dtype, which, negative_slope, count, y, 0, out, threads);
+          });
+    m.def("cpu_activation_backward", [](int dtype, int which, double negative_slope, int64_t count, Pointer y,
+                                        Pointer dout, Pointer out, int threads) {
+        return activation(mmfast_cpu_activation_backward, dtype, which, negative_slope, count, y, dout, out, threads);
+    });
 }
 #endif
 

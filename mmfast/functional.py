@@ -15,8 +15,13 @@ from .ops.adversarial.backends import OP as ADVERSARIAL
 from .ops.adversarial.backends import Case as AdversarialCase
 from .ops.adversarial.equations import MODES, Mode, Term
 from .ops.adversarial.op import loss as adversarial_loss
+from .ops.conv_transpose import equations as conv_transpose_equations
 from .ops.conv_transpose.backends import OP as CONV_TRANSPOSE
 from .ops.conv_transpose.backends import Case as ConvTransposeCase
+from .ops.conv_transpose.equations import ACTIVATIONS as CONV_TRANSPOSE_ACTIVATIONS
+from .ops.conv_transpose.equations import Epilogue as ConvTransposeEpilogue
+from .ops.conv_transpose.equations import Geometry as ConvTransposeGeometry
+from .ops.conv_transpose.op import conv_transpose as conv_transpose_op
 from .ops.rnn.backends import OP as RNN
 from .ops.rnn.backends import Case as RnnCase
 
@@ -24,8 +29,11 @@ __all__ = [
     "adversarial_discriminator_loss",
     "adversarial_generator_loss",
     "conv_transpose1d",
+    "conv_transpose1d_norm_act",
     "conv_transpose2d",
+    "conv_transpose2d_norm_act",
     "conv_transpose3d",
+    "conv_transpose3d_norm_act",
     "gru",
     "gru_cell",
     "lstm",
@@ -460,8 +468,10 @@ def conv_transpose1d(
     backend: "torch", "cpu", "triton", "cuda" or None (mmfast chooses); ValueError for any other.
     Differentiable to any order.
     """
-    _select_conv_transpose(1, input, weight, stride, padding, output_padding, groups, dilation, backend)
-    return torch.conv_transpose1d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if _select_conv_transpose(1, input, weight, stride, padding, output_padding, groups, dilation, backend) == "torch":
+        return torch.conv_transpose1d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return _conv_transpose(1, input, weight, bias, *geometry, backend)
 
 
 def conv_transpose2d(
@@ -482,8 +492,10 @@ def conv_transpose2d(
 
     input: (N, Cin, H, W) or (Cin, H, W). weight: (Cin, Cout / groups, Kh, Kw). All else: `conv_transpose1d`.
     """
-    _select_conv_transpose(2, input, weight, stride, padding, output_padding, groups, dilation, backend)
-    return torch.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if _select_conv_transpose(2, input, weight, stride, padding, output_padding, groups, dilation, backend) == "torch":
+        return torch.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return _conv_transpose(2, input, weight, bias, *geometry, backend)
 
 
 def conv_transpose3d(
@@ -504,11 +516,231 @@ def conv_transpose3d(
 
     input: (N, Cin, D, H, W) or (Cin, D, H, W). weight: (Cin, Cout / groups, Kd, Kh, Kw). All else: `conv_transpose1d`.
     """
-    _select_conv_transpose(3, input, weight, stride, padding, output_padding, groups, dilation, backend)
-    return torch.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if _select_conv_transpose(3, input, weight, stride, padding, output_padding, groups, dilation, backend) == "torch":
+        return torch.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return _conv_transpose(3, input, weight, bias, *geometry, backend)
 
 
-def _select_conv_transpose(
+def conv_transpose1d_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    backend: str | None = None,
+) -> Tensor:
+    """A transposed convolution over sequences, the normalisation and the activation that follow it, as one op.
+
+    Equivalent to, for norm "batch", activation "relu" and crop (l, r):
+    `relu(batch_norm(conv_transpose1d(input, weight, bias, ...)[:, :, l:-r], running_mean, running_var, norm_weight,
+    norm_bias, training, momentum, eps))`.
+
+    input, weight, bias, stride, padding, output_padding, groups, dilation: as in `conv_transpose1d`.
+    crop: how many positions to drop from the result at (begin, end), or a pair per spatial dimension; audio codecs
+        that are causal drop their whole overlap at the end.
+    norm: None, "batch" (training, or no running statistics: moments of this batch; else the running statistics) or
+        "instance" (always its own moments). norm_weight, norm_bias: (Cout,) or None.
+    running_mean, running_var: (Cout,) or None; "batch" updates them in training, as PyTorch does.
+    activation: None, "relu", "leaky_relu" (with negative_slope), "tanh", "sigmoid", "silu" or "gelu".
+    backend: "torch", "cpu" or None (mmfast chooses).
+    Returns (N, Cout, L') or (Cout, L'), in input's dtype. Differentiable to any order in eager.
+    Raises ValueError for an unknown norm, activation or backend, and where a norm that measures has one value per
+        channel; RuntimeError for what PyTorch's own functions refuse.
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    statistics = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
+    return _conv_transpose_norm_act(
+        1, input, weight, bias, *geometry, crop, *statistics, activation, negative_slope, backend
+    )
+
+
+def conv_transpose2d_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    backend: str | None = None,
+) -> Tensor:
+    """A transposed convolution over images, the normalisation and the activation that follow it, as one op.
+
+    Equivalent to: conv_transpose2d, batch_norm or instance_norm, activation. All else: `conv_transpose1d_norm_act`.
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    statistics = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
+    return _conv_transpose_norm_act(
+        2, input, weight, bias, *geometry, crop, *statistics, activation, negative_slope, backend
+    )
+
+
+def conv_transpose3d_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    backend: str | None = None,
+) -> Tensor:
+    """A transposed convolution over volumes, the normalisation and the activation that follow it, as one op.
+
+    Equivalent to: conv_transpose3d, batch_norm or instance_norm, activation. All else: `conv_transpose1d_norm_act`.
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    statistics = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
+    return _conv_transpose_norm_act(
+        3, input, weight, bias, *geometry, crop, *statistics, activation, negative_slope, backend
+    )
+
+
+def _conv_transpose(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+    backend: str | None,
+) -> Tensor:
+    plain = ConvTransposeEpilogue()
+    case, geometry = _conv_transpose_case(
+        dims, input, weight, stride, padding, output_padding, groups, dilation, (), plain
+    )
+    chosen = "torch" if case is None else CONV_TRANSPOSE.select(case, backend)
+    if chosen == "torch" or not _fits(dims, input, weight, bias, geometry):
+        # what is no transposed convolution at all, PyTorch refuses, with its own error
+        function = _CONV_TRANSPOSE[dims - 1]
+        return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _conv_transpose_op(dims, input, weight, bias, (None,) * 4, geometry, plain, chosen)[0]
+
+
+def _conv_transpose_norm_act(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+    crop: Sequence[tuple[int, int]] | tuple[int, int],
+    norm: str | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    backend: str | None,
+) -> Tensor:
+    if norm not in (None, "batch", "instance"):
+        raise ValueError(f"unknown norm {norm!r}; accepted: None, 'batch', 'instance'")
+    if activation is not None and activation not in CONV_TRANSPOSE_ACTIVATIONS[1:]:
+        accepted = ", ".join(map(repr, CONV_TRANSPOSE_ACTIVATIONS[1:]))
+        raise ValueError(f"unknown activation {activation!r}; accepted: None, {accepted}")
+    if norm == "instance" and running_mean is not None:
+        raise ValueError("norm 'instance' takes no running statistics; pass None, or norm='batch'")
+    measures = norm == "instance" or (norm == "batch" and (training or running_mean is None))
+    kind = ("given" if norm == "batch" and not measures else norm) or "none"
+    epilogue = ConvTransposeEpilogue(kind, eps, activation or "none", negative_slope)
+    cropped = _crop(crop, dims)
+    case, geometry = _conv_transpose_case(
+        dims, input, weight, stride, padding, output_padding, groups, dilation, cropped, epilogue
+    )
+    chosen = "torch" if case is None else CONV_TRANSPOSE.select(case, backend)
+    if chosen == "torch" or not _fits(dims, input, weight, bias, geometry):
+        y = _CONV_TRANSPOSE[dims - 1](input, weight, bias, stride, padding, output_padding, groups, dilation)
+        for dim, (begin, end) in enumerate(zip(cropped[::2], cropped[1::2], strict=True), start=-dims):
+            y = y.narrow(dim, begin, y.shape[dim] - begin - end) if begin or end else y
+        if norm == "batch":
+            y = torch.nn.functional.batch_norm(
+                y, running_mean, running_var, norm_weight, norm_bias, measures, momentum, eps
+            )
+        elif norm == "instance":
+            y = torch.nn.functional.instance_norm(y, weight=norm_weight, bias=norm_bias, eps=eps)
+        return conv_transpose_equations.activate(y, epilogue.activation, negative_slope)
+    given = (running_mean, running_var) if kind == "given" else (None, None)
+    parameters = (norm_weight, norm_bias, *given)
+    out, mean, var = _conv_transpose_op(dims, input, weight, bias, parameters, geometry, epilogue, chosen)
+    if measures:
+        count = out.numel() // max(mean.numel(), 1)
+        if count == 1 or (norm == "batch" and out.shape[-dims:].numel() * (out.dim() == dims + 1) == 1):
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {out.size()}")
+        if norm == "batch" and running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+                running_var.lerp_(var.to(running_var.dtype) * (count / max(count - 1, 1)), momentum)
+    return out
+
+
+_CONV_TRANSPOSE = (
+    torch.nn.functional.conv_transpose1d,
+    torch.nn.functional.conv_transpose2d,
+    torch.nn.functional.conv_transpose3d,
+)
+
+
+def _crop(crop: Sequence[tuple[int, int]] | tuple[int, int], dims: int) -> tuple[int, ...]:
+    pairs = [crop] * dims if isinstance(crop[0], int) else list(crop)
+    flat = tuple(side for pair in pairs for side in pair)  # type: ignore[union-attr]
+    if len(pairs) != dims or len(flat) != 2 * dims or min(flat) < 0:
+        raise ValueError(f"crop is {crop}; expected (begin, end), both at least 0, or one such pair per dimension")
+    return flat
+
+
+def _conv_transpose_case(
     dims: int,
     input: Tensor,
     weight: Tensor,
@@ -517,39 +749,66 @@ def _select_conv_transpose(
     output_padding: Size,
     groups: int,
     dilation: Size,
-    backend: str | None,
-) -> str:
-    # what is no transposed convolution at all, PyTorch refuses, with its own error
+    crop: tuple[int, ...],
+    epilogue: ConvTransposeEpilogue,
+) -> tuple[ConvTransposeCase | None, ConvTransposeGeometry]:
+    sizes = [_per_dim(size, dims) for size in (stride, padding, output_padding, dilation)]
+    geometry = ConvTransposeGeometry(*sizes, groups, crop or (0,) * (2 * dims))
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims + 2):
-        return "torch"
-    facts = (input.device, input.dtype, weight.shape, stride, padding, output_padding, groups, dilation)
-    return CONV_TRANSPOSE.select_by(facts, _conv_transpose_case, backend)
+        return None, geometry
+    device, dtype = input.device.type, _compute_dtype(input)
+    channels = (weight.shape[0], weight.shape[1] * groups, tuple(weight.shape[2:]))
+    options = (any(crop), epilogue.norm, epilogue.activation, epilogue.negative_slope)
+    return ConvTransposeCase(device, dtype, *channels, *sizes, groups, *options), geometry
 
 
-def _conv_transpose_case(
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: torch.Size,
-    stride: Size,
-    padding: Size,
-    output_padding: Size,
-    groups: int,
-    dilation: Size,
-) -> ConvTransposeCase:
-    in_channels, group_channels, *kernel_size = shape
-    dims = len(kernel_size)
-    return ConvTransposeCase(
-        device.type,
-        _compute_dtype(device.type, dtype),
-        in_channels,
-        group_channels * groups,
-        tuple(kernel_size),
-        _per_dim(stride, dims),
-        _per_dim(padding, dims),
-        _per_dim(output_padding, dims),
-        _per_dim(dilation, dims),
-        groups,
-    )
+def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvTransposeGeometry) -> bool:
+    """Whether PyTorch would take these arguments: if not, it is asked, and its own error raised."""
+    if input.dim() not in (dims + 1, dims + 2) or input.shape[-dims - 1] != weight.shape[0]:
+        return False
+    groups, size = geometry.groups, input.shape[-dims:]
+    if groups < 1 or weight.shape[0] % groups or min(size) < 1 or min(weight.shape) < 1:
+        return False
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[1] * groups):
+        return False
+    if any(x.device != input.device for x in (weight, bias) if x is not None):
+        return False
+    same_dtype = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
+    if not same_dtype and _compute_dtype(input) == input.dtype:
+        return False
+    lists = geometry[:4]
+    if any(len(part) != dims for part in lists) or min(*geometry.stride, *geometry.dilation) < 1:
+        return False
+    if min(*geometry.padding, *geometry.output_padding) < 0:
+        return False
+    rows = zip(geometry.output_padding, geometry.stride, geometry.dilation, strict=True)
+    if any(padding >= stride and padding >= dilation for padding, stride, dilation in rows):
+        return False
+    return min(geometry.out_size(size, weight.shape[2:])) >= 1
+
+
+def _conv_transpose_op(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    parameters: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    geometry: ConvTransposeGeometry,
+    epilogue: ConvTransposeEpilogue,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _compute_dtype(input)
+    x, weight = input.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    unbatched = x.dim() == dims + 1
+    tensors = (x.unsqueeze(0) if unbatched else x, weight, bias, *parameters)
+    if needs_formula([tensor for tensor in tensors if tensor is not None]):
+        out, _, mean, var = conv_transpose_equations.forward(*tensors, geometry, epilogue)
+        empty = out.new_empty(0)
+        mean, var = (empty if mean is None else mean, empty if var is None else var)
+    else:
+        out, mean, var = conv_transpose_op(tensors, geometry, epilogue, backend)
+    return out.squeeze(0) if unbatched else out, mean, var
 
 
 def _per_dim(size: Size, dims: int) -> tuple[int, ...]:

@@ -192,3 +192,64 @@ def cuda_adversarial_backward(
     """As cpu_adversarial_backward, on a CUDA device or in the emulator."""
     rows = [(x.data_ptr(), dx.data_ptr(), x.numel(), *term) for x, dx, term in zip(logits, dlogits, terms, strict=True)]
     _launch("cuda_adversarial_backward", dtotal, DTYPES[dtotal.dtype], mean, rows, dtotal.data_ptr())
+
+
+def cpu_normalize_forward(
+    layout: tuple[bool, tuple[int, int, int, int]],
+    activation: tuple[int, float],
+    measure: bool,
+    eps: float,
+    y: torch.Tensor,
+    parameters: Sequence[torch.Tensor | None],
+    out: torch.Tensor,
+) -> None:
+    """Fills out, and with `measure` mean and var, from y: dense CPU tensors of one dtype and one order of memory.
+
+    layout: (channels last, (sets, batch, channels, size)). activation: (number, negative slope). parameters: weight,
+    bias (channels,) or None, mean, var (sets, channels) in y's compute dtype, contiguous.
+    """
+    pointers = [_pointer(x) for x in parameters]
+    threads = torch.get_num_threads()
+    arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, y.data_ptr(), *pointers, out.data_ptr(), threads)
+    check(library().cpu_normalize_forward(*arguments))
+
+
+def cpu_normalize_backward(
+    layout: tuple[bool, tuple[int, int, int, int]],
+    activation: tuple[int, float],
+    measure: bool,
+    eps: float,
+    y: torch.Tensor,
+    parameters: Sequence[torch.Tensor | None],
+    dout: torch.Tensor,
+    dy: torch.Tensor,
+    dweight: torch.Tensor,
+    dbias: torch.Tensor,
+) -> None:
+    """Fills dy, of y's layout, and dweight and dbias (sets, channels); the other arguments as in the forward."""
+    pointers = [_pointer(x) for x in (y, *parameters, dout, dy, dweight, dbias)]
+    threads = torch.get_num_threads()
+    arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, *pointers, threads)
+    check(library().cpu_normalize_backward(*arguments))
+
+
+def cpu_activation_forward(activation: tuple[int, float], y: torch.Tensor, out: torch.Tensor) -> None:
+    """Fills out, of y's layout, with the activation of y, a dense CPU tensor; out may be y."""
+    arguments = (DTYPES[y.dtype], *activation, y.numel(), y.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    check(library().cpu_activation_forward(*arguments))
+
+
+def cpu_activation_backward(
+    activation: tuple[int, float], value: torch.Tensor, dout: torch.Tensor, dy: torch.Tensor
+) -> None:
+    """Fills dy with dout times the slope at which the activation took `value` (silu: its argument); one layout."""
+    pointers = (value.data_ptr(), dout.data_ptr(), dy.data_ptr())
+    check(
+        library().cpu_activation_backward(
+            DTYPES[value.dtype], *activation, value.numel(), *pointers, torch.get_num_threads()
+        )
+    )
+
+
+def _pointer(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
