@@ -8,6 +8,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "mmfast.h"
@@ -65,6 +66,41 @@ int adversarial(Kernel<mmfast_adversarial_args> kernel, int dtype, bool mean, co
 }
 
 #ifndef MMFAST_EMULATOR
+// dtype, mode, directions, T, B, H, step stride, batch stride, offsets, lengths, W_hh of both directions, b_hh of both,
+// h0, c0, threads
+using RnnLayer = std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, Pointer, Pointer, Pointer,
+                            Pointer, Pointer, Pointer, Pointer, Pointer, int>;
+
+mmfast_rnn_layer as_layer(const RnnLayer& row) {
+    mmfast_rnn_layer layer{};
+    Pointer offsets, lengths, w_hh, w_hh_reverse, b_hh, b_hh_reverse, h0, c0;
+    std::tie(layer.dtype, layer.mode, layer.directions, layer.steps, layer.batch, layer.hidden, layer.step_stride,
+             layer.batch_stride, offsets, lengths, w_hh, w_hh_reverse, b_hh, b_hh_reverse, h0, c0, layer.threads) = row;
+    layer.offsets = as_pointer<int64_t>(offsets);
+    layer.lengths = as_pointer<int64_t>(lengths);
+    layer.w_hh[0] = as_pointer(w_hh);
+    layer.w_hh[1] = as_pointer(w_hh_reverse);
+    layer.b_hh[0] = as_pointer(b_hh);
+    layer.b_hh[1] = as_pointer(b_hh_reverse);
+    layer.h0 = as_pointer(h0);
+    layer.c0 = as_pointer(c0);
+    return layer;
+}
+
+int rnn_forward(const RnnLayer& layer, Pointer gx, Pointer gates, Pointer cell, Pointer y, Pointer hn, Pointer cn) {
+    const mmfast_rnn_forward_args args = {as_layer(layer), as_pointer(gx), as_pointer(gates), as_pointer(cell),
+                                          as_pointer(y),   as_pointer(hn), as_pointer(cn)};
+    return run(mmfast_cpu_rnn_forward, args);
+}
+
+int rnn_backward(const RnnLayer& layer, Pointer y, Pointer gates, Pointer cell, Pointer dy, Pointer dhn, Pointer dcn,
+                 Pointer dgates, Pointer dm, Pointer previous, Pointer dh0, Pointer dc0) {
+    const mmfast_rnn_backward_args args = {as_layer(layer), as_pointer(y),        as_pointer(gates), as_pointer(cell),
+                                           as_pointer(dy),  as_pointer(dhn),      as_pointer(dcn),   as_pointer(dgates),
+                                           as_pointer(dm),  as_pointer(previous), as_pointer(dh0),   as_pointer(dc0)};
+    return run(mmfast_cpu_rnn_backward, args);
+}
+
 int normalize_forward(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
                       double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
                       Pointer mean, Pointer var, Pointer out, int threads) {
@@ -113,8 +149,8 @@ int normalize_backward(int dtype, bool channels_last, const std::array<int64_t, 
 
 int activation(Kernel<mmfast_activation_args> kernel, int dtype, int which, double negative_slope, int64_t count,
                Pointer y, Pointer dout, Pointer out, int threads) {
-    const mmfast_activation_args args{dtype, which,           negative_slope,  count, as_pointer(y),
-                                      as_pointer(dout), as_pointer(out), threads};
+    const mmfast_activation_args args{dtype,           which,  negative_slope, count, as_pointer(y), as_pointer(dout),
+                                      as_pointer(out), threads};
     return run(kernel, args);
 }
 
@@ -131,6 +167,8 @@ void bind_cpu(py::module_& m) {
           [](int dtype, bool mean, const std::vector<Term>& terms, Pointer dtotal, int threads) {
               return adversarial(mmfast_cpu_adversarial_backward, dtype, mean, terms, 0, 0, dtotal, threads, 0, 0);
           });
+    m.def("cpu_rnn_forward", &rnn_forward);
+    m.def("cpu_rnn_backward", &rnn_backward);
 
     m.def("cpu_normalize_forward", &normalize_forward);
     m.def("cpu_normalize_backward", &normalize_backward);
@@ -151,10 +189,10 @@ void bind_cuda(py::module_& m) {
                                          Pointer total, Pointer scratch, Pointer stream) {
         return adversarial(mmfast_cuda_adversarial_forward, dtype, mean, terms, values, total, 0, 1, scratch, stream);
     });
-    m.def("cuda_adversarial_backward", [](int dtype, bool mean, const std::vector<Term>& terms, Pointer dtotal,
-                                          Pointer stream) {
-        return adversarial(mmfast_cuda_adversarial_backward, dtype, mean, terms, 0, 0, dtotal, 1, 0, stream);
-    });
+    m.def("cuda_adversarial_backward",
+          [](int dtype, bool mean, const std::vector<Term>& terms, Pointer dtotal, Pointer stream) {
+              return adversarial(mmfast_cuda_adversarial_backward, dtype, mean, terms, 0, 0, dtotal, 1, 0, stream);
+          });
 }
 #endif
 

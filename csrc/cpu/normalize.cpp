@@ -119,7 +119,8 @@ inline void each_vector(const T* y, int64_t rows, int64_t stride, int64_t size, 
         const int64_t row = r * stride;
         int64_t i = 0;
         for (; i + kGroup * kWidth <= size; i += kGroup * kWidth)
-            for (int j = 0; j < kGroup; ++j) body(load_float(y + row + i + j * kWidth, kWidth), kWidth, row + i + j * kWidth, j);
+            for (int j = 0; j < kGroup; ++j)
+                body(load_float(y + row + i + j * kWidth, kWidth), kWidth, row + i + j * kWidth, j);
         for (int j = 0; i < size; i += kWidth, ++j) {
             const int width = size - i < kWidth ? int(size - i) : kWidth;
             body(load_float(y + row + i, width), width, row + i, j);
@@ -319,8 +320,8 @@ int measure_channels_last(const Args& args, const RowChunks& chunks) {
     C* parts = static_cast<C*>(malloc(size_t(count * args.channels * 3) * sizeof(C)));
     if (!parts) return MMFAST_OUT_OF_MEMORY;
     parallel_for(threads_for(args), count, [&](int64_t i) {
-        const T* y = static_cast<const T*>(args.y) +
-                     (chunks.set(i) * chunks.rows_per_set + chunks.first(i)) * args.channels;
+        const T* y =
+            static_cast<const T*>(args.y) + (chunks.set(i) * chunks.rows_per_set + chunks.first(i)) * args.channels;
         C* part = parts + i * args.channels * 3;
         chunk_moments<T, C>(y, chunks.count(i), args.channels, part, part + args.channels, part + 2 * args.channels);
     });
@@ -517,18 +518,18 @@ int activation_backward_of(const mmfast_activation_args& args) {
 
 }  // namespace
 
-#define MMFAST_BY_DTYPE(function)                 \
-    switch (args.dtype) {                         \
-        case MMFAST_FLOAT32:                      \
-            return function<float, float>(args);  \
-        case MMFAST_FLOAT64:                      \
-            return function<double, double>(args);\
-        case MMFAST_FLOAT16:                      \
-            return function<Half, float>(args);   \
-        case MMFAST_BFLOAT16:                     \
-            return function<Bf16, float>(args);   \
-        default:                                  \
-            return MMFAST_INVALID_ARGUMENT;       \
+#define MMFAST_BY_DTYPE(function)                  \
+    switch (args.dtype) {                          \
+        case MMFAST_FLOAT32:                       \
+            return function<float, float>(args);   \
+        case MMFAST_FLOAT64:                       \
+            return function<double, double>(args); \
+        case MMFAST_FLOAT16:                       \
+            return function<Half, float>(args);    \
+        case MMFAST_BFLOAT16:                      \
+            return function<Bf16, float>(args);    \
+        default:                                   \
+            return MMFAST_INVALID_ARGUMENT;        \
     }
 
 int normalize_forward(const mmfast_normalize_args& args) { MMFAST_BY_DTYPE(forward) }
