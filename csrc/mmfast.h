@@ -55,11 +55,73 @@ typedef struct {
     // (1,) gradient of the loss with respect to total, in dtype; backward only
     const void* dtotal;
     int32_t threads;  // CPU: at least 1
+    // CUDA forward only: 1 + sum_k ceil(n_k / MMFAST_ADVERSARIAL_CHUNK) float64, unwritten
+    void* scratch;
+    void* stream;  // CUDA: the stream to launch on; null is the default stream
 } mmfast_adversarial_args;
+
+#define MMFAST_ADVERSARIAL_CHUNK 4096
 
 int mmfast_cpu_adversarial_forward(const mmfast_adversarial_args* args);
 // dlogits_k = dtotal * weight_k * phi_k'(sign_k * x + shift_k) * sign_k [/ n_k], rounded once.
 int mmfast_cpu_adversarial_backward(const mmfast_adversarial_args* args);
+// The same on the current CUDA device; every pointer but args and terms is device memory. Two launches a forward and
+// one a backward, for each 64 terms.
+int mmfast_cuda_adversarial_forward(const mmfast_adversarial_args* args);
+int mmfast_cuda_adversarial_backward(const mmfast_adversarial_args* args);
+
+// ---- conv_transpose: normalisation and activation
+enum mmfast_activation {
+    MMFAST_ACT_NONE = 0,
+    MMFAST_ACT_RELU = 1,
+    MMFAST_ACT_LEAKY_RELU = 2,
+    MMFAST_ACT_TANH = 3,
+    MMFAST_ACT_SIGMOID = 4,
+    MMFAST_ACT_SILU = 5
+};
+
+// out = act((y - mean_c) / sqrt(var_c + eps) * weight_c + bias_c), for each of `sets` sets with moments of its own (one
+// for a batch norm, one a sample for an instance norm) over its batch * size elements of channel c.
+// y, out, dout, dy: (sets, batch, channels, size), or with channels_last (sets, batch, size, channels); contiguous.
+// "compute dtype" is float64 for float64 tensors, else float32.
+typedef struct {
+    int32_t dtype;  // enum mmfast_dtype, of y, out, dout and dy
+    int32_t channels_last;
+    int64_t sets, batch, channels, size;  // at least 1 each
+    int32_t activation;                   // enum mmfast_activation
+    double negative_slope;                // of leaky relu
+    int32_t measure;                      // 1: mean and var are y's own; forward writes them. 0: they are given
+    double eps;
+    const void* y;
+    const void* weight;  // (channels,) compute dtype, or null: 1
+    const void* bias;    // (channels,) compute dtype, or null: 0
+    void* mean;          // (sets, channels) compute dtype
+    void* var;           // (sets, channels) compute dtype; the biased variance
+    void* out;           // forward only; may alias y
+    const void* dout;    // backward only
+    void* dy;            // backward only; may alias dout
+    void* dweight;       // (sets, channels) compute dtype, backward only
+    void* dbias;         // (sets, channels) compute dtype, backward only
+    int32_t threads;
+} mmfast_normalize_args;
+
+int mmfast_cpu_normalize_forward(const mmfast_normalize_args* args);
+int mmfast_cpu_normalize_backward(const mmfast_normalize_args* args);
+
+// out = act(y), and its gradient.
+typedef struct {
+    int32_t dtype;  // enum mmfast_dtype
+    int32_t activation;
+    double negative_slope;  // at least 0
+    int64_t count;
+    const void* y;     // (count,) forward: the argument; backward: the value, for silu the argument
+    const void* dout;  // (count,) backward only
+    void* out;         // (count,) forward: the value; backward: dout * act'; may alias y or dout
+    int32_t threads;
+} mmfast_activation_args;
+
+int mmfast_cpu_activation_forward(const mmfast_activation_args* args);
+int mmfast_cpu_activation_backward(const mmfast_activation_args* args);
 
 #ifdef __cplusplus
 }

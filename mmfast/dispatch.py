@@ -56,6 +56,15 @@ class TorchBackend(Backend):
         return ""
 
 
+class GpuBackend(Backend):
+    """Kernels for a GPU; on CPU tensors they are emulated or interpreted, which only an explicit choice asks for."""
+
+    def reluctance(self, case: Any) -> str:
+        if case.device == "cpu":
+            return f"{self.name} kernels run on a CPU only to be tested"
+        return "not measured on this device"
+
+
 class Choice(NamedTuple):
     """A backend's name, why it serves, and for each backend passed over the reasons."""
 

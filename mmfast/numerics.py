@@ -129,7 +129,9 @@ class Errors:
     def check(self) -> Comparison:
         """The figures, if the rule is kept; AssertionError otherwise, ValueError for fewer than 4096 values."""
         if not self.enough:
-            raise ValueError(f"{self.name}: {self.count} values are too few for the rule; pool {ENOUGH} over more seeds")
+            raise ValueError(
+                f"{self.name}: {self.count} values are too few for the rule; pool {ENOUGH} over more seeds"
+            )
         comparison = self.compare()
         if comparison.failures:
             raise AssertionError(f"{self.name}: " + "; ".join(comparison.failures) + f" (over {self.count} values)")

@@ -48,7 +48,7 @@ def _served() -> list[Served]:
     if INTERPRETED:
         return [Served("triton", "cpu")]
     served = [Served("torch", "cpu"), *(Served("cpu", "cpu", isa) for isa in native.supported_isas())]
-    # CUDA
+    served.append(Served("cuda", "cpu"))
     if torch.cuda.is_available():
         served += [Served(name, "cuda") for name in ("torch", "cuda", "triton")]
     return served

@@ -21,7 +21,11 @@
 // every kernel: name, arguments
 #define MMFAST_FOR_EACH_KERNEL(X)                   \
     X(adversarial_forward, mmfast_adversarial_args) \
-    X(adversarial_backward, mmfast_adversarial_args)
+    X(adversarial_backward, mmfast_adversarial_args) \
+    X(normalize_forward, mmfast_normalize_args) \
+    X(normalize_backward, mmfast_normalize_args) \
+    X(activation_forward, mmfast_activation_args) \
+    X(activation_backward, mmfast_activation_args)
 
 namespace mmfast {
 

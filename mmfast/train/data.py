@@ -132,6 +132,10 @@ class Dataset:
         self.held_out = _mapped(folder / "held_out.npy")
         self._text = _Ragged(folder, "text")
         self._speech = _Ragged(folder, "speech")
+        if self.images.shape != (len(self.pictures), 3, self.size, self.size) or not (
+            len(self.texts) == len(self.languages) == len(self.picture_of) == len(self.train) + len(self.held_out)
+        ):
+            raise ValueError(f"the files in {folder} do not belong together")
         self.has_speech = torch.from_numpy(np.diff(self._speech.start) > 0)
 
     def batch(self, captions: Tensor) -> Batch:
@@ -169,6 +173,8 @@ def prepare(
     Errors: UserError, one line that says what to do.
     """
     _check_size(size)
+    if limit is not None and limit < 1:
+        raise UserError(f"the limit is {limit} emoji; it must be at least 1")
     root = _cache_root() if folder is None else Path(folder)
     own = None if source is None else Path(source)
     name = _cache_name(own, size, limit)
@@ -176,7 +182,13 @@ def prepare(
     if dataset is not None:
         return dataset
     try:
-        return _prepare(root, name, size, own, limit, progress)
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f"{name}.lock", progress):
+            dataset = _opened(root / name)
+            if dataset is None:
+                material = emoji_material(limit) if own is None else folder_material(own)
+                dataset = _made(material, root / name, size, progress)
+            return dataset
     except OSError as error:
         raise UserError(_disk_trouble(root, error)) from error
 
@@ -309,7 +321,7 @@ def _opened(path: Path) -> Dataset | None:
     """The data set in this folder, or None where there is none that can be used."""
     try:
         dataset = Dataset(path)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
     if dataset.speech_missing:
         with contextlib.suppress(SpeechUnavailable):
@@ -318,35 +330,37 @@ def _opened(path: Path) -> Dataset | None:
     return dataset
 
 
-def _prepare(root: Path, name: str, size: int, source: Path | None, limit: int | None, progress: bool) -> Dataset:
-    root.mkdir(parents=True, exist_ok=True)
-    partial = root / f"{name}.partial"
-    with _locked(root / f"{name}.lock"):
-        dataset = _opened(root / name)
-        if dataset is not None:
-            return dataset
-        # Left by a killed preparation, or damaged.
-        for stale in (partial, root / name):
-            if stale.exists():
-                shutil.rmtree(stale)
-        material = emoji_material(limit) if source is None else folder_material(source)
-        try:
-            partial.mkdir()
-            with _Progress(material, root, show=progress) as bar:
-                _build(material, partial, size, bar)
-            partial.rename(root / name)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    return Dataset(root / name)
+def _made(material: Material, folder: Path, size: int, progress: bool) -> Dataset:
+    partial = folder.with_name(f"{folder.name}.partial")
+    # Left by a killed preparation, damaged, or without the speech that is possible now.
+    for stale in (partial, folder):
+        if stale.exists():
+            shutil.rmtree(stale)
+    try:
+        partial.mkdir()
+        with _Progress(material, folder.parent, show=progress) as bar:
+            _build(material, partial, size, bar)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Dataset(folder)
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, progress: bool) -> Iterator[None]:
     """Only one process prepares; another waits and then finds the work done. A killed one loses the lock."""
     with path.open("w") as handle:
         if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _console(progress).print("another process is preparing the same data; waiting for it")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                # Some network file systems have no locks.
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
         yield
 
 
@@ -444,20 +458,25 @@ def _mapped(path: Path) -> Tensor:
 def _disk_trouble(root: Path, error: OSError) -> str:
     elsewhere = "or choose another folder with MMFAST_DATA"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left for the prepared data in {root}; free some (the emoji take about 100 MB) {elsewhere}"
+        return f"no space left for the prepared data in {root}; free some (emoji of size 32 take 65 MB) {elsewhere}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write the prepared data to {root}; change that {elsewhere}"
     return f"cannot write the prepared data to {root} ({error.strerror or error}); repair that {elsewhere}"
+
+
+def _console(show: bool) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=not show)
 
 
 class _Progress:
     """A bar on a terminal, two lines elsewhere, nothing unless `show`."""
 
     def __init__(self, material: Material, root: Path, *, show: bool) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._console = Console(stderr=True, quiet=not show)
+        self._console = _console(show)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

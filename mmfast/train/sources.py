@@ -159,6 +159,7 @@ def _code_points(emoji: str) -> str:
 
 def _emoji_names() -> dict[str, dict[str, str]]:
     package = required("emoji")
+    # The package adds the names of other languages to its table only when asked.
     package.config.load_language(package.LANGUAGES)
     wanted = {package.STATUS["fully_qualified"], package.STATUS["component"]}
     return {
@@ -236,10 +237,8 @@ def render_svg(path: Path, side: int) -> np.ndarray:
 def folder_key(folder: Path) -> str:
     """What the data of a folder depends on, without reading the pictures: names, sizes and times of change."""
     rows = _rows(folder)
-    files = sorted({path for row in rows for path in (row.image, row.wav) if path is not None})
-    stats = [path.stat() for path in files]
-    listing = [f"{path.relative_to(folder)} {s.st_size} {s.st_mtime_ns}" for path, s in zip(files, stats, strict=True)]
-    return digest(str(folder.resolve()), (folder / CAPTIONS).read_bytes(), *listing)
+    listing = [f"{name} {path.stat().st_size} {path.stat().st_mtime_ns}" for name, path in _files(folder, rows)]
+    return digest(str(folder.resolve()), _read(folder / CAPTIONS), *listing)
 
 
 def folder_material(folder: Path) -> Material:
@@ -249,17 +248,15 @@ def folder_material(folder: Path) -> Material:
     """
     rows = _rows(folder)
     images = sorted({row.image for row in rows})
-    index = {path: i for i, path in enumerate(images)}
-    captions = [Caption(index[r.image], r.text, "", str(r.image), r.text) for r in rows]
-    wavs = {i: row.wav for i, row in enumerate(rows) if row.wav is not None}
-    contents = [path.read_bytes() for path in [*images, *sorted(set(wavs.values()))]]
+    index = {name: i for i, name in enumerate(images)}
+    wavs = [(i, folder / row.wav) for i, row in enumerate(rows) if row.wav]
     return Material(
-        pictures=[str(path.relative_to(folder)) for path in images],
-        captions=captions,
-        fingerprint=digest((folder / CAPTIONS).read_bytes(), *(digest(data) for data in contents)),
+        pictures=images,
+        captions=[Caption(index[row.image], row.text, "", row.image, row.text) for row in rows],
+        fingerprint=digest(_read(folder / CAPTIONS), *(digest(_read(path)) for _, path in _files(folder, rows))),
         attribution=[f"Pictures and captions: your own, from {folder}"],
-        draw=lambda i, side: load_image(images[i], side),
-        recordings=lambda: (([i], *_heard(path)) for i, path in wavs.items()),
+        draw=lambda i, side: load_image(folder / images[i], side),
+        recordings=lambda: (([i], *_heard(path)) for i, path in wavs),
         recorded=len(wavs),
     )
 
@@ -273,18 +270,31 @@ def _heard(path: Path) -> tuple[int, list[np.ndarray]]:
 
 @dataclass(frozen=True)
 class _Row:
-    image: Path
+    """One line of captions.csv; the files are named as it names them, and wav is "" where there is none."""
+
+    image: str
     text: str
-    wav: Path | None
+    wav: str
+
+
+def _files(folder: Path, rows: list[_Row]) -> list[tuple[str, Path]]:
+    return [(name, folder / name) for name in sorted({name for row in rows for name in (row.image, row.wav) if name})]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _rows(folder: Path) -> list[_Row]:
     table = folder / CAPTIONS
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give one with images and a {CAPTIONS}")
-    if not table.is_file():
-        raise UserError(f"there is no {CAPTIONS} in {folder}; write one with the columns file,text (and wav)")
     try:
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}; give one with images and a {CAPTIONS}")
+        if not table.is_file():
+            raise UserError(f"there is no {CAPTIONS} in {folder}; write one with the columns file,text (and wav)")
         with table.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, skipinitialspace=True)
             columns = [name.strip() for name in reader.fieldnames or []]
@@ -301,25 +311,20 @@ def _rows(folder: Path) -> list[_Row]:
     return rows
 
 
-def _row(folder: Path, line: int, cells: dict[str, Any]) -> _Row:
+def _row(folder: Path, line: int, cells: dict[str | None, Any]) -> _Row:
     where = f"line {line} of {folder / CAPTIONS}"
+    if None in cells:
+        raise UserError(f"there are more cells than columns in {where}; put a caption with a comma in double quotes")
     text = normalised(cells["text"] or "")
     if not text:
         raise UserError(f"the caption is empty in {where}; write one or delete the line")
-    return _Row(_file(folder, cells["file"], "image", where), text, _wav(folder, cells.get("wav"), where))
-
-
-def _wav(folder: Path, name: str | None, where: str) -> Path | None:
-    return _file(folder, name, "wav", where) if (name or "").strip() else None
-
-
-def _file(folder: Path, name: str | None, kind: str, where: str) -> Path:
-    if not (name or "").strip():
-        raise UserError(f"there is no {kind} named in {where}; write its file name")
-    path = folder / str(name).strip()
-    if not path.is_file():
-        raise UserError(f"there is no {kind} {path}, named in {where}")
-    return path
+    image, wav = (cells["file"] or "").strip(), (cells.get("wav") or "").strip()
+    if not image:
+        raise UserError(f"there is no image named in {where}; write its file name")
+    for name in (image, wav):
+        if name and not (folder / name).is_file():
+            raise UserError(f"there is no file {folder / name}, named in {where}")
+    return _Row(image, text, wav)
 
 
 def load_image(path: Path, side: int) -> np.ndarray:

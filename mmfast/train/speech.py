@@ -111,8 +111,9 @@ def read_wav(path: str | os.PathLike[str]) -> Tensor:
 
 
 def require_espeak() -> None:
-    """Loads eSpeak NG if it is not loaded yet. Errors: SpeechUnavailable."""
-    _espeak()
+    """Makes sure that eSpeak NG is loaded and has every voice. Errors: SpeechUnavailable."""
+    for voice in VOICES.values():
+        _espeak().say([], voice)
 
 
 # ---- samples to frames

@@ -250,11 +250,11 @@ def gradient(
     """
     gradients = []
     for k, (term, x, other) in enumerate(zip(terms, inputs.logits, _others(inputs), strict=True)):
-        g = dtotal * (term.weight * term.sign / (x.numel() if mean else 1))
+        g = dtotal * (term.weight * term.sign / (max(x.numel(), 1) if mean else 1))
         gradients.append(g * _weighted(_slope(term, _argument(term, x, other), x), inputs, k))
     if inputs.others:
         return gradients + [-g for g in gradients]
     flows = [g.sum() for g in gradients] if slopes is None else [dtotal * s for s in slopes.to(dtotal.dtype).unbind()]
-    return [
-        g - flows[peer] / g.numel() for g, peer in zip(gradients, inputs.peers, strict=True)
-    ] if inputs.peers else gradients
+    if not inputs.peers:
+        return gradients
+    return [g - flows[peer] / max(g.numel(), 1) for g, peer in zip(gradients, inputs.peers, strict=True)]
