@@ -15,6 +15,15 @@ from .ops.adversarial.backends import OP as ADVERSARIAL
 from .ops.adversarial.backends import Case as AdversarialCase
 from .ops.adversarial.equations import MODES, Mode, Term
 from .ops.adversarial.op import loss as adversarial_loss
+from .ops.adversarial.penalties import (
+    dragan_penalty,
+    max_gradient_penalty,
+    r1_penalty,
+    r2_penalty,
+    wgan_penalty,
+    zero_centered_penalty,
+)
+from .ops.adversarial.weighting import adaptive_weight
 from .ops.conv_transpose import equations as conv_transpose_equations
 from .ops.conv_transpose.backends import OP as CONV_TRANSPOSE
 from .ops.conv_transpose.backends import Case as ConvTransposeCase
@@ -26,6 +35,7 @@ from .ops.rnn.backends import OP as RNN
 from .ops.rnn.backends import Case as RnnCase
 
 __all__ = [
+    "adaptive_weight",
     "adversarial_discriminator_loss",
     "adversarial_generator_loss",
     "conv_transpose1d",
@@ -33,13 +43,19 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose2d_norm_act",
     "conv_transpose3d",
+    "dragan_penalty",
     "conv_transpose3d_norm_act",
     "gru",
     "gru_cell",
     "lstm",
     "lstm_cell",
+    "max_gradient_penalty",
+    "r1_penalty",
+    "r2_penalty",
     "rnn",
     "rnn_cell",
+    "wgan_penalty",
+    "zero_centered_penalty",
 ]
 
 Logits = Tensor | Sequence[Tensor]

@@ -68,7 +68,7 @@ def check(status: int, name: str = "_C") -> None:
 
 
 def cuda_refusals(device: str) -> list[str]:
-    """Why the CUDA kernels cannot run on tensors of this device type: on "cpu" the emulator runs them; else sentences."""
+    """Why the CUDA kernels cannot run on tensors of this device type, in sentences; on "cpu" the emulator runs them."""
     if device == "cpu":
         error = _load("_emulator")[1]
         return [error] if error else []
@@ -174,7 +174,7 @@ def cuda_adversarial_forward(
     scratch: torch.Tensor,
     logits: Sequence[torch.Tensor],
 ) -> None:
-    """As cpu_adversarial_forward, on a CUDA device or in the emulator. scratch: (adversarial_scratch(logits),) float64."""
+    """As cpu_adversarial_forward, on CUDA or in the emulator; scratch: (adversarial_scratch(logits),) float64."""
     rows = [(x.data_ptr(), 0, x.numel(), *term) for x, term in zip(logits, terms, strict=True)]
     dtype = DTYPES[total.dtype]
     _launch(

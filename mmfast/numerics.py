@@ -158,8 +158,8 @@ class Errors:
         if not same.all():
             i = int((~same).nonzero()[0])
             raise AssertionError(
-                f"{self.name}: {int((~same).sum())} of {same.numel()} values differ in being NaN or infinite; the first, "
-                f"at flat index {i}, is {float(ours[i])}, the reference rounds to {float(rounded[i])}"
+                f"{self.name}: {int((~same).sum())} of {same.numel()} values differ in being NaN or infinite; "
+                f"the first, at flat index {i}, is {float(ours[i])}, the reference rounds to {float(rounded[i])}"
             )
 
 

@@ -110,6 +110,33 @@ int reverse() {
     return call.data.check(2 * kN, [&](int i) { return call.data.x[size_t(i / kN * kN + kN - 1 - i % kN)]; });
 }
 
+// ---- y = x rotated by two, one after the other in place
+template <int kBug>
+struct Rotate {
+    static constexpr int kThreads = kN;
+    Global<const float> x;
+    Global<float> y;
+    MMFAST_DEVICE void operator()() const {
+        SharedCursor cursor;
+        const SharedArray<float> block = shared_array<float>(cursor, kN);
+        const int i = thread_index();
+        block[i] = load(x, i);
+        barrier();
+        const float next = block[(i + 1) % kN];
+        if (kBug != kMissingBarrier) barrier();
+        block[i] = next;
+        barrier();
+        store(y, i, float(block[(i + 1) % kN]));
+    }
+};
+
+template <int kBug>
+int rotate() {
+    Call<Rotate<kBug>> call(kN, kN);
+    const int status = call.launch(1, kN * int(sizeof(float)));
+    return status != MMFAST_OK ? status : call.data.check(kN, [&](int i) { return call.data.x[size_t((i + 2) % kN)]; });
+}
+
 // ---- y[block] = the sum of x by the device's tree: shuffles in a warp, shared memory between warps
 template <int kBug>
 struct Sum {
@@ -336,6 +363,8 @@ const Selftest kSelftests[] = {
     MMFAST_KERNEL(reverse, "past the end", kPastTheEnd),
     MMFAST_KERNEL(reverse, "before the begin", kBeforeTheBegin),
     MMFAST_KERNEL(reverse, "too much shared memory", kTooMuchShared),
+    MMFAST_KERNEL(rotate, "", kNone),
+    MMFAST_KERNEL(rotate, "missing barrier before reuse", kMissingBarrier),
     MMFAST_KERNEL(sum, "", kNone),
     MMFAST_KERNEL(sum, "wrong lane", kWrongLane),
     MMFAST_KERNEL(sum, "lane outside the mask", kLaneOutsideMask),

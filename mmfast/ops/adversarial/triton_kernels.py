@@ -1,4 +1,4 @@
-"""The adversarial loss in Triton: value_k = scale_k * sum_i phi_k(u_i), u_i = sign_k * x_i + shift_k; total = sum_k value_k.
+"""The adversarial loss in Triton: value_k = scale_k * sum_i phi_k(u_i), u_i = sign_k * x_i + shift_k; total = their sum.
 
 A list of up to TERMS tensors is one launch a pass: pointers and sizes are tuples, passed by value. Each tensor is cut
 into chunks of BLOCK elements, one program a chunk, all chunks numbered through; a program sums its chunk in float32 by
@@ -96,7 +96,7 @@ def finish_kernel(
     sums, values, total, running_total, sizes, scales, FIRST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
 ):
     o_lane = tl.arange(0, 128)
-    if FIRST:
+    if FIRST:  # noqa: SIM108 - compiled: one branch only
         loss = tl.full((), 0.0, tl.float64)
     else:
         loss = tl.load(running_total)
