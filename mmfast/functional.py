@@ -664,18 +664,15 @@ def _conv_transpose(
     output_padding: Size,
     groups: int,
     dilation: Size,
-    backend: str | None,
+    backend: str,
 ) -> Tensor:
-    plain = ConvTransposeEpilogue()
-    case, geometry = _conv_transpose_case(
-        dims, input, weight, stride, padding, output_padding, groups, dilation, (), plain
-    )
-    chosen = "torch" if case is None else CONV_TRANSPOSE.select(case, backend)
-    if chosen == "torch" or not _fits(dims, input, weight, bias, geometry):
-        # what is no transposed convolution at all, PyTorch refuses, with its own error
+    geometry = _geometry(dims, stride, padding, output_padding, groups, dilation)
+    if not _fits(dims, input, weight, bias, geometry):
+        # what is no transposed convolution, PyTorch refuses, with its own error
         function = _CONV_TRANSPOSE[dims - 1]
         return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _conv_transpose_op(dims, input, weight, bias, (None,) * 4, geometry, plain, chosen)[0]
+    plain = ConvTransposeEpilogue()
+    return _conv_transpose_op(dims, input, weight, bias, (None,) * 4, geometry, plain, backend)[0]
 
 
 def _conv_transpose_norm_act(
@@ -712,10 +709,10 @@ def _conv_transpose_norm_act(
     kind = ("given" if norm == "batch" and not measures else norm) or "none"
     epilogue = ConvTransposeEpilogue(kind, eps, activation or "none", negative_slope)
     cropped = _crop(crop, dims)
-    case, geometry = _conv_transpose_case(
-        dims, input, weight, stride, padding, output_padding, groups, dilation, cropped, epilogue
-    )
-    chosen = "torch" if case is None else CONV_TRANSPOSE.select(case, backend)
+    sizes = (stride, padding, output_padding, groups, dilation)
+    facts = (any(cropped), epilogue.norm, epilogue.activation, negative_slope)
+    chosen = _select_conv_transpose(dims, input, weight, *sizes, backend, *facts)
+    geometry = _geometry(dims, *sizes, cropped)
     if chosen == "torch" or not _fits(dims, input, weight, bias, geometry):
         y = _CONV_TRANSPOSE[dims - 1](input, weight, bias, stride, padding, output_padding, groups, dilation)
         for dim, (begin, end) in enumerate(zip(cropped[::2], cropped[1::2], strict=True), start=-dims):
@@ -756,7 +753,20 @@ def _crop(crop: Sequence[tuple[int, int]] | tuple[int, int], dims: int) -> tuple
     return flat
 
 
-def _conv_transpose_case(
+def _geometry(
+    dims: int,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+    crop: tuple[int, ...] = (),
+) -> ConvTransposeGeometry:
+    sizes = [_per_dim(size, dims) for size in (stride, padding, output_padding, dilation)]
+    return ConvTransposeGeometry(*sizes, groups, crop or (0,) * (2 * dims))
+
+
+def _select_conv_transpose(
     dims: int,
     input: Tensor,
     weight: Tensor,
@@ -765,17 +775,43 @@ def _conv_transpose_case(
     output_padding: Size,
     groups: int,
     dilation: Size,
-    crop: tuple[int, ...],
-    epilogue: ConvTransposeEpilogue,
-) -> tuple[ConvTransposeCase | None, ConvTransposeGeometry]:
-    sizes = [_per_dim(size, dims) for size in (stride, padding, output_padding, dilation)]
-    geometry = ConvTransposeGeometry(*sizes, groups, crop or (0,) * (2 * dims))
+    backend: str | None,
+    *epilogue: Any,
+) -> str:
+    # what is no transposed convolution at all, PyTorch refuses, with its own error
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims + 2):
-        return None, geometry
-    device, dtype = input.device.type, _compute_dtype(input)
-    channels = (weight.shape[0], weight.shape[1] * groups, tuple(weight.shape[2:]))
-    options = (any(crop), epilogue.norm, epilogue.activation, epilogue.negative_slope)
-    return ConvTransposeCase(device, dtype, *channels, *sizes, groups, *options), geometry
+        return "torch"
+    geometry = (stride, padding, output_padding, groups, dilation)
+    facts = (input.device, input.dtype, weight.shape, *geometry, *epilogue)
+    return CONV_TRANSPOSE.select_by(facts, _conv_transpose_case, backend)
+
+
+def _conv_transpose_case(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+    *epilogue: Any,
+) -> ConvTransposeCase:
+    in_channels, group_channels, *kernel_size = shape
+    dims = len(kernel_size)
+    return ConvTransposeCase(
+        device.type,
+        _compute_dtype(device.type, dtype),
+        in_channels,
+        group_channels * groups,
+        tuple(kernel_size),
+        _per_dim(stride, dims),
+        _per_dim(padding, dims),
+        _per_dim(output_padding, dims),
+        _per_dim(dilation, dims),
+        groups,
+        *epilogue,
+    )
 
 
 def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvTransposeGeometry) -> bool:
@@ -790,7 +826,7 @@ def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometr
     if any(x.device != input.device for x in (weight, bias) if x is not None):
         return False
     same_dtype = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
-    if not same_dtype and _compute_dtype(input) == input.dtype:
+    if not same_dtype and _compute_dtype(input.device.type, input.dtype) == input.dtype:
         return False
     lists = geometry[:4]
     if any(len(part) != dims for part in lists) or min(*geometry.stride, *geometry.dilation) < 1:
@@ -813,7 +849,7 @@ def _conv_transpose_op(
     epilogue: ConvTransposeEpilogue,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _compute_dtype(input)
+    dtype = _compute_dtype(input.device.type, input.dtype)
     x, weight = input.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     unbatched = x.dim() == dims + 1

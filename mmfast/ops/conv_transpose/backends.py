@@ -146,7 +146,9 @@ class Cpu(Backend):
         epilogue: Epilogue,
         keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y = _dense(equations.convolve(x, weight, bias, geometry))
+        y = equations.convolve(x, weight, bias, geometry)
+        # torch's instance norm gives a contiguous result whatever it is given
+        y = y.contiguous() if epilogue.norm == "instance" else _dense(y)
         keep = keep and keeps_result(epilogue)
         out = torch.empty_like(y) if keep else y
         dtype = moments_dtype(x.dtype)
