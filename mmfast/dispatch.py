@@ -158,10 +158,13 @@ def _constants(facts: tuple) -> tuple:
     )
 
 
-@torch.compiler.assume_constant_result
 def _select_while_tracing(name: str, case: tuple, requested: str | None) -> str:
     op = Op.registry[name]
     return op._select(op.case(*case), requested)
+
+
+# What torch.compiler.assume_constant_result sets, without importing torch's compiler (4 s) together with mmfast
+_select_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_backend(name: str) -> str:
