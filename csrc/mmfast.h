@@ -133,7 +133,7 @@ int mmfast_cpu_activation_backward(const mmfast_activation_args* args);
 //
 // Rows. A sequence tensor has N rows and a row belongs to one step t of one sequence b of the batch:
 //     row(t, b) = offsets[t] + b                          packed (offsets not null): b < offsets[t+1] - offsets[t]
-//     row(t, b) = t * step_stride + b * batch_stride      padded
+//     row(t, b) = t * B + b                               padded
 // D = directions, H = hidden, G = gates a unit (1, 3 or 4, in torch's order: r z n, i f g o). Every tensor is
 // contiguous and in `dtype`; state and accumulation are float32 for 16-bit dtypes. Direction d owns the d-th half of
 // the columns.
@@ -151,7 +151,6 @@ typedef struct {
     int32_t mode;                       // enum mmfast_rnn_mode
     int32_t directions;                 // 1 or 2
     int64_t steps, batch, hidden;       // T, B, H
-    int64_t step_stride, batch_stride;  // padded only
     const int64_t* offsets;             // (T + 1,) packed only: row of each step's first sequence; else null
     const int64_t* lengths;             // (B,) or null: T each; clamped to [0, T]; padded only
     const void* w_hh[2];                // (G * H, H) of each direction

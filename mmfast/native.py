@@ -283,7 +283,6 @@ def rnn_layer(
     dtype: torch.dtype,
     mode: int,
     shape: tuple[int, int, int],
-    strides: tuple[int, int],
     offsets: torch.Tensor | None,
     lengths: torch.Tensor | None,
     w_hh: Sequence[torch.Tensor],
@@ -298,4 +297,4 @@ def rnn_layer(
     directions = len(w_hh)
     weights = [_address(x) for pair in (w_hh, b_hh) for x in (*pair, None)[:2]]
     sides = _address(offsets), _address(lengths), *weights, _address(h0), _address(c0)
-    return (DTYPES[dtype], mode, directions, *shape, *strides, *sides, torch.get_num_threads())
+    return (DTYPES[dtype], mode, directions, *shape, *sides, torch.get_num_threads())

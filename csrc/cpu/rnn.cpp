@@ -169,9 +169,8 @@ struct Rows {
     explicit Rows(const mmfast_rnn_layer& l) : layer(l) {}
     int64_t count(int64_t t) const { return layer.offsets ? layer.offsets[t + 1] - layer.offsets[t] : layer.batch; }
     int64_t row(int64_t t, int64_t b) const {
-        return layer.offsets ? layer.offsets[t] + b : t * layer.step_stride + b * layer.batch_stride;
+        return (layer.offsets ? layer.offsets[t] : t * layer.batch) + b;
     }
-    int64_t stride() const { return layer.offsets ? 1 : layer.batch_stride; }
     // rows from a sequence's step t to its step `to`; 0 past the ends
     int64_t distance(int64_t t, int64_t to) const { return to < 0 || to >= layer.steps ? 0 : row(to, 0) - row(t, 0); }
     // whether sequence b has a step t, 0 <= t < T
@@ -502,11 +501,11 @@ class Backward {
             pieces[0] = {copy_[(s - 1) & 1], copy_stride_, G * H_};
             return 1;
         }
-        const int64_t row = rows_.row(from, 0), stride = rows_.stride();
+        const int64_t row = rows_.row(from, 0);
         const C* dgates = reinterpret_cast<const C*>(dgates_ + row * gates_stride_);
-        pieces[0] = {dgates, stride * gates_stride_, (kMode == MMFAST_GRU ? 2 : G) * H_};
+        pieces[0] = {dgates, gates_stride_, (kMode == MMFAST_GRU ? 2 : G) * H_};
         if (kMode != MMFAST_GRU) return 1;
-        pieces[1] = {reinterpret_cast<const C*>(dm_ + row * units_stride_), stride * units_stride_, H_};
+        pieces[1] = {reinterpret_cast<const C*>(dm_ + row * units_stride_), units_stride_, H_};
         return 2;
     }
 

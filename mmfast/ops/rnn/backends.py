@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend, Op, TorchBackend
 from . import equations
-from .equations import GATES, MODES, Layer
+from .equations import GATES, MODES, Layer, Weights
 
 
 class Case(NamedTuple):
@@ -31,27 +31,27 @@ class Case(NamedTuple):
     proj_size: int = 0
     bidirectional: bool = False
     packed: bool = False
+    lengths: bool = False
+    #: under torch.compile, torch.export or a torch.func transform, which PyTorch's own layers do not support
+    transformed: bool = False
+    autocast: bool = False
 
 
 class Sizes(NamedTuple):
-    """Of a layer's call: N rows, steps, batch, hidden size, and the strides of a padded row (csrc/mmfast.h)."""
+    """Of a layer's call: N rows, steps, batch, hidden size."""
 
     rows: int
     steps: int
     batch: int
     hidden: int
-    strides: tuple[int, int]
 
 
 def sizes_of(x: Tensor, weights: Sequence[Tensor], layer: Layer) -> Sizes:
     hidden = weights[1].shape[1]
     if layer.batch_sizes is not None:
-        return Sizes(x.shape[0], layer.batch_sizes.shape[0], int(layer.batch_sizes[0]), hidden, (0, 0))
-    if layer.batch_first:
-        batch, steps = x.shape[:2]
-        return Sizes(batch * steps, steps, batch, hidden, (1, steps))
+        return Sizes(x.shape[0], layer.batch_sizes.shape[0], int(layer.batch_sizes[0]), hidden)
     steps, batch = x.shape[:2]
-    return Sizes(batch * steps, steps, batch, hidden, (batch, 1))
+    return Sizes(batch * steps, steps, batch, hidden)
 
 
 def empty_outputs(x: Tensor, weights: Sequence[Tensor], layer: Layer, keep: bool, batch: int) -> tuple[Tensor, ...]:
@@ -80,6 +80,8 @@ class Cpu(Backend):
             refusals.append(f"the input is {case.dtype} (supported: float32, float64, float16, bfloat16)")
         if case.proj_size:
             refusals.append(f"proj_size is {case.proj_size} (supported: 0)")
+        if case.autocast:
+            refusals.append("autocast is on (supported: off)")
         return refusals
 
     def reluctance(self, case: Case) -> str:
@@ -114,7 +116,7 @@ class Cpu(Backend):
         width = layer.directions * sizes.hidden
         dgates = y.new_empty((sizes.rows, layer.directions * weights[1].shape[0]))
         dm = y.new_empty((sizes.rows, width)) if layer.mode == "GRU" else None
-        shifted = layer.batch_sizes is None and layer.lengths is None and not layer.batch_first
+        shifted = layer.batch_sizes is None and layer.lengths is None
         each = len(weights) // layer.directions
         previous = None
         if not shifted and any(need[4::each]):
@@ -127,7 +129,7 @@ class Cpu(Backend):
         del alive, dense
         dx = None
         if need[0]:
-            w_ih = parts[0][0] if layer.directions == 1 else torch.cat([part[0] for part in parts])
+            w_ih = parts[0].w_ih if layer.directions == 1 else torch.cat([part.w_ih for part in parts])
             dx = torch.mm(dgates, w_ih).view(x.shape)
         side = _RecurrentSide(y.view(sizes.rows, width), h0, previous, sizes, dm)
         x = x.reshape(sizes.rows, x.shape[-1])
@@ -138,27 +140,27 @@ class Cpu(Backend):
         return [dx, dh0, dc0, *dweights]
 
 
-def _input_side(x: Tensor, parts: Sequence[tuple]) -> Tensor:
+def _input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:
     """x W_ih^T + b_ih of all directions: (N, D G H)"""
-    w_ih, _, b_ih, _ = parts[0]
+    w_ih, b_ih = parts[0].w_ih, parts[0].b_ih
     if len(parts) == 2:
-        w_ih = torch.cat([w_ih, parts[1][0]])
-        b_ih = None if b_ih is None else torch.cat([b_ih, parts[1][2]])
+        w_ih = torch.cat([w_ih, parts[1].w_ih])
+        b_ih = None if b_ih is None else torch.cat([b_ih, parts[1].b_ih])
     return torch.mm(x, w_ih.t()) if b_ih is None else torch.addmm(b_ih, x, w_ih.t())
 
 
-def _native_layer(dtype: torch.dtype, layer: Layer, sizes: Sizes, parts: Sequence[tuple], h0, c0) -> tuple[tuple, list]:
+def _native_layer(dtype: torch.dtype, layer: Layer, sizes: Sizes, parts: Sequence[Weights], h0, c0) -> tuple[tuple, list]:
     """mmfast_rnn_layer, and the tensors that have to outlive it."""
     offsets = lengths = None
     if layer.batch_sizes is not None:
         offsets = torch.nn.functional.pad(layer.batch_sizes.cumsum(0), (1, 0))
     elif layer.lengths is not None:
         lengths = layer.lengths.to(torch.int64).contiguous()
-    w_hh = [part[1].contiguous() for part in parts]
-    b_hh = [None if part[3] is None else part[3].contiguous() for part in parts]
+    w_hh = [part.w_hh.contiguous() for part in parts]
+    b_hh = [None if part.b_hh is None else part.b_hh.contiguous() for part in parts]
     h0, c0 = (None if state is None else state.contiguous() for state in (h0, c0))
     shape = sizes.steps, sizes.batch, sizes.hidden
-    row = native.rnn_layer(dtype, MODES[layer.mode], shape, sizes.strides, offsets, lengths, w_hh, b_hh, h0, c0)
+    row = native.rnn_layer(dtype, MODES[layer.mode], shape, offsets, lengths, w_hh, b_hh, h0, c0)
     return row, [offsets, lengths, w_hh, b_hh, h0, c0]
 
 

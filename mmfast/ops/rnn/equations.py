@@ -10,9 +10,10 @@ With a = W_hh h' + b_hh, gx = W_ih x + b_ih and h', c' the state one step before
 
 A layer's tensors, T steps of B sequences with I inputs and H units, D directions:
 
-    x         (T, B, I); batch_first (B, T, I); packed (N, I), all sequences' steps as torch's PackedSequence orders them
-    weights   of each direction W_ih (G H, I), W_hh (G H, H) and, with bias, b_ih (G H,), b_hh (G H,); gates in torch's
-              order: r z n, i f g o
+    x         (T, B, I); packed (N, I), all sequences' steps as torch's PackedSequence orders them
+    weights   of each direction W_ih (G H, I), W_hh (G H, H), with bias also b_ih (G H,), b_hh (G H,), and last, for an
+              LSTM with a projection h = W_hr (o tanh(c)), W_hr (P, H), where h is of size P; gates in torch's order:
+              r z n, i f g o
     h0, c0    (D, B, H) or None: 0; c0 LSTM only
     lengths   (B,) int64 or None: steps of each padded sequence, clamped to [0, T]; outputs past a length are 0
     y         like x with D H for I;  hn, cn (D, B, H): the state after each sequence's last step
@@ -25,122 +26,136 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 #: enum mmfast_rnn_mode, and the gates of a unit
 MODES = {"RNN_TANH": 0, "RNN_RELU": 1, "GRU": 2, "LSTM": 3}
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
 
+#: (h,) or an LSTM's (h, c)
+State = tuple[Tensor, ...]
+
 
 class Layer(NamedTuple):
-    """What is not a tensor that a gradient flows through. batch_sizes: (T,) int64 on CPU, packed only."""
+    """A layer's facts, and tensors that no gradient flows through. batch_sizes: (T,) int64 on CPU; packed only."""
 
     mode: str
     directions: int = 1
-    batch_first: bool = False
     batch_sizes: Tensor | None = None
     lengths: Tensor | None = None
 
 
-def split(weights: Sequence[Tensor], directions: int) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """(W_ih, W_hh, b_ih, b_hh) of each direction from the flat list."""
+class Weights(NamedTuple):
+    """The weights of one direction."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+
+
+def split(weights: Sequence[Tensor], directions: int) -> list[Weights]:
+    """The weights of each direction from the flat list."""
     each = len(weights) // directions
-    rows = [tuple(weights[d * each : (d + 1) * each]) for d in range(directions)]
-    return [row if each == 4 else (*row, None, None) for row in rows]  # type: ignore[misc]
+    parts = []
+    for d in range(directions):
+        w_ih, w_hh, *rest = weights[d * each : (d + 1) * each]
+        w_hr = rest.pop() if each % 2 else None
+        b_ih, b_hh = rest or (None, None)
+        parts.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr))
+    return parts
 
 
-def cell(mode: str, gx: Tensor, a: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One step of the gates: gx (B, G H), a = W_hh h + b_hh (B, G H), state before (B, H). The state after."""
+def cell(mode: str, gx: Tensor, a: Tensor, state: State) -> State:
+    """The gates of one step: gx and a (B, G H), the state before it (B, H). The state after it, without projection."""
     if mode == "RNN_TANH":
-        return torch.tanh(gx + a), None
+        return (torch.tanh(gx + a),)
     if mode == "RNN_RELU":
-        return torch.relu(gx + a), None
+        return (torch.relu(gx + a),)
     if mode == "GRU":
         gx_r, gx_z, gx_n = gx.chunk(3, -1)
         a_r, a_z, a_n = a.chunk(3, -1)
         r, z = torch.sigmoid(gx_r + a_r), torch.sigmoid(gx_z + a_z)
         n = torch.tanh(gx_n + r * a_n)
-        return n + z * (h - n), None
+        return (n + z * (state[0] - n),)
     i, f, g, o = (gx + a).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def step(mode: str, gx: Tensor, part: Weights, state: State) -> State:
+    """The state after a step, from gx (B, G H) and the state before it."""
+    after = cell(mode, gx, linear(state[0], part.w_hh, part.b_hh), state)
+    return after if part.w_hr is None else (linear(after[0], part.w_hr), *after[1:])
 
 
 def sequence(
     x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, layer: Layer
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(y, hn, cn) of a layer; cn only of an LSTM. Any order of differentiation, O(T) in both directions of it."""
-    if layer.batch_first:
-        x = x.transpose(0, 1)
+    """(y, hn, cn) of a layer; cn only of an LSTM. Any order of differentiation; each costs O(T), packed or not."""
     batch = x.shape[1] if layer.batch_sizes is None else int(layer.batch_sizes[0])
-    outputs, last_h, last_c = [], [], []
-    for d, (w_ih, w_hh, b_ih, b_hh) in enumerate(split(weights, layer.directions)):
-        gx = torch.nn.functional.linear(x, w_ih, b_ih)
-        zeros = gx.new_zeros(batch, w_hh.shape[1])
-        h = zeros if h0 is None else h0[d]
-        c = zeros if c0 is None else c0[d]
-        walk = _packed if layer.batch_sizes is not None else _padded
-        y, h, c = walk(gx, w_hh, b_hh, h, c, layer, reverse=d == 1)
+    walk = _padded if layer.batch_sizes is None else _packed
+    outputs, states = [], []
+    for d, part in enumerate(split(weights, layer.directions)):
+        gx = linear(x, part.w_ih, part.b_ih)
+        state: State = (gx.new_zeros(batch, part.w_hh.shape[1]) if h0 is None else h0[d],)
+        if layer.mode == "LSTM":
+            state += (gx.new_zeros(batch, part.w_hh.shape[0] // 4) if c0 is None else c0[d],)
+        y, state = walk(gx, part, state, layer, reverse=d == 1)
         outputs.append(y)
-        last_h.append(h)
-        last_c.append(c)
+        states.append(state)
     y = outputs[0] if layer.directions == 1 else torch.cat(outputs, -1)
-    y = y.transpose(0, 1) if layer.batch_first else y
-    return y, torch.stack(last_h), torch.stack(last_c) if layer.mode == "LSTM" else None
+    hn, *cn = (torch.stack(each) for each in zip(*states, strict=True))
+    return y, hn, cn[0] if cn else None
 
 
-def _recur(h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(h, w_hh, b_hh)
-
-
-def _padded(gx: Tensor, w_hh, b_hh, h, c, layer: Layer, reverse: bool):
+def _padded(gx: Tensor, part: Weights, state: State, layer: Layer, reverse: bool) -> tuple[Tensor, State]:
     steps = gx.unbind(0)  # one node for all steps: indexing each would make backward O(T^2)
-    outputs = []
-    active = None
+    active: Sequence[Tensor] | None = None
     if layer.lengths is not None:
         time = torch.arange(len(steps), device=gx.device)[:, None, None]
         active = (time < layer.lengths[:, None]).unbind(0)
-    for t in reversed(range(len(steps))) if reverse else range(len(steps)):
-        new_h, new_c = cell(layer.mode, steps[t], _recur(h, w_hh, b_hh), h, c)
-        if active is None:
-            h, c = new_h, new_c
-            outputs.append(h)
-            continue
-        h, c = torch.where(active[t], new_h, h), None if new_c is None else torch.where(active[t], new_c, c)
-        outputs.append(torch.where(active[t], h, 0))
-    return torch.stack(outputs[::-1] if reverse else outputs), h, c
+    outputs = []
+    for t in range(len(steps))[::-1] if reverse else range(len(steps)):
+        after = step(layer.mode, steps[t], part, state)
+        output = after[0]
+        if active is not None:
+            output = torch.where(active[t], output, 0)
+            after = tuple(torch.where(active[t], new, old) for new, old in zip(after, state, strict=True))
+        state = after
+        outputs.append(output)
+    return torch.stack(outputs[::-1] if reverse else outputs), state
 
 
-def _packed(gx: Tensor, w_hh, b_hh, h, c, layer: Layer, reverse: bool):
+def _packed(gx: Tensor, part: Weights, state: State, layer: Layer, reverse: bool) -> tuple[Tensor, State]:
     sizes: list[int] = layer.batch_sizes.tolist()  # type: ignore[union-attr]
     steps = gx.split(sizes)
-    return (_packed_backwards if reverse else _packed_forwards)(steps, sizes, w_hh, b_hh, h, c, layer.mode)
+    if reverse:
+        return _packed_reverse(steps, part, state, layer.mode)
+    outputs: list[Tensor] = []
+    ended: list[State] = []
+    for gx_t in steps:
+        size = gx_t.shape[0]
+        if size < state[0].shape[0]:  # the shortest sequences have ended
+            ended.append(tuple(each[size:] for each in state))
+            state = tuple(each[:size] for each in state)
+        state = step(layer.mode, gx_t, part, state)
+        outputs.append(state[0])
+    last = zip(state, *ended[::-1], strict=True)
+    return torch.cat(outputs), tuple(torch.cat(each) for each in last)
 
 
-def _packed_forwards(steps, sizes, w_hh, b_hh, h, c, mode):
-    outputs, ended_h, ended_c = [], [], []
-    for gx, size in zip(steps, sizes, strict=True):
-        if size < h.shape[0]:  # the shortest sequences have ended
-            ended_h.append(h[size:])
-            h = h[:size]
-            if c is not None:
-                ended_c.append(c[size:])
-                c = c[:size]
-        h, c = cell(mode, gx, _recur(h, w_hh, b_hh), h, c)
-        outputs.append(h)
-    h = torch.cat([h, *reversed(ended_h)])
-    return torch.cat(outputs), h, None if c is None else torch.cat([c, *reversed(ended_c)])
-
-
-def _packed_backwards(steps, sizes, w_hh, b_hh, h0, c0, mode):
-    outputs = []
-    h, c = h0[:0], c0[:0]
-    for gx, size in zip(reversed(steps), reversed(sizes), strict=True):
-        if size > h.shape[0]:  # sequences whose last step this is begin
-            c = None if c is None else torch.cat([c, c0[h.shape[0] : size]])
-            h = torch.cat([h, h0[h.shape[0] : size]])
-        h, c = cell(mode, gx, _recur(h, w_hh, b_hh), h, c)
-        outputs.append(h)
-    return torch.cat(outputs[::-1]), h, c
+def _packed_reverse(steps: Sequence[Tensor], part: Weights, initial: State, mode: str) -> tuple[Tensor, State]:
+    outputs: list[Tensor] = []
+    state = tuple(each[:0] for each in initial)
+    for gx_t in reversed(steps):
+        before, size = state[0].shape[0], gx_t.shape[0]
+        if size > before:  # sequences whose last step this is begin
+            state = tuple(torch.cat([each, first[before:size]]) for each, first in zip(state, initial, strict=True))
+        state = step(mode, gx_t, part, state)
+        outputs.append(state[0])
+    return torch.cat(outputs[::-1]), state
 
 
 def gradient(
