@@ -1,13 +1,21 @@
 // The one pybind11 file: integers that are pointers in, a status out, the GIL released around every kernel.
 // Only mmfast/native.py calls it; shapes, dtypes and devices are checked there.
+// Compiled twice: as _C (CPU kernels, and CUDA kernels where nvcc was found), and with MMFAST_EMULATOR as _emulator
+// (the CUDA kernels on a CPU, by the same names).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "mmfast.h"
+#ifdef MMFAST_EMULATOR
+#include "emulator/machine.h"
+#include "emulator/selftest.h"
+#endif
 
 namespace py = pybind11;
 
@@ -41,7 +49,7 @@ std::vector<mmfast_adversarial_term> as_terms(const std::vector<Term>& rows) {
 }
 
 int adversarial(Kernel<mmfast_adversarial_args> kernel, int dtype, bool mean, const std::vector<Term>& rows,
-                Pointer values, Pointer total, Pointer dtotal, int threads) {
+                Pointer values, Pointer total, Pointer dtotal, int threads, Pointer scratch, Pointer stream) {
     const std::vector<mmfast_adversarial_term> terms = as_terms(rows);
     mmfast_adversarial_args args{};
     args.dtype = dtype;
@@ -52,32 +60,175 @@ int adversarial(Kernel<mmfast_adversarial_args> kernel, int dtype, bool mean, co
     args.total = as_pointer(total);
     args.dtotal = as_pointer(dtotal);
     args.threads = threads;
+    args.scratch = as_pointer(scratch);
+    args.stream = as_pointer(stream);
     return run(kernel, args);
 }
 
-}  // namespace
+#ifndef MMFAST_EMULATOR
+// dtype, mode, directions, T, B, H, offsets, lengths, W_hh of both directions, b_hh of both,
+// h0, c0, threads
+using RnnLayer = std::tuple<int, int, int, int64_t, int64_t, int64_t, Pointer, Pointer, Pointer,
+                            Pointer, Pointer, Pointer, Pointer, Pointer, int>;
 
-PYBIND11_MODULE(_C, m) {
-    m.attr("abi_version") = MMFAST_ABI_VERSION;
-    m.attr("version") = MMFAST_VERSION;
-    py::dict build;
-    build["compiler"] = MMFAST_BUILD_COMPILER;
-    build["openmp"] = MMFAST_BUILD_OPENMP;
-    build["instruction sets"] = MMFAST_BUILD_ISAS;
-    build["cuda"] = MMFAST_BUILD_CUDA;
-    m.attr("build") = build;
+mmfast_rnn_layer as_layer(const RnnLayer& row) {
+    mmfast_rnn_layer layer{};
+    Pointer offsets, lengths, w_hh, w_hh_reverse, b_hh, b_hh_reverse, h0, c0;
+    std::tie(layer.dtype, layer.mode, layer.directions, layer.steps, layer.batch, layer.hidden, offsets, lengths, w_hh, w_hh_reverse, b_hh, b_hh_reverse, h0, c0, layer.threads) = row;
+    layer.offsets = as_pointer<int64_t>(offsets);
+    layer.lengths = as_pointer<int64_t>(lengths);
+    layer.w_hh[0] = as_pointer(w_hh);
+    layer.w_hh[1] = as_pointer(w_hh_reverse);
+    layer.b_hh[0] = as_pointer(b_hh);
+    layer.b_hh[1] = as_pointer(b_hh_reverse);
+    layer.h0 = as_pointer(h0);
+    layer.c0 = as_pointer(c0);
+    return layer;
+}
 
-    m.def("last_error", &mmfast_last_error);
+int rnn_forward(const RnnLayer& layer, Pointer gx, Pointer gates, Pointer cell, Pointer y, Pointer hn, Pointer cn) {
+    const mmfast_rnn_forward_args args = {as_layer(layer), as_pointer(gx), as_pointer(gates), as_pointer(cell),
+                                          as_pointer(y),   as_pointer(hn), as_pointer(cn)};
+    return run(mmfast_cpu_rnn_forward, args);
+}
+
+int rnn_backward(const RnnLayer& layer, Pointer y, Pointer gates, Pointer cell, Pointer dy, Pointer dhn, Pointer dcn,
+                 Pointer dgates, Pointer dm, Pointer previous, Pointer dh0, Pointer dc0) {
+    const mmfast_rnn_backward_args args = {as_layer(layer), as_pointer(y),        as_pointer(gates), as_pointer(cell),
+                                           as_pointer(dy),  as_pointer(dhn),      as_pointer(dcn),   as_pointer(dgates),
+                                           as_pointer(dm),  as_pointer(previous), as_pointer(dh0),   as_pointer(dc0)};
+    return run(mmfast_cpu_rnn_backward, args);
+}
+
+int normalize_forward(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
+                      double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
+                      Pointer mean, Pointer var, Pointer out, int threads) {
+    mmfast_normalize_args args{};
+    args.dtype = dtype;
+    args.channels_last = channels_last;
+    args.sets = shape[0], args.batch = shape[1], args.channels = shape[2], args.size = shape[3];
+    args.activation = activation;
+    args.negative_slope = negative_slope;
+    args.measure = measure;
+    args.eps = eps;
+    args.y = as_pointer(y);
+    args.weight = as_pointer(weight);
+    args.bias = as_pointer(bias);
+    args.mean = as_pointer(mean);
+    args.var = as_pointer(var);
+    args.out = as_pointer(out);
+    args.threads = threads;
+    return run(mmfast_cpu_normalize_forward, args);
+}
+
+int normalize_backward(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
+                       double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
+                       Pointer mean, Pointer var, Pointer dout, Pointer dy, Pointer dweight, Pointer dbias,
+                       int threads) {
+    mmfast_normalize_args args{};
+    args.dtype = dtype;
+    args.channels_last = channels_last;
+    args.sets = shape[0], args.batch = shape[1], args.channels = shape[2], args.size = shape[3];
+    args.activation = activation;
+    args.negative_slope = negative_slope;
+    args.measure = measure;
+    args.eps = eps;
+    args.y = as_pointer(y);
+    args.weight = as_pointer(weight);
+    args.bias = as_pointer(bias);
+    args.mean = as_pointer(mean);
+    args.var = as_pointer(var);
+    args.dout = as_pointer(dout);
+    args.dy = as_pointer(dy);
+    args.dweight = as_pointer(dweight);
+    args.dbias = as_pointer(dbias);
+    args.threads = threads;
+    return run(mmfast_cpu_normalize_backward, args);
+}
+
+int activation(Kernel<mmfast_activation_args> kernel, int dtype, int which, double negative_slope, int64_t count,
+               Pointer y, Pointer dout, Pointer out, int threads) {
+    const mmfast_activation_args args{dtype,           which,  negative_slope, count, as_pointer(y), as_pointer(dout),
+                                      as_pointer(out), threads};
+    return run(kernel, args);
+}
+
+void bind_cpu(py::module_& m) {
     m.def("isa", &mmfast_isa);
     m.def("set_isa", &mmfast_set_isa);
     m.def("supported_isas", &mmfast_supported_isas);
 
     m.def("cpu_adversarial_forward",
           [](int dtype, bool mean, const std::vector<Term>& terms, Pointer values, Pointer total, int threads) {
-              return adversarial(mmfast_cpu_adversarial_forward, dtype, mean, terms, values, total, 0, threads);
+              return adversarial(mmfast_cpu_adversarial_forward, dtype, mean, terms, values, total, 0, threads, 0, 0);
           });
     m.def("cpu_adversarial_backward",
           [](int dtype, bool mean, const std::vector<Term>& terms, Pointer dtotal, int threads) {
-              return adversarial(mmfast_cpu_adversarial_backward, dtype, mean, terms, 0, 0, dtotal, threads);
+              return adversarial(mmfast_cpu_adversarial_backward, dtype, mean, terms, 0, 0, dtotal, threads, 0, 0);
           });
+    m.def("cpu_rnn_forward", &rnn_forward);
+    m.def("cpu_rnn_backward", &rnn_backward);
+
+    m.def("cpu_normalize_forward", &normalize_forward);
+    m.def("cpu_normalize_backward", &normalize_backward);
+    m.def("cpu_activation_forward",
+          [](int dtype, int which, double negative_slope, int64_t count, Pointer y, Pointer out, int threads) {
+              return activation(mmfast_cpu_activation_forward, dtype, which, negative_slope, count, y, 0, out, threads);
+          });
+    m.def("cpu_activation_backward", [](int dtype, int which, double negative_slope, int64_t count, Pointer y,
+                                        Pointer dout, Pointer out, int threads) {
+        return activation(mmfast_cpu_activation_backward, dtype, which, negative_slope, count, y, dout, out, threads);
+    });
+}
+#endif
+
+#if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
+void bind_cuda(py::module_& m) {
+    m.def("cuda_adversarial_forward", [](int dtype, bool mean, const std::vector<Term>& terms, Pointer values,
+                                         Pointer total, Pointer scratch, Pointer stream) {
+        return adversarial(mmfast_cuda_adversarial_forward, dtype, mean, terms, values, total, 0, 1, scratch, stream);
+    });
+    m.def("cuda_adversarial_backward",
+          [](int dtype, bool mean, const std::vector<Term>& terms, Pointer dtotal, Pointer stream) {
+              return adversarial(mmfast_cuda_adversarial_backward, dtype, mean, terms, 0, 0, dtotal, 1, 0, stream);
+          });
+}
+#endif
+
+#ifdef MMFAST_EMULATOR
+void bind_machine(py::module_& m) {
+    m.def("set_order", &mmfast::emulator::set_order);
+    m.def("order", &mmfast::emulator::order);
+    py::dict selftests;
+    for (const mmfast::emulator::Selftest* test = mmfast::emulator::kSelftests; test->name; ++test)
+        selftests[py::make_tuple(test->name, test->bug)] = py::cpp_function(test->run);
+    m.attr("selftests") = selftests;
+}
+#endif
+
+}  // namespace
+
+#ifdef MMFAST_EMULATOR
+PYBIND11_MODULE(_emulator, m) {
+#else
+PYBIND11_MODULE(_C, m) {
+#endif
+    m.attr("abi_version") = MMFAST_ABI_VERSION;
+    m.attr("version") = MMFAST_VERSION;
+    m.attr("adversarial_chunk") = MMFAST_ADVERSARIAL_CHUNK;
+    m.def("last_error", &mmfast_last_error);
+#ifdef MMFAST_EMULATOR
+    bind_machine(m);
+#else
+    py::dict build;
+    build["compiler"] = MMFAST_BUILD_COMPILER;
+    build["openmp"] = MMFAST_BUILD_OPENMP;
+    build["instruction sets"] = MMFAST_BUILD_ISAS;
+    build["cuda"] = MMFAST_BUILD_CUDA;
+    m.attr("build") = build;
+    bind_cpu(m);
+#endif
+#if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
+    bind_cuda(m);
+#endif
 }

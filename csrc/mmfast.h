@@ -55,11 +55,131 @@ typedef struct {
     // (1,) gradient of the loss with respect to total, in dtype; backward only
     const void* dtotal;
     int32_t threads;  // CPU: at least 1
+    // CUDA forward only: 1 + sum_k ceil(n_k / MMFAST_ADVERSARIAL_CHUNK) float64, unwritten
+    void* scratch;
+    void* stream;  // CUDA: the stream to launch on; null is the default stream
 } mmfast_adversarial_args;
+
+#define MMFAST_ADVERSARIAL_CHUNK 4096
 
 int mmfast_cpu_adversarial_forward(const mmfast_adversarial_args* args);
 // dlogits_k = dtotal * weight_k * phi_k'(sign_k * x + shift_k) * sign_k [/ n_k], rounded once.
 int mmfast_cpu_adversarial_backward(const mmfast_adversarial_args* args);
+// The same on the current CUDA device; every pointer but args and terms is device memory. Two launches a forward and
+// one a backward, for each 64 terms.
+int mmfast_cuda_adversarial_forward(const mmfast_adversarial_args* args);
+int mmfast_cuda_adversarial_backward(const mmfast_adversarial_args* args);
+
+// ---- conv_transpose: normalisation and activation
+enum mmfast_activation {
+    MMFAST_ACT_NONE = 0,
+    MMFAST_ACT_RELU = 1,
+    MMFAST_ACT_LEAKY_RELU = 2,
+    MMFAST_ACT_TANH = 3,
+    MMFAST_ACT_SIGMOID = 4,
+    MMFAST_ACT_SILU = 5
+};
+
+// out = act((y - mean_c) / sqrt(var_c + eps) * weight_c + bias_c), for each of `sets` sets with moments of its own (one
+// for a batch norm, one a sample for an instance norm) over its batch * size elements of channel c.
+// y, out, dout, dy: (sets, batch, channels, size), or with channels_last (sets, batch, size, channels); contiguous.
+// "compute dtype" is float64 for float64 tensors, else float32.
+typedef struct {
+    int32_t dtype;  // enum mmfast_dtype, of y, out, dout and dy
+    int32_t channels_last;
+    int64_t sets, batch, channels, size;  // at least 1 each
+    int32_t activation;                   // enum mmfast_activation
+    double negative_slope;                // of leaky relu
+    int32_t measure;                      // 1: mean and var are y's own; forward writes them. 0: they are given
+    double eps;
+    const void* y;
+    const void* weight;  // (channels,) compute dtype, or null: 1
+    const void* bias;    // (channels,) compute dtype, or null: 0
+    void* mean;          // (sets, channels) compute dtype
+    void* var;           // (sets, channels) compute dtype; the biased variance
+    void* out;           // forward only; may alias y
+    const void* dout;    // backward only
+    void* dy;            // backward only; may alias dout
+    void* dweight;       // (sets, channels) compute dtype, backward only
+    void* dbias;         // (sets, channels) compute dtype, backward only
+    int32_t threads;
+} mmfast_normalize_args;
+
+int mmfast_cpu_normalize_forward(const mmfast_normalize_args* args);
+int mmfast_cpu_normalize_backward(const mmfast_normalize_args* args);
+
+// out = act(y), and its gradient.
+typedef struct {
+    int32_t dtype;  // enum mmfast_dtype
+    int32_t activation;
+    double negative_slope;  // at least 0
+    int64_t count;
+    const void* y;     // (count,) forward: the argument; backward: the value, for silu the argument
+    const void* dout;  // (count,) backward only
+    void* out;         // (count,) forward: the value; backward: dout * act'; may alias y or dout
+    int32_t threads;
+} mmfast_activation_args;
+
+int mmfast_cpu_activation_forward(const mmfast_activation_args* args);
+int mmfast_cpu_activation_backward(const mmfast_activation_args* args);
+
+// ---- rnn
+// A layer of a recurrent network over whole sequences, one or both directions. The caller has computed the input side
+// gx = x W_ih^T + b_ih of every step; the kernel walks time:
+//     a = W_hh h' + b_hh, h' and c' the state one step before (one step after in the reverse direction)
+//     RNN   h = phi(gx + a), phi = tanh or relu
+//     GRU   r = sigmoid(gx_r + a_r), z = sigmoid(gx_z + a_z), n = tanh(gx_n + r a_n), h = n + z (h' - n)
+//     LSTM  i, f, o = sigmoid(gx_ifo + a_ifo), g = tanh(gx_g + a_g), c = f c' + i g, h = o tanh(c)
+//
+// Rows. A sequence tensor has N rows and a row belongs to one step t of one sequence b of the batch:
+//     row(t, b) = offsets[t] + b                          packed (offsets not null): b < offsets[t+1] - offsets[t]
+//     row(t, b) = t * B + b                               padded
+// D = directions, H = hidden, G = gates a unit (1, 3 or 4, in torch's order: r z n, i f g o). Every tensor is
+// contiguous and in `dtype`; state and accumulation are float32 for 16-bit dtypes. Direction d owns the d-th half of
+// the columns.
+//     gx, gates, dgates (N, D * G * H)   activated gates; GRU's n, LSTM's g after the tanh; not kept for RNN
+//     cell (N, D * H)                    GRU: a_n; LSTM: c; not kept for RNN
+//     y, dy (N, D * H)                   0 past a length
+//     dm (N, D * H)                      GRU: the gradient of a_n
+//     previous (N, D * H)                h' of each row, 0 past a length
+//     h0, c0, hn, cn and their gradients (D, B, H)
+// Saved for backward: y, gates, cell. This layout is the same for the kernels of every device.
+enum mmfast_rnn_mode { MMFAST_RNN_TANH = 0, MMFAST_RNN_RELU = 1, MMFAST_GRU = 2, MMFAST_LSTM = 3 };
+
+typedef struct {
+    int32_t dtype;                      // enum mmfast_dtype
+    int32_t mode;                       // enum mmfast_rnn_mode
+    int32_t directions;                 // 1 or 2
+    int64_t steps, batch, hidden;       // T, B, H
+    const int64_t* offsets;             // (T + 1,) packed only: row of each step's first sequence; else null
+    const int64_t* lengths;             // (B,) or null: T each; clamped to [0, T]; padded only
+    const void* w_hh[2];                // (G * H, H) of each direction
+    const void* b_hh[2];                // (G * H,) of each direction, or null: 0
+    const void *h0, *c0;                // or null: 0
+    int32_t threads;                    // CPU: at least 1
+} mmfast_rnn_layer;
+
+typedef struct {
+    mmfast_rnn_layer layer;
+    const void* gx;
+    void *gates, *cell;  // null where no backward will come; gates may be gx
+    void *y, *hn, *cn;   // cn: LSTM only
+} mmfast_rnn_forward_args;
+
+int mmfast_cpu_rnn_forward(const mmfast_rnn_forward_args* args);
+
+typedef struct {
+    mmfast_rnn_layer layer;
+    const void *y, *gates, *cell;
+    const void *dy, *dhn, *dcn;  // or null: 0
+    void *dgates, *dm;           // the gradient of gx; dm: GRU only
+    void* previous;              // or null: not wanted
+    void *dh0, *dc0;             // or null: not wanted
+} mmfast_rnn_backward_args;
+
+// What needs the walk through time. The rest are products over all rows, the caller's: dx = dgates W_ih,
+// dW_ih = dgates^T x, dW_hh = dgates^T previous (GRU: its n rows by dm), db = sums of dgates and dm over the rows.
+int mmfast_cpu_rnn_backward(const mmfast_rnn_backward_args* args);
 
 #ifdef __cplusplus
 }

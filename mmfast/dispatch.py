@@ -56,6 +56,15 @@ class TorchBackend(Backend):
         return ""
 
 
+class GpuBackend(Backend):
+    """Kernels for a GPU; on CPU tensors they are emulated or interpreted, which only an explicit choice asks for."""
+
+    def reluctance(self, case: Any) -> str:
+        if case.device == "cpu":
+            return f"{self.name} kernels run on a CPU only to be tested"
+        return "not measured on this device"
+
+
 class Choice(NamedTuple):
     """A backend's name, why it serves, and for each backend passed over the reasons."""
 
@@ -149,10 +158,13 @@ def _constants(facts: tuple) -> tuple:
     )
 
 
-@torch.compiler.assume_constant_result
 def _select_while_tracing(name: str, case: tuple, requested: str | None) -> str:
     op = Op.registry[name]
     return op._select(op.case(*case), requested)
+
+
+# What torch.compiler.assume_constant_result sets, without importing torch's compiler (4 s) together with mmfast
+_select_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_backend(name: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .dispatch import needs_formula
 from .ops.adversarial import equations as adversarial_equations
@@ -15,23 +17,51 @@ from .ops.adversarial.backends import OP as ADVERSARIAL
 from .ops.adversarial.backends import Case as AdversarialCase
 from .ops.adversarial.equations import MODES, Mode, Term
 from .ops.adversarial.op import loss as adversarial_loss
+from .ops.adversarial.penalties import (
+    dragan_penalty,
+    max_gradient_penalty,
+    r1_penalty,
+    r2_penalty,
+    wgan_penalty,
+    zero_centered_penalty,
+)
+from .ops.adversarial.weighting import adaptive_weight
+from .ops.conv_transpose import equations as conv_transpose_equations
 from .ops.conv_transpose.backends import OP as CONV_TRANSPOSE
 from .ops.conv_transpose.backends import Case as ConvTransposeCase
+from .ops.conv_transpose.equations import ACTIVATIONS as CONV_TRANSPOSE_ACTIVATIONS
+from .ops.conv_transpose.equations import Epilogue as ConvTransposeEpilogue
+from .ops.conv_transpose.equations import Geometry as ConvTransposeGeometry
+from .ops.conv_transpose.op import conv_transpose as conv_transpose_op
+from .ops.rnn import equations as rnn_equations
 from .ops.rnn.backends import OP as RNN
 from .ops.rnn.backends import Case as RnnCase
+from .ops.rnn.equations import GATES
+from .ops.rnn.equations import Layer as RnnLayer
+from .ops.rnn.op import sequence as rnn_sequence
 
 __all__ = [
+    "adaptive_weight",
     "adversarial_discriminator_loss",
     "adversarial_generator_loss",
     "conv_transpose1d",
+    "conv_transpose1d_norm_act",
     "conv_transpose2d",
+    "conv_transpose2d_norm_act",
     "conv_transpose3d",
+    "dragan_penalty",
+    "conv_transpose3d_norm_act",
     "gru",
     "gru_cell",
     "lstm",
     "lstm_cell",
+    "max_gradient_penalty",
+    "r1_penalty",
+    "r2_penalty",
     "rnn",
     "rnn_cell",
+    "wgan_penalty",
+    "zero_centered_penalty",
 ]
 
 Logits = Tensor | Sequence[Tensor]
@@ -54,7 +84,7 @@ def adversarial_discriminator_loss(
     real_logits, fake_logits: a tensor of any shape, or a list of tensors of any shapes, one per discriminator; the two
         lists have one length. float64, float32, float16 or bfloat16; 16-bit logits accumulate in float32.
     mode: "non-saturating", "hinge", "lsgan" (targets 1 and 0) or "wasserstein".
-    backend: "torch", "cpu" or None (mmfast chooses).
+    backend: "torch", "cpu", "cuda", "triton" or None (mmfast chooses).
     Returns the loss, a tensor without dimensions, in the logits' dtype (float32 under autocast).
     Differentiable to any order in eager.
     Raises ValueError for an unknown mode or backend, an empty list or lists of different lengths; RuntimeError for
@@ -137,9 +167,6 @@ def _adversarial(terms: list[Term], logits: list[Tensor], backend: str | None) -
 Weights = Sequence[Sequence[Tensor]]
 Size = int | Sequence[int]
 
-#: Rows of W_hh per hidden unit.
-_GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
-
 
 def rnn(
     input: Tensor,
@@ -152,6 +179,7 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of Elman RNNs over whole sequences: h_t = tanh or relu (W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
@@ -165,16 +193,20 @@ def rnn(
         (H, D * H); w_hh (H, H); b_ih and b_hh (H,). Those of gru and lstm have 3 H and 4 H rows, gate after gate.
     dropout: the probability with which an output of each layer but the last is zeroed, in training only.
     batch_sizes: int64 on the CPU, a PackedSequence's: how many sequences have a step t, for each t.
+    lengths: (B,), integers: the steps of each sequence of a padded batch, in any order. Outputs past a length are 0, h_n
+        is the state after each sequence's last step, and the reverse direction begins there. On the CPU each must be in
+        [1, T]; on another device, and in a compiled graph, they are clamped to [0, T], unseen.
     backend: "torch", "cpu", "triton", "cuda" or None (mmfast chooses).
     Returns (output, h_n): output (T, B, D * H), in the layout of the input; h_n (L * D, B, H).
-    Dtypes: what PyTorch supports on the device; autocast as for torch.nn.RNN. Differentiable as torch.nn.RNN.
-    Raises ValueError for an unknown nonlinearity or backend, RuntimeError for sizes that do not fit together.
+    Dtypes: what PyTorch supports on the device; autocast as for torch.nn.RNN. Differentiable to any order in eager.
+    Raises ValueError for an unknown nonlinearity or backend, RuntimeError for sizes that do not fit together and for
+        lengths out of range.
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     mode = "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU"
-    options = (dropout, training, bidirectional, batch_first, batch_sizes)
-    output, h_n = _recurrent(mode, input, hx, weights, *options, backend)
+    options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
+    output, h_n = _recurrent(mode, input, None if hx is None else (hx,), weights, *options, backend)
     return output, h_n
 
 
@@ -188,6 +220,7 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of gated recurrent units over whole sequences, in PyTorch's form:
@@ -199,8 +232,8 @@ def gru(
     Equivalent to: the forward of `torch.nn.GRU` with these parameters, which is `torch._VF.gru`.
     All else: `rnn`, with 3 H rows in the order r, z, n in each weight. Source: Cho et al., arXiv:1406.1078.
     """
-    options = (dropout, training, bidirectional, batch_first, batch_sizes)
-    output, h_n = _recurrent("GRU", input, hx, weights, *options, backend)
+    options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
+    output, h_n = _recurrent("GRU", input, None if hx is None else (hx,), weights, *options, backend)
     return output, h_n
 
 
@@ -214,6 +247,7 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A stack of long short-term memories over whole sequences:
@@ -230,7 +264,7 @@ def lstm(
     Returns (output, (h_n, c_n)): output (T, B, D * P). All else: `rnn`. Sources: Hochreiter and Schmidhuber, 1997,
     doi:10.1162/neco.1997.9.8.1735; projection: Sak et al., arXiv:1402.1128.
     """
-    options = (dropout, training, bidirectional, batch_first, batch_sizes)
+    options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
     output, h_n, c_n = _recurrent("LSTM", input, hx, weights, *options, backend)
     return output, (h_n, c_n)
 
@@ -238,64 +272,200 @@ def lstm(
 def _recurrent(
     mode: str,
     input: Tensor,
-    hx: Tensor | tuple[Tensor, Tensor] | None,
+    states: Sequence[Tensor] | None,
     weights: Weights,
     dropout: float,
     training: bool,
     bidirectional: bool,
     batch_first: bool,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    first = weights[0]
-    hidden_size = first[1].shape[0] // _GATES[mode]
-    proj_size = first[-1].shape[0] if len(first) in (3, 5) else 0
-    sizes = (input.shape[-1], hidden_size, proj_size)
-    facts = (input.device, input.dtype, mode, *sizes, bidirectional, batch_sizes is not None)
-    RNN.select_by(facts, _rnn_case, backend)
-    if hx is None:
-        hx = _zero_states(mode, input, len(weights), hidden_size, proj_size, batch_first, batch_sizes)
+    sizes = _recurrent_sizes(mode, weights, bidirectional)
+    _check_recurrent_input(mode, input, weights, sizes, batch_sizes)
+    batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
+    shapes = [(len(weights), batch, sizes.proj_size or sizes.hidden_size)]
+    if mode == "LSTM":
+        shapes.append((len(weights), batch, sizes.hidden_size))
+    if states is not None:
+        _check_states(states, shapes)
+    if lengths is not None:
+        lengths = _checked_lengths(lengths, input, batch, batch_first, batch_sizes)
+    formula = needs_formula([input, *(states or ()), *(weight for layer in weights for weight in layer)])
+    transformed = formula or torch.compiler.is_compiling()
+    facts = (input.device, input.dtype, mode, *sizes, bidirectional, batch_sizes is not None, lengths is not None)
+    chosen = RNN.select_by((*facts, transformed), _rnn_case, backend)
+    options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
+    if chosen != "torch":
+        function = rnn_equations.sequence if formula else partial(rnn_sequence, backend=chosen)
+        return _recurrent_by_layers(function, mode, input, states or (), weights, *options)
+    if states is None:
+        states = [input.new_zeros(shape) for shape in shapes]
     function = _recurrent_outside_graphs if torch.compiler.is_compiling() else _recurrent_of_torch
-    return function(mode, input, hx, weights, dropout, training, bidirectional, batch_first, batch_sizes)
+    return function(mode, input, states, weights, *options)
 
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
-    return RnnCase(device.type, _compute_dtype(device.type, dtype), mode, *rest)
+    return RnnCase(device.type, _compute_dtype(device.type, dtype), mode, *rest, autocast=_autocasts(device.type))
 
 
-def _zero_states(
+def _checked_lengths(
+    lengths: Any, input: Tensor, batch: int, batch_first: bool, batch_sizes: Tensor | None
+) -> Tensor:
+    """lengths as a tensor; RuntimeError for what torch.nn.utils.rnn.pack_padded_sequence refuses."""
+    if batch_sizes is not None:
+        raise RuntimeError("lengths were given with packed input, which has lengths of its own; expected one of the two")
+    lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.dim() != 1:
+        raise RuntimeError(f"lengths are {lengths.dtype} in {lengths.dim()} dimensions; expected integers in one dimension")
+    if lengths.shape[0] != batch:
+        raise RuntimeError(f"Expected `len(lengths)` to be equal to batch_size, but got {len(lengths)} ({batch=})")
+    if lengths.device.type == "cpu" and batch and is_plain([lengths]):
+        shortest, longest, steps = int(lengths.min()), int(lengths.max()), input.shape[1 if batch_first else 0]
+        if shortest <= 0:
+            raise RuntimeError(f"Length of all samples has to be greater than 0, but a length is {shortest}")
+        if longest > steps:
+            raise RuntimeError(f"a length is {longest}, but the input has only {steps} steps")
+    return lengths
+
+
+class _Sizes(NamedTuple):
+    input_size: int
+    hidden_size: int
+    proj_size: int
+
+
+def _recurrent_sizes(mode: str, weights: Weights, bidirectional: bool) -> _Sizes:
+    """The sizes that the first layer's weights tell; RuntimeError where any weight has another shape than they demand.
+
+    Not even PyTorch's kernels check all of this: its LSTM reads beyond a weight that is too small.
+    """
+    directions = 2 if bidirectional else 1
+    if not weights or len(weights) % directions or not 2 <= len(weights[0]) <= 5:
+        raise RuntimeError(
+            f"weights has {len(weights)} tuples; expected {directions} per layer, each (w_ih, w_hh), "
+            "(w_ih, w_hh, b_ih, b_hh), or with a projection one of these and w_hr"
+        )
+    w_ih, w_hh, *rest = weights[0]
+    rows, output_size = w_hh.shape
+    hidden_size = rows // GATES[mode]
+    proj_size = output_size if len(rest) % 2 else 0
+    expected = [(rows, w_ih.shape[-1]), (rows, proj_size or hidden_size), *[(rows,)] * (len(rest) // 2 * 2)]
+    if proj_size:
+        expected.append((proj_size, hidden_size))
+    for index, layer in enumerate(weights):
+        if index == directions:
+            expected[0] = (rows, output_size * directions)
+        shapes = [weight.shape for weight in layer]
+        if shapes != expected:
+            raise RuntimeError(f"weights[{index}] has the shapes {list(map(tuple, shapes))}; expected {expected}")
+    return _Sizes(w_ih.shape[-1], hidden_size, proj_size)
+
+
+def _check_recurrent_input(
+    mode: str, input: Tensor, weights: Weights, sizes: _Sizes, batch_sizes: Tensor | None
+) -> None:
+    """PyTorch's checks, with its words."""
+    dtype = weights[0][0].dtype
+    if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+        # torch.nn.LSTM leaves the dtype of packed input to its kernel
+        error = RuntimeError if mode == "LSTM" and batch_sizes is not None else ValueError
+        raise error(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
+            f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
+        )
+    dims = 3 if batch_sizes is None else 2
+    if input.dim() != dims:
+        raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+    if input.shape[-1] != sizes.input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {sizes.input_size}, got {input.shape[-1]}"
+        )
+
+
+def _check_states(states: Sequence[Tensor], shapes: list[tuple[int, int, int]]) -> None:
+    for index, (state, shape) in enumerate(zip(states, shapes, strict=True)):
+        which = "hidden" if len(shapes) == 1 else f"hidden[{index}]"
+        if state.shape != shape:
+            raise RuntimeError(f"Expected {which} size {shape}, got {list(state.shape)}")
+
+
+def _recurrent_by_layers(
+    function: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
     mode: str,
     input: Tensor,
-    rows: int,
-    hidden_size: int,
-    proj_size: int,
+    states: Sequence[Tensor],
+    weights: Weights,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
     batch_first: bool,
     batch_sizes: Tensor | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
-    h = input.new_zeros(rows, batch, proj_size or hidden_size)
-    return (h, input.new_zeros(rows, batch, hidden_size)) if mode == "LSTM" else h
+    lengths: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The stack, each layer by `function(x, weights, h0, c0, layer)`, between them dropout as PyTorch draws it."""
+    directions = 2 if bidirectional else 1
+    layer = RnnLayer(mode, directions, batch_sizes, lengths)
+    transposed = batch_first and batch_sizes is None
+    x = input.transpose(0, 1).contiguous() if transposed else input
+    last: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(weights), directions):
+        if start and dropout and training:
+            x = torch.dropout(x, dropout, True)
+        rows = slice(start, start + directions)
+        flat = [weight for part in weights[rows] for weight in part]
+        h0, c0 = (*(state if len(weights) == directions else state[rows] for state in states), None, None)[:2]
+        x, hn, cn = function(x, flat, h0, c0, layer)
+        last.append((hn, cn) if mode == "LSTM" else (hn,))  # type: ignore[arg-type]
+    hx = last[0] if len(last) == 1 else tuple(torch.cat(each) for each in zip(*last, strict=True))
+    return x.transpose(0, 1) if transposed else x, *hx
 
 
 def _recurrent_of_torch(
     mode: str,
     input: Tensor,
-    hx: Tensor | tuple[Tensor, Tensor],
+    states: Sequence[Tensor],
     weights: Weights,
     dropout: float,
     training: bool,
     bidirectional: bool,
     batch_first: bool,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    if lengths is not None:
+        return _lengths_of_torch(mode, input, states, weights, dropout, training, bidirectional, batch_first, lengths)
     function = getattr(torch._VF, mode.lower())
     flat = [weight for layer in weights for weight in layer]
     biases = len(weights[0]) > 3
     layers = len(weights) // (2 if bidirectional else 1)
     options = (flat, biases, layers, dropout, training, bidirectional)
+    hx = states if mode == "LSTM" else states[0]
     if batch_sizes is not None:
         return function(input, batch_sizes, hx, *options)
     return function(input, hx, *options, batch_first)
+
+
+def _lengths_of_torch(
+    mode: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Weights,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Tensor,
+) -> tuple[Tensor, ...]:
+    """By way of a PackedSequence."""
+    packed = pack_padded_sequence(input, lengths.cpu(), batch_first, enforce_sorted=False)
+    states = [state.index_select(1, packed.sorted_indices) for state in states]
+    options = (dropout, training, bidirectional, False, packed.batch_sizes, None)
+    output, *last = _recurrent_of_torch(mode, packed.data, states, weights, *options)
+    packed = PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+    output, _ = pad_packed_sequence(packed, batch_first, total_length=input.shape[1 if batch_first else 0])
+    return output, *(state.index_select(1, packed.unsorted_indices) for state in last)
 
 
 # Traced, PyTorch's function would become one graph node per step and gate; it runs between two graphs instead, as
@@ -408,8 +578,10 @@ def conv_transpose1d(
     backend: "torch", "cpu", "triton", "cuda" or None (mmfast chooses); ValueError for any other.
     Differentiable to any order.
     """
-    _select_conv_transpose(1, input, weight, stride, padding, output_padding, groups, dilation, backend)
-    return torch.conv_transpose1d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if _select_conv_transpose(1, input, weight, stride, padding, output_padding, groups, dilation, backend) == "torch":
+        return torch.conv_transpose1d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return _conv_transpose(1, input, weight, bias, *geometry, backend)
 
 
 def conv_transpose2d(
@@ -430,8 +602,10 @@ def conv_transpose2d(
 
     input: (N, Cin, H, W) or (Cin, H, W). weight: (Cin, Cout / groups, Kh, Kw). All else: `conv_transpose1d`.
     """
-    _select_conv_transpose(2, input, weight, stride, padding, output_padding, groups, dilation, backend)
-    return torch.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if _select_conv_transpose(2, input, weight, stride, padding, output_padding, groups, dilation, backend) == "torch":
+        return torch.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return _conv_transpose(2, input, weight, bias, *geometry, backend)
 
 
 def conv_transpose3d(
@@ -452,8 +626,238 @@ def conv_transpose3d(
 
     input: (N, Cin, D, H, W) or (Cin, D, H, W). weight: (Cin, Cout / groups, Kd, Kh, Kw). All else: `conv_transpose1d`.
     """
-    _select_conv_transpose(3, input, weight, stride, padding, output_padding, groups, dilation, backend)
-    return torch.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if _select_conv_transpose(3, input, weight, stride, padding, output_padding, groups, dilation, backend) == "torch":
+        return torch.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return _conv_transpose(3, input, weight, bias, *geometry, backend)
+
+
+def conv_transpose1d_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    backend: str | None = None,
+) -> Tensor:
+    """A transposed convolution over sequences, the normalisation and the activation that follow it, as one op.
+
+    Equivalent to, for norm "batch", activation "relu" and crop (l, r):
+    `relu(batch_norm(conv_transpose1d(input, weight, bias, ...)[:, :, l:-r], running_mean, running_var, norm_weight,
+    norm_bias, training, momentum, eps))`.
+
+    input, weight, bias, stride, padding, output_padding, groups, dilation: as in `conv_transpose1d`.
+    crop: how many positions to drop from the result at (begin, end), or a pair per spatial dimension; audio codecs
+        that are causal drop their whole overlap at the end.
+    norm: None, "batch" (training, or no running statistics: moments of this batch; else the running statistics) or
+        "instance" (always its own moments). norm_weight, norm_bias: (Cout,) or None.
+    running_mean, running_var: (Cout,) or None; "batch" updates them in training, as PyTorch does.
+    activation: None, "relu", "leaky_relu" (with negative_slope), "tanh", "sigmoid", "silu" or "gelu".
+    backend: "torch", "cpu" or None (mmfast chooses).
+    Returns (N, Cout, L') or (Cout, L'), in input's dtype. Differentiable to any order in eager.
+    Raises ValueError for an unknown norm, activation or backend, and where a norm that measures has one value per
+        channel; RuntimeError for what PyTorch's own functions refuse.
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    statistics = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
+    return _conv_transpose_norm_act(
+        1, input, weight, bias, *geometry, crop, *statistics, activation, negative_slope, backend
+    )
+
+
+def conv_transpose2d_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    backend: str | None = None,
+) -> Tensor:
+    """A transposed convolution over images, the normalisation and the activation that follow it, as one op.
+
+    Equivalent to: conv_transpose2d, batch_norm or instance_norm, activation. All else: `conv_transpose1d_norm_act`.
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    statistics = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
+    return _conv_transpose_norm_act(
+        2, input, weight, bias, *geometry, crop, *statistics, activation, negative_slope, backend
+    )
+
+
+def conv_transpose3d_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    backend: str | None = None,
+) -> Tensor:
+    """A transposed convolution over volumes, the normalisation and the activation that follow it, as one op.
+
+    Equivalent to: conv_transpose3d, batch_norm or instance_norm, activation. All else: `conv_transpose1d_norm_act`.
+    """
+    geometry = (stride, padding, output_padding, groups, dilation)
+    statistics = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
+    return _conv_transpose_norm_act(
+        3, input, weight, bias, *geometry, crop, *statistics, activation, negative_slope, backend
+    )
+
+
+def _conv_transpose(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+    backend: str,
+) -> Tensor:
+    geometry = _geometry(dims, stride, padding, output_padding, groups, dilation)
+    if not _fits(dims, input, weight, bias, geometry):
+        # what is no transposed convolution, PyTorch refuses, with its own error
+        function = _CONV_TRANSPOSE[dims - 1]
+        return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    plain = ConvTransposeEpilogue()
+    return _conv_transpose_op(dims, input, weight, bias, (None,) * 4, geometry, plain, backend)[0]
+
+
+def _conv_transpose_norm_act(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+    crop: Sequence[tuple[int, int]] | tuple[int, int],
+    norm: str | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    backend: str | None,
+) -> Tensor:
+    if norm not in (None, "batch", "instance"):
+        raise ValueError(f"unknown norm {norm!r}; accepted: None, 'batch', 'instance'")
+    if activation is not None and activation not in CONV_TRANSPOSE_ACTIVATIONS[1:]:
+        accepted = ", ".join(map(repr, CONV_TRANSPOSE_ACTIVATIONS[1:]))
+        raise ValueError(f"unknown activation {activation!r}; accepted: None, {accepted}")
+    if norm == "instance" and running_mean is not None:
+        raise ValueError("norm 'instance' takes no running statistics; pass None, or norm='batch'")
+    measures = norm == "instance" or (norm == "batch" and (training or running_mean is None))
+    kind = ("given" if norm == "batch" and not measures else norm) or "none"
+    epilogue = ConvTransposeEpilogue(kind, eps, activation or "none", negative_slope)
+    cropped = _crop(crop, dims)
+    sizes = (stride, padding, output_padding, groups, dilation)
+    facts = (any(cropped), epilogue.norm, epilogue.activation, negative_slope)
+    chosen = _select_conv_transpose(dims, input, weight, *sizes, backend, *facts)
+    geometry = _geometry(dims, *sizes, cropped)
+    if chosen == "torch" or not _fits(dims, input, weight, bias, geometry):
+        y = _CONV_TRANSPOSE[dims - 1](input, weight, bias, stride, padding, output_padding, groups, dilation)
+        for dim, (begin, end) in enumerate(zip(cropped[::2], cropped[1::2], strict=True), start=-dims):
+            y = y.narrow(dim, begin, y.shape[dim] - begin - end) if begin or end else y
+        if norm == "batch":
+            y = torch.nn.functional.batch_norm(
+                y, running_mean, running_var, norm_weight, norm_bias, measures, momentum, eps
+            )
+        elif norm == "instance":
+            y = torch.nn.functional.instance_norm(y, weight=norm_weight, bias=norm_bias, eps=eps)
+        return conv_transpose_equations.activate(y, epilogue.activation, negative_slope)
+    given = (running_mean, running_var) if kind == "given" else (None, None)
+    parameters = (norm_weight, norm_bias, *given)
+    out, mean, var = _conv_transpose_op(dims, input, weight, bias, parameters, geometry, epilogue, chosen)
+    if measures:
+        count = out.numel() // max(mean.numel(), 1)
+        if count == 1 or (norm == "batch" and out.shape[-dims:].numel() * (out.dim() == dims + 1) == 1):
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {out.size()}")
+        if norm == "batch" and running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+                running_var.lerp_(var.to(running_var.dtype) * (count / max(count - 1, 1)), momentum)
+    return out
+
+
+_CONV_TRANSPOSE = (
+    torch.nn.functional.conv_transpose1d,
+    torch.nn.functional.conv_transpose2d,
+    torch.nn.functional.conv_transpose3d,
+)
+
+
+def _crop(crop: Sequence[tuple[int, int]] | tuple[int, int], dims: int) -> tuple[int, ...]:
+    pairs = [crop] * dims if isinstance(crop[0], int) else list(crop)
+    flat = tuple(side for pair in pairs for side in pair)  # type: ignore[union-attr]
+    if len(pairs) != dims or len(flat) != 2 * dims or min(flat) < 0:
+        raise ValueError(f"crop is {crop}; expected (begin, end), both at least 0, or one such pair per dimension")
+    return flat
+
+
+def _geometry(
+    dims: int,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+    crop: tuple[int, ...] = (),
+) -> ConvTransposeGeometry:
+    sizes = [_per_dim(size, dims) for size in (stride, padding, output_padding, dilation)]
+    return ConvTransposeGeometry(*sizes, groups, crop or (0,) * (2 * dims))
 
 
 def _select_conv_transpose(
@@ -466,11 +870,13 @@ def _select_conv_transpose(
     groups: int,
     dilation: Size,
     backend: str | None,
+    *epilogue: Any,
 ) -> str:
     # what is no transposed convolution at all, PyTorch refuses, with its own error
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims + 2):
         return "torch"
-    facts = (input.device, input.dtype, weight.shape, stride, padding, output_padding, groups, dilation)
+    geometry = (stride, padding, output_padding, groups, dilation)
+    facts = (input.device, input.dtype, weight.shape, *geometry, *epilogue)
     return CONV_TRANSPOSE.select_by(facts, _conv_transpose_case, backend)
 
 
@@ -483,6 +889,7 @@ def _conv_transpose_case(
     output_padding: Size,
     groups: int,
     dilation: Size,
+    *epilogue: Any,
 ) -> ConvTransposeCase:
     in_channels, group_channels, *kernel_size = shape
     dims = len(kernel_size)
@@ -497,7 +904,57 @@ def _conv_transpose_case(
         _per_dim(output_padding, dims),
         _per_dim(dilation, dims),
         groups,
+        *epilogue,
     )
+
+
+def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvTransposeGeometry) -> bool:
+    """Whether PyTorch would take these arguments: if not, it is asked, and its own error raised."""
+    if input.dim() not in (dims + 1, dims + 2) or input.shape[-dims - 1] != weight.shape[0]:
+        return False
+    groups, size = geometry.groups, input.shape[-dims:]
+    if groups < 1 or weight.shape[0] % groups or min(size) < 1 or min(weight.shape) < 1:
+        return False
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[1] * groups):
+        return False
+    if any(x.device != input.device for x in (weight, bias) if x is not None):
+        return False
+    same_dtype = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
+    if not same_dtype and _compute_dtype(input.device.type, input.dtype) == input.dtype:
+        return False
+    lists = geometry[:4]
+    if any(len(part) != dims for part in lists) or min(*geometry.stride, *geometry.dilation) < 1:
+        return False
+    if min(*geometry.padding, *geometry.output_padding) < 0:
+        return False
+    rows = zip(geometry.output_padding, geometry.stride, geometry.dilation, strict=True)
+    if any(padding >= stride and padding >= dilation for padding, stride, dilation in rows):
+        return False
+    return min(geometry.out_size(size, weight.shape[2:])) >= 1
+
+
+def _conv_transpose_op(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    parameters: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    geometry: ConvTransposeGeometry,
+    epilogue: ConvTransposeEpilogue,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _compute_dtype(input.device.type, input.dtype)
+    x, weight = input.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    unbatched = x.dim() == dims + 1
+    tensors = (x.unsqueeze(0) if unbatched else x, weight, bias, *parameters)
+    if needs_formula([tensor for tensor in tensors if tensor is not None]):
+        out, _, mean, var = conv_transpose_equations.forward(*tensors, geometry, epilogue)
+        empty = out.new_empty(0)
+        mean, var = (empty if mean is None else mean, empty if var is None else var)
+    else:
+        out, mean, var = conv_transpose_op(tensors, geometry, epilogue, backend)
+    return out.squeeze(0) if unbatched else out, mean, var
 
 
 def _per_dim(size: Size, dims: int) -> tuple[int, ...]:

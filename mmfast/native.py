@@ -1,7 +1,10 @@
-"""The native library: the only module that imports `_C`. It checks what goes in and turns a status into an exception.
+"""The native libraries: the only module that imports `_C` and `_emulator`.
 
-The library is loaded at first use, after torch, so that both share one OpenMP runtime. A library that cannot be loaded
-is no error: `load_error()` keeps the reason, `mmfast info` shows it, and the `torch` backend serves everything.
+It checks what goes in and turns a status into an exception. `_C` holds the CPU kernels and, where nvcc was found, the
+CUDA kernels; `_emulator` the CUDA kernels as they run on a CPU, checked, for CPU tensors.
+
+A library is loaded at first use, after torch, so that both share one OpenMP runtime. One that cannot be loaded is no
+error: `load_error()` keeps the reason, `mmfast info` shows it, and the `torch` backend serves everything.
 """
 
 from __future__ import annotations
@@ -24,17 +27,18 @@ _STATUS_ERRORS = {1: ValueError, 2: MemoryError, 3: RuntimeError}
 
 
 @functools.cache
-def _load() -> tuple[types.ModuleType | None, str]:
+def _load(name: str = "_C") -> tuple[types.ModuleType | None, str]:
     try:
-        library = importlib.import_module("mmfast._C")
+        library = importlib.import_module(f"mmfast.{name}")
     except ImportError as error:
-        return None, f"mmfast's native library could not be loaded ({error}); reinstall with a C++ compiler on PATH"
+        what = "native library" if name == "_C" else "emulator"
+        return None, f"mmfast's {what} could not be loaded ({error}); reinstall with a C++ compiler on PATH"
     if library.abi_version != ABI_VERSION:
         return None, (
-            f"mmfast's native library has ABI version {library.abi_version}, but this Python code needs {ABI_VERSION}; "
+            f"mmfast's {name} has ABI version {library.abi_version}, but this Python code needs {ABI_VERSION}; "
             "reinstall mmfast"
         )
-    if config.ISA is not None and library.set_isa(config.ISA) != 0:
+    if name == "_C" and config.ISA is not None and library.set_isa(config.ISA) != 0:
         return None, f"MMFAST_ISA={config.ISA} is not one of: {library.supported_isas()}"
     return library, ""
 
@@ -49,18 +53,64 @@ def load_error() -> str:
     return _load()[1]
 
 
-def library() -> types.ModuleType:
-    """The loaded library; RuntimeError where there is none."""
-    module, error = _load()
+def library(name: str = "_C") -> types.ModuleType:
+    """The loaded library, `_C` or `_emulator`; RuntimeError where there is none."""
+    module, error = _load(name)
     if module is None:
         raise RuntimeError(error)
     return module
 
 
-def check(status: int) -> None:
+def check(status: int, name: str = "_C") -> None:
     """Raises what a kernel's status stands for."""
     if status != 0:
-        raise _STATUS_ERRORS.get(status, RuntimeError)(library().last_error())
+        raise _STATUS_ERRORS.get(status, RuntimeError)(library(name).last_error())
+
+
+def cuda_refusals(device: str) -> list[str]:
+    """Why the CUDA kernels cannot run on tensors of this device type, in sentences; on "cpu" the emulator runs them."""
+    if device == "cpu":
+        error = _load("_emulator")[1]
+        return [error] if error else []
+    if device != "cuda":
+        return [f"the tensors are on {device} (supported: cuda, and cpu in the emulator)"]
+    if not available():
+        return [load_error()]
+    built: str = library().build["cuda"]
+    if not built.startswith("yes"):
+        return [f"mmfast has no CUDA kernels ({built})"]
+    capability = torch.cuda.get_device_capability()
+    architectures = built.removeprefix("yes: ").partition(",")[0].split()
+    if not any(_runs_on(architecture, capability) for architecture in architectures):
+        return [
+            f"the device has compute capability {capability[0]}.{capability[1]} (built for: {', '.join(architectures)})"
+        ]
+    return []
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for a CMake CUDA architecture runs on a device: "80-real" its machine code, "100" also its PTX."""
+    number = architecture.partition("-")[0]
+    target = divmod(int(number.rstrip("af")), 10)
+    if not number.isdigit():
+        return target == capability
+    same_generation = target[0] == capability[0] and target <= capability
+    return same_generation or (not architecture.endswith("-real") and target <= capability)
+
+
+def emulator_order(seed: int) -> None:
+    """The order in which the emulator runs threads: 0 the natural one, any other seed another one at random."""
+    library("_emulator").set_order(seed)
+
+
+def emulator_selftests() -> list[tuple[str, str]]:
+    """The emulator's own kernels: (name, planted bug), "" for a kernel without one."""
+    return list(library("_emulator").selftests)
+
+
+def emulator_selftest(name: str, bug: str) -> None:
+    """Runs one of them; RuntimeError with the emulator's report where it finds something wrong."""
+    check(library("_emulator").selftests[name, bug](), "_emulator")
 
 
 def isa() -> str:
@@ -99,3 +149,152 @@ def cpu_adversarial_backward(
     rows = [(x.data_ptr(), dx.data_ptr(), x.numel(), *term) for x, dx, term in zip(logits, dlogits, terms, strict=True)]
     dtype = DTYPES[dtotal.dtype]
     check(library().cpu_adversarial_backward(dtype, mean, rows, dtotal.data_ptr(), torch.get_num_threads()))
+
+
+def _launch(entry: str, x: torch.Tensor, *arguments: object) -> None:
+    """Calls a CUDA kernel's entry on x's device and its current stream, or in the emulator where x is on the CPU."""
+    if x.device.type == "cpu":
+        check(getattr(library("_emulator"), entry)(*arguments, 0), "_emulator")
+        return
+    with torch.cuda.device(x.device):
+        check(getattr(library(), entry)(*arguments, torch.cuda.current_stream().cuda_stream))
+
+
+def adversarial_scratch(logits: Sequence[torch.Tensor]) -> int:
+    """The number of float64 elements that cuda_adversarial_forward needs as scratch."""
+    chunk = library("_C" if logits[0].is_cuda else "_emulator").adversarial_chunk
+    return 1 + sum(-(-x.numel() // chunk) for x in logits)
+
+
+def cuda_adversarial_forward(
+    terms: Sequence[tuple],
+    mean: bool,
+    values: torch.Tensor,
+    total: torch.Tensor,
+    scratch: torch.Tensor,
+    logits: Sequence[torch.Tensor],
+) -> None:
+    """As cpu_adversarial_forward, on CUDA or in the emulator; scratch: (adversarial_scratch(logits),) float64."""
+    rows = [(x.data_ptr(), 0, x.numel(), *term) for x, term in zip(logits, terms, strict=True)]
+    dtype = DTYPES[total.dtype]
+    _launch(
+        "cuda_adversarial_forward", total, dtype, mean, rows, values.data_ptr(), total.data_ptr(), scratch.data_ptr()
+    )
+
+
+def cuda_adversarial_backward(
+    terms: Sequence[tuple],
+    mean: bool,
+    dtotal: torch.Tensor,
+    logits: Sequence[torch.Tensor],
+    dlogits: Sequence[torch.Tensor],
+) -> None:
+    """As cpu_adversarial_backward, on a CUDA device or in the emulator."""
+    rows = [(x.data_ptr(), dx.data_ptr(), x.numel(), *term) for x, dx, term in zip(logits, dlogits, terms, strict=True)]
+    _launch("cuda_adversarial_backward", dtotal, DTYPES[dtotal.dtype], mean, rows, dtotal.data_ptr())
+
+
+def cpu_normalize_forward(
+    layout: tuple[bool, tuple[int, int, int, int]],
+    activation: tuple[int, float],
+    measure: bool,
+    eps: float,
+    y: torch.Tensor,
+    parameters: Sequence[torch.Tensor | None],
+    out: torch.Tensor,
+) -> None:
+    """Fills out, and with `measure` mean and var, from y: dense CPU tensors of one dtype and one order of memory.
+
+    layout: (channels last, (sets, batch, channels, size)). activation: (number, negative slope). parameters: weight,
+    bias (channels,) or None, mean, var (sets, channels) in y's compute dtype, contiguous.
+    """
+    pointers = [_address(x) for x in parameters]
+    threads = torch.get_num_threads()
+    arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, y.data_ptr(), *pointers, out.data_ptr(), threads)
+    check(library().cpu_normalize_forward(*arguments))
+
+
+def cpu_normalize_backward(
+    layout: tuple[bool, tuple[int, int, int, int]],
+    activation: tuple[int, float],
+    measure: bool,
+    eps: float,
+    y: torch.Tensor,
+    parameters: Sequence[torch.Tensor | None],
+    dout: torch.Tensor,
+    dy: torch.Tensor,
+    dweight: torch.Tensor,
+    dbias: torch.Tensor,
+) -> None:
+    """Fills dy, of y's layout, and dweight and dbias (sets, channels); the other arguments as in the forward."""
+    pointers = [_address(x) for x in (y, *parameters, dout, dy, dweight, dbias)]
+    threads = torch.get_num_threads()
+    arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, *pointers, threads)
+    check(library().cpu_normalize_backward(*arguments))
+
+
+def cpu_activation_forward(activation: tuple[int, float], y: torch.Tensor, out: torch.Tensor) -> None:
+    """Fills out, of y's layout, with the activation of y, a dense CPU tensor; out may be y."""
+    arguments = (DTYPES[y.dtype], *activation, y.numel(), y.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    check(library().cpu_activation_forward(*arguments))
+
+
+def cpu_activation_backward(
+    activation: tuple[int, float], value: torch.Tensor, dout: torch.Tensor, dy: torch.Tensor
+) -> None:
+    """Fills dy with dout times the slope at which the activation took `value` (silu: its argument); one layout."""
+    pointers = (value.data_ptr(), dout.data_ptr(), dy.data_ptr())
+    check(
+        library().cpu_activation_backward(
+            DTYPES[value.dtype], *activation, value.numel(), *pointers, torch.get_num_threads()
+        )
+    )
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def cpu_rnn_forward(
+    layer: tuple,
+    gx: torch.Tensor,
+    gates: torch.Tensor | None,
+    cell: torch.Tensor | None,
+    y: torch.Tensor,
+    hn: torch.Tensor,
+    cn: torch.Tensor | None,
+) -> None:
+    """Fills gates, cell, y, hn and cn of mmfast_rnn_forward_args (csrc/mmfast.h); layer: `rnn_layer`."""
+    out = _address(gates), _address(cell), y.data_ptr(), hn.data_ptr(), _address(cn)
+    check(library().cpu_rnn_forward(layer, gx.data_ptr(), *out))
+
+
+def cpu_rnn_backward(
+    layer: tuple, saved: Sequence[torch.Tensor | None], given: Sequence[torch.Tensor | None], out: Sequence
+) -> None:
+    """Fills `out` (dgates, dm, previous, dh0, dc0) from `saved` (y, gates, cell) and `given` (dy, dhn, dcn).
+
+    All are mmfast_rnn_backward_args' (csrc/mmfast.h); layer: `rnn_layer`.
+    """
+    check(library().cpu_rnn_backward(layer, *map(_address, saved), *map(_address, given), *map(_address, out)))
+
+
+def rnn_layer(
+    dtype: torch.dtype,
+    mode: int,
+    shape: tuple[int, int, int],
+    offsets: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    w_hh: Sequence[torch.Tensor],
+    b_hh: Sequence[torch.Tensor | None],
+    h0: torch.Tensor | None,
+    c0: torch.Tensor | None,
+) -> tuple:
+    """mmfast_rnn_layer of csrc/mmfast.h. shape: (T, B, H); one w_hh and b_hh a direction; tensors contiguous, on CPU.
+
+    The caller keeps the tensors alive until the kernel has returned.
+    """
+    directions = len(w_hh)
+    weights = [_address(x) for pair in (w_hh, b_hh) for x in (*pair, None)[:2]]
+    sides = _address(offsets), _address(lengths), *weights, _address(h0), _address(c0)
+    return (DTYPES[dtype], mode, directions, *shape, *sides, torch.get_num_threads())

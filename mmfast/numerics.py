@@ -129,7 +129,9 @@ class Errors:
     def check(self) -> Comparison:
         """The figures, if the rule is kept; AssertionError otherwise, ValueError for fewer than 4096 values."""
         if not self.enough:
-            raise ValueError(f"{self.name}: {self.count} values are too few for the rule; pool {ENOUGH} over more seeds")
+            raise ValueError(
+                f"{self.name}: {self.count} values are too few for the rule; pool {ENOUGH} over more seeds"
+            )
         comparison = self.compare()
         if comparison.failures:
             raise AssertionError(f"{self.name}: " + "; ".join(comparison.failures) + f" (over {self.count} values)")
@@ -156,8 +158,8 @@ class Errors:
         if not same.all():
             i = int((~same).nonzero()[0])
             raise AssertionError(
-                f"{self.name}: {int((~same).sum())} of {same.numel()} values differ in being NaN or infinite; the first, "
-                f"at flat index {i}, is {float(ours[i])}, the reference rounds to {float(rounded[i])}"
+                f"{self.name}: {int((~same).sum())} of {same.numel()} values differ in being NaN or infinite; "
+                f"the first, at flat index {i}, is {float(ours[i])}, the reference rounds to {float(rounded[i])}"
             )
 
 

@@ -7,11 +7,13 @@ import zlib
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 # `python -m pytest` puts the checkout first on the path, where it would hide the installed package and its libraries
 _CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if pathlib.Path(entry or ".").resolve() != _CHECKOUT]
 
+import mmfast  # noqa: E402
 from mmfast import native  # noqa: E402
 
 
@@ -29,6 +31,13 @@ def pytest_report_header(config):
 
 
 def pytest_sessionstart(session):
+    """Nothing runs on anything but the installed package with its native library: the tests would pass hollow."""
+    package = pathlib.Path(mmfast.__file__).resolve()
+    if _CHECKOUT in package.parents and "site-packages" not in package.parts:
+        raise pytest.UsageError(
+            f"mmfast was imported from the checkout ({package}), and the tests are for the installed package; "
+            'install it with: pip install torch==2.13.0 ".[test]"'
+        )
     if not native.available():
         raise pytest.UsageError(f"kernels cannot be tested: {native.load_error()}")
 
@@ -46,6 +55,48 @@ def one_thread():
 def seed(request):
     """A seed of this test's own: it follows from --seed and the test's name, not from which tests ran before."""
     return (request.config.option.seed + zlib.crc32(request.node.nodeid.encode())) % 2**31
+
+
+@pytest.fixture(autouse=True)
+def seeded(seed):
+    """What a test draws from torch's own generator follows from its seed, too."""
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs():
+    """Graphs that one test compiled neither serve nor crowd the next."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@pytest.fixture
+def outcome(seed):
+    """outcome(function, *inputs): the outputs of function(*inputs), then the gradients, for a random cotangent, of the
+    inputs and of the parameters - a module's own, or parameters=[...]. Equal calls within a test draw equal numbers."""
+
+    def compute(function, *inputs, parameters=None):
+        inputs = pytree.tree_map_only(torch.Tensor, _as_leaf, inputs)
+        if parameters is None:
+            parameters = function.parameters() if isinstance(function, torch.nn.Module) else []
+        torch.manual_seed(seed)
+        outputs = _tensors(function(*inputs))
+        answers = [y for y in outputs if y.requires_grad]
+        wanted = [x for x in (*_tensors(inputs), *parameters) if x.requires_grad]
+        torch.manual_seed(seed + 1)
+        cotangents = [torch.randn_like(y) for y in answers]
+        gradients = torch.autograd.grad(answers, wanted, cotangents, allow_unused=True) if wanted and answers else ()
+        return [y.detach() for y in outputs] + [dx for dx in gradients if dx is not None]
+
+    return compute
+
+
+def _as_leaf(x):
+    return x.detach().clone().requires_grad_() if x.is_floating_point() else x
+
+
+def _tensors(tree):
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
 @pytest.fixture(scope="session")

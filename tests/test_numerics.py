@@ -106,7 +106,7 @@ def test_kind_differs(seed, change, message):
 def test_pattern_differs(seed, value):
     out, yardstick, reference = draw(seed, torch.float32)
     reference[7] = yardstick[7] = value
-    with pytest.raises(AssertionError, match="1 of 4096 values differ in being NaN or infinite.*index 7"):
+    with pytest.raises(AssertionError, match=r"1 of 4096 values differ in being NaN or infinite.*index 7"):
         compare(out, yardstick, reference)
     spoiled = out.clone()
     spoiled[7] = value

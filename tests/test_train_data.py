@@ -271,8 +271,9 @@ def test_a_batch_without_speech_has_one_empty_frame(own, tmp_path):
         ("Cafe\u0301", "caf\u00e9".encode()),
         ("\U0001f600" * 30, ("\U0001f600" * 24).encode()),
         ("x" + "\u00e9" * 60, ("x" + "\u00e9" * 47).encode()),
+        ("x" * 95 + " y", b"x" * 95),
     ],
-    ids=["plain", "blanks", "composed", "cut-4-bytes", "cut-2-bytes"],
+    ids=["plain", "blanks", "composed", "cut-4-bytes", "cut-2-bytes", "cut-blank"],
 )
 def test_text_tensor(text, expected):
     tensor = data.text_tensor(text)
@@ -290,7 +291,8 @@ def test_text_tensor_refuses(text):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "1", "P", "I;16", "CMYK"])
 def test_read_image_of_any_mode(tmp_path, rng, mode):
-    grey = np.kron(rng.integers(0, 2, (4, 4)), np.ones((8, 8))).astype(np.uint8) * 255
+    grey = rng.choice(2, (4, 4)) * 255 if mode == "1" else rng.integers(0, 256, (4, 4))
+    grey = np.kron(grey, np.ones((8, 8))).astype(np.uint8)
     image = Image.fromarray(grey)
     image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
     path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
@@ -356,6 +358,15 @@ def test_wavs_of_any_kind_sound_alike(tmp_path, rate, channels, dtype):
     loud = plain > 0.75
     assert loud.sum() > 100
     assert (plain - other)[loud].abs().mean() < 0.1
+
+
+def test_tags_in_a_wav_do_not_matter(tmp_path):
+    write_speech(tmp_path / "plain.wav")
+    plain = (tmp_path / "plain.wav").read_bytes()
+    tag = b"odd " + (6).to_bytes(4, "little") + b"maker!"
+    size = (len(plain) + len(tag) - 8).to_bytes(4, "little")
+    (tmp_path / "tagged.wav").write_bytes(plain[:4] + size + plain[8:12] + tag + plain[12:])
+    assert torch.equal(data.read_wav(tmp_path / "plain.wav"), data.read_wav(tmp_path / "tagged.wav"))
 
 
 def test_loudness_and_silence_around_do_not_matter(rng):

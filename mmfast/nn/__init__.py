@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .adversarial import AdversarialLoss
+from .balancer import LossBalancer
 from .conv_transpose import (
     ConvTranspose1d,
     ConvTranspose2d,
@@ -30,6 +31,7 @@ __all__ = [
     "LazyConvTranspose1d",
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
+    "LossBalancer",
     "RNNCell",
 ]
 __all__ += [name for name in dir(torch.nn) if not name.startswith("_") and name not in __all__]

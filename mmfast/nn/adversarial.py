@@ -21,7 +21,7 @@ class AdversarialLoss(Layer, torch.nn.Module):
     summed over the tensors of a list (multi-scale, multi-period discriminators).
 
     mode: "non-saturating", "hinge", "lsgan" (targets 1 and 0) or "wasserstein"; ValueError otherwise.
-    backend: "torch", "cpu" or None (mmfast chooses).
+    backend: "torch", "cpu", "cuda", "triton" or None (mmfast chooses).
     Logits, dtypes, errors, differentiability: `mmfast.functional.adversarial_discriminator_loss`.
     """
 

@@ -18,8 +18,6 @@ from ..dispatch import Op
 from ..ops.rnn.backends import OP, Case
 from .layer import Twin
 
-Weights = list[list[torch.nn.Parameter]]
-
 _FUNCTIONS: dict[str, Any] = {
     "RNN_TANH": functools.partial(F.rnn, nonlinearity="tanh"),
     "RNN_RELU": functools.partial(F.rnn, nonlinearity="relu"),
@@ -40,39 +38,39 @@ class _Sequence(Twin, torch.nn.RNNBase):
     def _flat_weights(self, weights: Any) -> None:
         """RNNBase renews its list here; there is none."""
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Any, Any]:
+        if lengths is not None:
+            self._check_padded(input)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() == 3:
             if hx is not None:
                 self._check_dims(hx, "batched", 3)
-            return self._forward_batched(input, hx)
+            return self._call(input, hx, lengths=lengths)
         if input.dim() == 2:
             return self._forward_unbatched(input, hx)
         kind = "tensor instead" if self.mode.startswith("RNN") else "instead"
         name = self.mode.partition("_")[0]
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D {kind}")
 
-    def _forward_batched(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
-        weights = self.all_weights
-        self._check_sizes(input, hx, None, weights)
-        return self._call(input, hx, weights, None)
+    def _check_padded(self, input: Any) -> None:
+        if isinstance(input, PackedSequence) or input.dim() != 3:
+            kind = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D input"
+            raise RuntimeError(f"lengths were given with {kind}; expected padded 3-D input")
 
     def _forward_unbatched(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
         batch_dim = 0 if self.batch_first else 1
         if hx is not None:
             self._check_dims(hx, "unbatched", 2)
             hx = _each(hx, lambda state: state.unsqueeze(1))
-        output, hx = self._forward_batched(input.unsqueeze(batch_dim), hx)
+        output, hx = self._call(input.unsqueeze(batch_dim), hx)
         return output.squeeze(batch_dim), _each(hx, lambda state: state.squeeze(1))
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
-        weights = self.all_weights
-        self._check_packed_sizes(data, hx, batch_sizes, weights)
-        output, hx = self._call(data, hx, weights, batch_sizes)
+        output, hx = self._call(data, hx, batch_sizes)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(hx, unsorted_indices)
 
@@ -80,38 +78,19 @@ class _Sequence(Twin, torch.nn.RNNBase):
         if hx.dim() != dims:
             raise RuntimeError(f"For {kind} {dims}-D input, hx should also be {dims}-D but got {hx.dim()}-D tensor")
 
-    def _check_sizes(self, input: Tensor, hx: Any, batch_sizes: Tensor | None, weights: Weights) -> None:
-        dtype = weights[0][0].dtype
-        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
-            raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
-                f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
-            )
-        dims = 2 if batch_sizes is not None else 3
-        if input.dim() != dims:
-            raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
-        if input.size(-1) != self.input_size:
-            raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
-            )
-        if hx is not None:
-            self._check_states(hx, input, batch_sizes)
-
-    _check_packed_sizes = _check_sizes
-
-    def _check_states(self, hx: Any, input: Tensor, batch_sizes: Tensor | None) -> None:
-        self.check_hidden_size(hx, self.get_expected_hidden_size(input, batch_sizes))
-
-    def _call(self, input: Tensor, hx: Any, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
+    def _call(
+        self, input: Tensor, hx: Any, batch_sizes: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         return _FUNCTIONS[self.mode](
             input,
             hx,
-            weights,
+            self.all_weights,
             dropout=self.dropout,
             training=self.training,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
             batch_sizes=batch_sizes,
+            lengths=lengths,
             backend=self.backend,
         )
 
@@ -134,6 +113,7 @@ class RNN(_Sequence):
 
     input: (T, B, I), with batch_first (B, T, I), unbatched (T, I), or a PackedSequence.
     hx: (layers * directions, B, H), unbatched without B; None: zeros.
+    lengths (keyword-only): (B,) integers, the steps of each sequence of a padded batch; `mmfast.functional.rnn`.
     Returns the last layer's output (T, B, directions * H) in the layout of the input, and the final state like hx.
     backend (keyword-only, an attribute): "torch", "cpu", "triton", "cuda" or None (mmfast chooses); not in state_dict.
     Dtypes, differentiability: `mmfast.functional.rnn`.
@@ -195,15 +175,6 @@ class LSTM(_Sequence):
             raise RuntimeError(
                 f"For {kind} {dims}-D input, hx and cx should also be {dims}-D but got ({h}-D, {c}-D) tensors"
             )
-
-    def _check_packed_sizes(self, *args: Any) -> None:
-        """None, as in torch.nn.LSTM: the op refuses wrong sizes itself."""
-
-    def _check_states(self, hx: Any, input: Tensor, batch_sizes: Tensor | None) -> None:
-        expected = self.get_expected_hidden_size(input, batch_sizes)
-        self.check_hidden_size(hx[0], expected, "Expected hidden[0] size {}, got {}")
-        expected = self.get_expected_cell_size(input, batch_sizes)
-        self.check_hidden_size(hx[1], expected, "Expected hidden[1] size {}, got {}")
 
 
 def _refuse_proj_size(kwargs: dict[str, Any]) -> None:

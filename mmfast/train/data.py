@@ -183,7 +183,7 @@ def prepare(
         return dataset
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{name}.lock", progress):
+        with _locked(root / f".{name}.lock", progress):
             dataset = _opened(root / name)
             if dataset is None:
                 material = emoji_material(limit) if own is None else folder_material(own)

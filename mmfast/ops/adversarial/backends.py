@@ -1,11 +1,16 @@
 """The adversarial op's backends: refusals, preference, and the call.
 
-`forward(terms, mean, logits)` gives (total (), values (K,)): total in the logits' dtype, values in float32 (float64 for
-float64 logits). `backward(dtotal, terms, mean, logits)` gives the gradient of each tensor of logits, in its layout.
+`forward(terms, mean, inputs, values_wanted)` gives (total (), values (K,) or None, slopes (K,) or, without peers, None);
+op.py says more. `backward(dtotal, terms, mean, inputs, slopes, needed)` gives the gradients by the logits and then by
+the others that are needed, each in the layout of its tensor.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
+import types
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,41 +18,49 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...dispatch import Backend, Op, TorchBackend
+from ...dispatch import Backend, GpuBackend, Op, TorchBackend
 from . import equations
-from .equations import Term
+from .equations import Inputs, Terms, values_dtype
 
 
 class Case(NamedTuple):
-    """The static facts a choice depends on."""
+    """The static facts a choice depends on. reduced: whether elements are reduced to a mean or a sum."""
 
     device: str
     dtype: torch.dtype
+    reduced: bool = True
 
 
-def values_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the terms' values for logits of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def empty_outputs(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Unwritten (total, values) for these logits; also the op's fake."""
-    x = logits[0]
-    return x.new_empty(()), x.new_empty(len(logits), dtype=values_dtype(x.dtype))
+def empty_outputs(inputs: Inputs, values_wanted: bool) -> Outputs:
+    """Unwritten (total, values, slopes); also the op's fake, which has them all."""
+    x = inputs.logits[0]
+    if not values_wanted and not inputs.peers:
+        return x.new_empty(()), None, None
+    dtype = values_dtype(x.dtype)
+    values = x.new_empty(len(inputs.logits), dtype=dtype)
+    return x.new_empty(()), values, x.new_empty(len(inputs.peers), dtype=dtype)
 
 
 class Torch(TorchBackend):
     """The formula as PyTorch users write it."""
 
-    def forward(self, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        values = equations.values(terms, mean, logits)
-        total = values[0]
-        for value in values[1:]:
-            total = total + value
-        return total, torch.stack(values).to(values_dtype(total.dtype))
+    def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
+        # the centres are given, so they are not computed a second time
+        fixed = inputs._replace(peers=())
+        values = equations.values(terms, mean, fixed)
+        total = equations.add_up(values)
+        dtype = values_dtype(total.dtype)
+        slopes = equations.slopes(terms, mean, fixed).to(dtype) if inputs.peers else total.new_empty(0, dtype=dtype)
+        return total, torch.stack(values).to(dtype), slopes
 
-    def backward(self, dtotal: Tensor, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> list[Tensor]:
-        return equations.gradient(dtotal, terms, mean, logits)
+    def backward(
+        self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, slopes: Tensor | None, needed: Sequence[bool]
+    ) -> list[Tensor]:
+        found = equations.gradient(dtotal, terms, mean, inputs, slopes if inputs.peers else None)
+        return [g for g, need in zip(found, needed, strict=True) if need]
 
 
 class Cpu(Backend):
@@ -61,27 +74,129 @@ class Cpu(Backend):
             refusals.append(f"the logits are on {case.device} (supported: cpu)")
         if case.dtype not in native.DTYPES:
             refusals.append(f"the logits are {case.dtype} (supported: float32, float64, float16, bfloat16)")
-        return refusals
+        return refusals + unreduced(case)
 
     def reluctance(self, case: Case) -> str:
         return ""
 
+    def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
+        inputs = dense(inputs)
+        outputs = empty_outputs(inputs, values_wanted)
+        native.cpu_adversarial_forward(terms, mean, inputs, *outputs)
+        return outputs
+
+    def backward(
+        self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, slopes: Tensor | None, needed: Sequence[bool]
+    ) -> list[Tensor]:
+        inputs = dense(inputs)
+        gradients = [
+            torch.empty_like(x) if need else None for x, need in zip((*inputs.logits, *inputs.others), needed, strict=True)
+        ]
+        native.cpu_adversarial_backward(terms, mean, inputs, dtotal, slopes, gradients)
+        return [g for g in gradients if g is not None]
+
+
+def unreduced(case: Case) -> list[str]:
+    """The refusal of a kernel, all of which reduce, where the elements are wanted."""
+    return [] if case.reduced else ["reduction='none' was asked for (supported: 'mean', 'sum')"]
+
+
+def dense(inputs: Inputs) -> Inputs:
+    """The inputs, each tensor one block of memory, and tensors that meet elementwise in one order of elements."""
+    logits, others, weights, centres, peers = inputs
+    if others:
+        pairs = [_alike(x, other) for x, other in zip(logits, others, strict=True)]
+        logits, others = zip(*pairs, strict=True)
+    elif weights:
+        logits = [x.contiguous() for x in logits]
+    else:
+        logits = [x if x.is_contiguous() else _dense(x) for x in logits]
+    return Inputs(logits, others, [w.contiguous() for w in weights] if weights else (), centres, peers)
+
+
+def _alike(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    if x.is_contiguous() and other.is_contiguous():
+        return x, other
+    return (x, other) if x.stride() == other.stride() and _dense(x) is x else (x.contiguous(), other.contiguous())
+
+
+class Cuda(GpuBackend):
+    """csrc/cuda/adversarial.cu, on a CUDA device; on CPU tensors in the emulator."""
+
+    name = "cuda"
+
+    def refusals(self, case: Case) -> list[str]:
+        refusals = native.cuda_refusals(case.device)
+        if case.dtype not in native.DTYPES:
+            refusals.append(f"the logits are {case.dtype} (supported: float32, float64, float16, bfloat16)")
+        return refusals
+
     def forward(self, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         total, values = empty_outputs(logits)
-        native.cpu_adversarial_forward(terms, mean, values, total, [_dense(x) for x in logits])
+        scratch = total.new_empty(native.adversarial_scratch(logits), dtype=torch.float64)
+        native.cuda_adversarial_forward(terms, mean, values, total, scratch, [_dense(x) for x in logits])
         return total, values
 
     def backward(self, dtotal: Tensor, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> list[Tensor]:
         logits = [_dense(x) for x in logits]
         dlogits = [torch.empty_like(x) for x in logits]
-        native.cpu_adversarial_backward(terms, mean, dtotal.contiguous(), logits, dlogits)
+        native.cuda_adversarial_backward(terms, mean, dtotal.contiguous(), logits, dlogits)
         return dlogits
+
+
+class Triton(GpuBackend):
+    """triton_kernels.py, on a CUDA device; on CPU tensors in Triton's interpreter."""
+
+    name = "triton"
+
+    def refusals(self, case: Case) -> list[str]:
+        kernels, error = _triton_kernels()
+        if kernels is None:
+            return [error]
+        refusals = []
+        interpreted = not hasattr(kernels.forward_kernel, "warmup")
+        if case.device == "cpu" and not interpreted:
+            refusals.append("the logits are on cpu, where Triton needs TRITON_INTERPRET=1, set before it is imported")
+        if case.device not in ("cpu", "cuda"):
+            refusals.append(f"the logits are on {case.device} (supported: cuda, and cpu in Triton's interpreter)")
+        if case.device == "cuda" and interpreted:
+            refusals.append("TRITON_INTERPRET=1 is set, so Triton compiles nothing in this process")
+        # arithmetic on bfloat16 is wrong in the interpreter
+        dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * (not interpreted)
+        if case.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            refusals.append(f"the logits are {case.dtype} (supported: {names})")
+        return refusals
+
+    def forward(self, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        total, values = empty_outputs(logits)
+        with _on_device(total):
+            _triton_kernels()[0].forward(terms, mean, [_dense(x) for x in logits], total, values)
+        return total, values
+
+    def backward(self, dtotal: Tensor, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> list[Tensor]:
+        logits = [_dense(x) for x in logits]
+        dlogits = [torch.empty_like(x) for x in logits]
+        with _on_device(dtotal):
+            _triton_kernels()[0].backward(dtotal.contiguous(), terms, mean, logits, dlogits)
+        return dlogits
+
+
+@functools.cache
+def _triton_kernels() -> tuple[types.ModuleType, str] | tuple[None, str]:
+    # only a call that considers Triton imports it: that takes longer than the rest of mmfast
+    try:
+        return importlib.import_module(".triton_kernels", __package__), ""
+    except ImportError as error:
+        return None, f"Triton could not be imported ({error})"
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _dense(x: Tensor) -> Tensor:
     """x itself where its elements fill one block of memory, whatever their order; else a contiguous copy."""
-    if x.is_contiguous():
-        return x
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size != 1 and stride != expected:
@@ -90,4 +205,4 @@ def _dense(x: Tensor) -> Tensor:
     return x
 
 
-OP = Op("adversarial", Case, [Cpu(), Torch()])
+OP = Op("adversarial", Case, [Cpu(), Cuda(), Triton(), Torch()])

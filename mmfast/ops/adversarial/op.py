@@ -1,8 +1,11 @@
 """The adversarial op: schema, fake, autograd.
 
-    mmfast::adversarial_forward(Tensor[] logits, int[] phi, float[] sign, float[] shift, float[] weight, bool mean,
-                                str backend) -> (Tensor total, Tensor values)
-    mmfast::adversarial_backward(Tensor dtotal, <the same>) -> Tensor[] dlogits
+    mmfast::adversarial_forward(<inputs>, <terms>) -> (Tensor total, Tensor values, Tensor slopes)
+    mmfast::adversarial_backward(Tensor dtotal, Tensor slopes, bool[] needed, <inputs>, <terms>) -> Tensor[]
+
+Inputs and terms are those of equations.py; total is without dimensions in the logits' dtype, values (K,) and slopes (K,)
+(without peers (0,)) are in the values' dtype. The backward's gradients are those by the logits, then by the others, of
+which `needed` says for each whether it is wanted.
 
 Any order of differentiation in eager: where a gradient of the backward is needed, it is equations.gradient.
 """
@@ -19,88 +22,141 @@ from ...dispatch import is_plain
 from ..library import below_autograd, define, needs_gradient
 from . import equations
 from .backends import OP, empty_outputs
-from .equations import Term
+from .equations import Inputs, Term, Terms
 
-_TERMS = "int[] phi, float[] sign, float[] shift, float[] weight, bool mean, str backend"
+_INPUTS = "Tensor[] logits, Tensor[] others, Tensor[] weights, Tensor? centres, int[] peers"
+_TERMS = "int[] phi, float[] sign, float[] shift, float[] weight, float[] tilt, bool mean, str backend"
 
 
-def loss(terms: Sequence[Term], mean: bool, logits: Sequence[Tensor], backend: str) -> tuple[Tensor, Tensor]:
-    """(total (), values (K,)) of K terms over K tensors of logits of one dtype and device; values carry no gradient."""
-    if not is_plain(logits):
-        return forward_op(list(logits), *_columns(terms), mean, backend)
-    if needs_gradient(logits):
-        return AdversarialLoss.apply(True, terms, mean, backend, *logits)
-    return OP.backends[backend].forward(terms, mean, logits)
+def loss(
+    terms: Terms, mean: bool, inputs: Inputs, backend: str, values_wanted: bool = False, group: Any = None
+) -> tuple[Tensor, Tensor | None]:
+    """(total (), values (K,)) of K terms; the values carry no gradient, and are None where nobody wants them.
+
+    group: the process group over whose ranks the means of `inputs.peers` were averaged, or None.
+    """
+    tensors = (*inputs.logits, *inputs.others)
+    if group is None and not is_plain(tensors):
+        return forward_op(*_arguments(inputs), *terms.columns, mean, backend)[:2]
+    if not needs_gradient(tensors):
+        return OP.backends[backend].forward(terms, mean, inputs, values_wanted)[:2]
+    values: list[Tensor | None] = []
+    total = AdversarialLoss.apply(terms, mean, inputs, backend, values if values_wanted else None, group, *tensors)
+    return total, values[0] if values else None
 
 
 class AdversarialLoss(torch.autograd.Function):
-    """One node for the whole list. direct: eager, so the backend is called without the dispatcher between."""
+    """One node for the whole list, in eager: the backend is called without the dispatcher between.
+
+    values: a list to which the values are added, or None. They are no output, of which each would cost its gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, direct: bool, terms: Sequence[Term], mean: bool, backend: str, *logits: Tensor):
-        ctx.direct, ctx.terms, ctx.mean, ctx.backend = direct, terms, mean, backend
-        ctx.save_for_backward(*logits)
-        if direct:
-            total, values = OP.backends[backend].forward(terms, mean, logits)
-        else:
-            total, values = below_autograd(forward_op, list(logits), *_columns(terms), mean, backend)
-        ctx.mark_non_differentiable(values)
-        return total, values
+    def forward(ctx: Any, terms: Terms, mean: bool, inputs: Inputs, backend: str, values: Any, group: Any, *_: Tensor):
+        total, numbers, slopes = OP.backends[backend].forward(terms, mean, inputs, values is not None)
+        if values is not None:
+            values.append(numbers)
+        if group is not None:
+            torch.distributed.all_reduce(slopes.div_(group.size()), group=group)
+        _save(ctx, terms, mean, inputs, slopes, backend)
+        return total
 
     @staticmethod
-    def backward(ctx: Any, dtotal: Tensor, _dvalues: Tensor):
-        needed = ctx.needs_input_grad[4:]
-        logits = [x for x, need in zip(ctx.saved_tensors, needed, strict=True) if need]
-        terms = [term for term, need in zip(ctx.terms, needed, strict=True) if need]
-        if ctx.direct and not torch.is_grad_enabled():
-            dlogits = OP.backends[ctx.backend].backward(dtotal, terms, ctx.mean, logits)
-        else:
-            dlogits = backward_op(dtotal, logits, *_columns(terms), ctx.mean, ctx.backend)
-        rest = iter(dlogits)
-        return None, None, None, None, *(next(rest) if need else None for need in needed)
+    def backward(ctx: Any, dtotal: Tensor):
+        return None, None, None, None, None, None, *_gradients(ctx, dtotal, ctx.needs_input_grad[6:])
 
 
-def _columns(terms: Sequence[Term]) -> tuple[list, list, list, list]:
-    phi, sign, shift, weight = ([float(value) for value in column] for column in zip(*terms, strict=True))
-    return [int(value) for value in phi], sign, shift, weight
+class TracedAdversarialLoss(torch.autograd.Function):
+    """The same for tracers, modes and subclasses: through the dispatcher, and all outputs are outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, terms: Terms, mean: bool, inputs: Inputs, backend: str, *_: Tensor):
+        total, values, slopes = below_autograd(forward_op, *_arguments(inputs), *terms.columns, mean, backend)
+        _save(ctx, terms, mean, inputs, slopes, backend)
+        ctx.mark_non_differentiable(values, slopes)
+        return total, values, slopes
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor, _dvalues: Tensor, _dslopes: Tensor):
+        return None, None, None, None, *_gradients(ctx, dtotal, ctx.needs_input_grad[4:], direct=False)
 
 
-def _rows(phi: list[int], sign: list[float], shift: list[float], weight: list[float]) -> list[Term]:
-    return [Term(*row) for row in zip(phi, sign, shift, weight, strict=True)]
+def _save(ctx: Any, terms: Terms, mean: bool, inputs: Inputs, slopes: Tensor | None, backend: str) -> None:
+    ctx.terms, ctx.mean, ctx.backend, ctx.peers = terms, mean, backend, inputs.peers
+    ctx.counts = len(inputs.logits), len(inputs.others), len(inputs.weights)
+    more = (inputs.centres, slopes) if inputs.centres is not None else ()
+    ctx.save_for_backward(*inputs.logits, *inputs.others, *inputs.weights, *more)
 
 
-def _forward_kernel(logits, phi, sign, shift, weight, mean, backend):
-    return OP.backends[backend].forward(_rows(phi, sign, shift, weight), mean, logits)
+def _gradients(ctx: Any, dtotal: Tensor, needed: Sequence[bool], direct: bool = True) -> list[Tensor | None]:
+    inputs, slopes = _saved(ctx)
+    if direct and not torch.is_grad_enabled():
+        found = OP.backends[ctx.backend].backward(dtotal, ctx.terms, ctx.mean, inputs, slopes, needed)
+    else:
+        arguments = (slopes, list(needed), *_arguments(inputs), *ctx.terms.columns, ctx.mean, ctx.backend)
+        found = backward_op(dtotal, *arguments)
+    if len(found) == len(needed):
+        return found
+    rest = iter(found)
+    return [next(rest) if need else None for need in needed]
 
 
-def _forward_fake(logits, phi, sign, shift, weight, mean, backend):
-    return empty_outputs(logits)
+def _saved(ctx: Any) -> tuple[Inputs, Tensor | None]:
+    saved = ctx.saved_tensors
+    logits, others, weights = ctx.counts
+    if logits == len(saved):
+        return Inputs(saved), None
+    centres, slopes = saved[-2:] if len(saved) > logits + others + weights else (None, None)
+    second, third = logits + others, logits + others + weights
+    return Inputs(saved[:logits], saved[logits:second], saved[second:third], centres, ctx.peers), slopes
 
 
-def _forward_differentiable(logits, phi, sign, shift, weight, mean, backend):
-    return AdversarialLoss.apply(False, _rows(phi, sign, shift, weight), mean, backend, *logits)
+def _arguments(inputs: Inputs) -> tuple:
+    return list(inputs.logits), list(inputs.others), list(inputs.weights), inputs.centres, list(inputs.peers)
 
 
-def _backward_kernel(dtotal, logits, phi, sign, shift, weight, mean, backend):
-    return OP.backends[backend].backward(dtotal, _rows(phi, sign, shift, weight), mean, logits)
+def _rows(phi: list[int], *numbers: list[float]) -> Terms:
+    return Terms(Term(*row) for row in zip(phi, *numbers, strict=True))
 
 
-def _backward_fake(dtotal, logits, phi, sign, shift, weight, mean, backend):
-    return [torch.empty_like(x) for x in logits]
+def _forward_kernel(logits, others, weights, centres, peers, phi, sign, shift, weight, tilt, mean, backend):
+    inputs = Inputs(logits, others, weights, centres, peers)
+    return OP.backends[backend].forward(_rows(phi, sign, shift, weight, tilt), mean, inputs, True)
 
 
-def _backward_differentiable(dtotal, logits, phi, sign, shift, weight, mean, backend):
-    return equations.gradient(dtotal, _rows(phi, sign, shift, weight), mean, logits)
+def _forward_fake(logits, others, weights, centres, peers, phi, sign, shift, weight, tilt, mean, backend):
+    return empty_outputs(Inputs(logits, others, weights, centres, peers), True)
+
+
+def _forward_differentiable(logits, others, weights, centres, peers, phi, sign, shift, weight, tilt, mean, backend):
+    inputs = Inputs(logits, others, weights, centres, peers)
+    terms = _rows(phi, sign, shift, weight, tilt)
+    return TracedAdversarialLoss.apply(terms, mean, inputs, backend, *logits, *others)
+
+
+def _backward_kernel(dtotal, slopes, needed, *rest):
+    inputs, (*columns, mean, backend) = Inputs(*rest[:5]), rest[5:]
+    return OP.backends[backend].backward(dtotal, _rows(*columns), mean, inputs, slopes, needed)
+
+
+def _backward_fake(dtotal, slopes, needed, logits, others, *rest):
+    return [torch.empty_like(x) for x, need in zip((*logits, *others), needed, strict=True) if need]
+
+
+def _backward_differentiable(dtotal, slopes, needed, *rest):
+    inputs, (*columns, mean, _backend) = Inputs(*rest[:5]), rest[5:]
+    found = equations.gradient(dtotal, _rows(*columns), mean, inputs)
+    return [g for g, need in zip(found, needed, strict=True) if need]
 
 
 forward_op = define(
-    f"adversarial_forward(Tensor[] logits, {_TERMS}) -> (Tensor total, Tensor values)",
+    f"adversarial_forward({_INPUTS}, {_TERMS}) -> (Tensor total, Tensor values, Tensor slopes)",
     _forward_kernel,
     _forward_fake,
     _forward_differentiable,
 )
 backward_op = define(
-    f"adversarial_backward(Tensor dtotal, Tensor[] logits, {_TERMS}) -> Tensor[]",
+    f"adversarial_backward(Tensor dtotal, Tensor? slopes, bool[] needed, {_INPUTS}, {_TERMS}) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
     _backward_differentiable,

@@ -1,12 +1,32 @@
-"""The transposed convolution's backends: refusals, preference, and the call."""
+"""The transposed convolution's backends: refusals, preference, and the call.
+
+`forward(x, weight, bias, norm_weight, norm_bias, mean, var, geometry, epilogue, keep)` gives (out, saved, mean, var).
+out is in the layout PyTorch's convolution gives; saved is what the backward needs besides the inputs and out: the
+convolution's own result for a norm, silu and gelu, else (and without `keep`) an empty tensor; mean and var are the
+norm's moments, (Cout,) or (N, Cout), float64 for float64, else float32; empty without a norm, and where they are given.
+
+`backward(dout, x, weight, bias, norm_weight, norm_bias, mean, var, saved, geometry, epilogue, mask)`, saved being out
+where forward's was empty, gives the gradients of x, weight, bias, norm_weight, norm_bias that mask asks for, None for
+the others.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from ...dispatch import Op, TorchBackend
+from ... import native
+from ...dispatch import Backend, Op, TorchBackend
+from . import equations
+from .equations import Epilogue, Geometry
+
+#: enum mmfast_activation
+_NATIVE_ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4, "silu": 5}
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Case(NamedTuple):
@@ -22,6 +42,217 @@ class Case(NamedTuple):
     output_padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    crop: bool = False
+    norm: str = "none"
+    activation: str = "none"
+    negative_slope: float = 0.01
 
 
-OP = Op("conv_transpose", Case, [TorchBackend()])
+def moments_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of mean and var for tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def keeps_result(epilogue: Epilogue) -> bool:
+    """Whether the backward needs the convolution's own result: out does not tell it."""
+    return epilogue.norm != "none" or epilogue.activation in ("silu", "gelu")
+
+
+def empty_output(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """An unwritten y, in the layout PyTorch's convolution gives: channels last where x or weight is."""
+    shape = (x.shape[0], weight.shape[1] * geometry.groups, *geometry.out_size(x.shape[2:], weight.shape[2:]))
+    layout = _CHANNELS_LAST.get(x.dim())
+    if layout is not None and (_is_channels_last(x, layout) or _is_channels_last(weight, layout)):
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    return x.new_empty(shape)
+
+
+def _is_channels_last(x: Tensor, layout: torch.memory_format) -> bool:
+    return x.is_contiguous(memory_format=layout) and not x.is_contiguous()
+
+
+class Torch(TorchBackend):
+    """The formula on PyTorch's own kernels."""
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        geometry: Geometry,
+        epilogue: Epilogue,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        parameters = (norm_weight, norm_bias, mean, var)
+        out, y, mean, var = equations.forward(x, weight, bias, *parameters, geometry, epilogue)
+        dtype = moments_dtype(x.dtype)
+        if mean is None or var is None or epilogue.norm == "given":
+            mean, var = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
+        return out, y if keep and keeps_result(epilogue) else x.new_empty(0), mean.to(dtype), var.to(dtype)
+
+    def backward(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        saved: Tensor,
+        geometry: Geometry,
+        epilogue: Epilogue,
+        mask: Sequence[bool],
+    ) -> list[Tensor | None]:
+        parameters = (bias, norm_weight, norm_bias, mean, var)
+        return equations.backward(dout, x, weight, *parameters, geometry, epilogue, mask)
+
+
+class Cpu(Backend):
+    """csrc/cpu/normalize.cpp after PyTorch's convolution."""
+
+    name = "cpu"
+
+    def refusals(self, case: Case) -> list[str]:
+        refusals = [] if native.available() else [native.load_error()]
+        if case.device != "cpu":
+            refusals.append(f"the input is on {case.device} (supported: cpu)")
+        if case.dtype not in native.DTYPES:
+            refusals.append(f"the input is {case.dtype} (supported: float32, float64, float16, bfloat16)")
+        if case.activation not in _NATIVE_ACTIVATIONS:
+            refusals.append(f"the activation is {case.activation} (supported: {', '.join(_NATIVE_ACTIVATIONS)})")
+        if case.activation == "leaky_relu" and case.negative_slope < 0:
+            refusals.append(f"leaky_relu's negative slope is {case.negative_slope} (supported: at least 0)")
+        return refusals
+
+    def reluctance(self, case: Case) -> str:
+        return "nothing follows the convolution" if case.norm == "none" and case.activation == "none" else ""
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        geometry: Geometry,
+        epilogue: Epilogue,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = equations.convolve(x, weight, bias, geometry)
+        # torch's instance norm gives a contiguous result whatever it is given
+        y = y.contiguous() if epilogue.norm == "instance" else _dense(y)
+        keep = keep and keeps_result(epilogue)
+        out = torch.empty_like(y) if keep else y
+        dtype = moments_dtype(x.dtype)
+        activation = (_NATIVE_ACTIVATIONS[epilogue.activation], epilogue.negative_slope)
+        nothing = torch.empty(0, dtype=dtype)
+        if epilogue.norm == "none":
+            if epilogue.activation != "none":
+                native.cpu_activation_forward(activation, y, out)
+            return out, y if keep else nothing.to(x.dtype), nothing, nothing
+        measure = epilogue.norm != "given"
+        if measure:
+            shape = y.shape[:2] if epilogue.norm == "instance" else y.shape[1:2]
+            mean, var = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        parameters = [_as(p, dtype) for p in (norm_weight, norm_bias, mean, var)]
+        if y.numel():
+            layout = _layout(y, epilogue.norm)
+            native.cpu_normalize_forward(layout, activation, measure, epilogue.eps, y, parameters, out)
+        return out, y if keep else nothing.to(x.dtype), mean if measure else nothing, var if measure else nothing
+
+    def backward(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        saved: Tensor,
+        geometry: Geometry,
+        epilogue: Epilogue,
+        mask: Sequence[bool],
+    ) -> list[Tensor | None]:
+        dy, dnorm_weight, dnorm_bias = self._epilogue_backward(
+            dout, saved, [norm_weight, norm_bias, mean, var], epilogue
+        )
+        dx, dweight, dbias = equations.convolve_backward(dy, x, weight, geometry, mask[:3])
+        return [
+            dx,
+            dweight,
+            dbias,
+            dnorm_weight.to(norm_weight.dtype) if norm_weight is not None and mask[3] else None,
+            dnorm_bias.to(norm_bias.dtype) if norm_bias is not None and mask[4] else None,
+        ]
+
+    def _epilogue_backward(
+        self, dout: Tensor, saved: Tensor, parameters: list[Tensor | None], epilogue: Epilogue
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dy, dnorm_weight (Cout,), dnorm_bias (Cout,))"""
+        activation = (_NATIVE_ACTIVATIONS[epilogue.activation], epilogue.negative_slope)
+        nothing = dout.new_empty(0)
+        if epilogue.norm == "none" and epilogue.activation == "none":
+            return dout, nothing, nothing
+        saved = _dense(saved)
+        dout = dout if dout.stride() == saved.stride() else torch.empty_like(saved).copy_(dout)
+        dy = torch.empty_like(saved)
+        if epilogue.norm == "none":
+            native.cpu_activation_backward(activation, saved, dout, dy)
+            return dy, nothing, nothing
+        dtype = moments_dtype(saved.dtype)
+        layout = _layout(saved, epilogue.norm)
+        shape = (layout[1][0], layout[1][2])
+        dweight, dbias = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        if saved.numel():
+            native.cpu_normalize_backward(
+                layout,
+                activation,
+                epilogue.norm != "given",
+                epilogue.eps,
+                saved,
+                [_as(p, dtype) for p in parameters],
+                dout,
+                dy,
+                dweight,
+                dbias,
+            )
+        return dy, dweight.sum(0), dbias.sum(0)
+
+
+def _dense(y: Tensor) -> Tensor:
+    """y itself where it is contiguous or channels last; else a contiguous copy."""
+    if y.is_contiguous():
+        return y
+    layout = _CHANNELS_LAST.get(y.dim())
+    if layout is None:
+        return y.contiguous()
+    if y.is_contiguous(memory_format=layout):
+        return y
+    last = y.stride(1) == 1
+    return y.contiguous(memory_format=layout if last else torch.contiguous_format)
+
+
+def _layout(y: Tensor, norm: str) -> tuple[bool, tuple[int, int, int, int]]:
+    """(channels last, (sets, batch, channels, size)) of a dense y, as the native library wants it."""
+    batch, channels = y.shape[:2]
+    size = y[0, 0].numel() if y.numel() else 0
+    sets, batch = (batch, 1) if norm == "instance" else (1, batch)
+    # with one position, both orders are the same memory, and vectors run over channels
+    return size == 1 or not y.is_contiguous(), (sets, batch, channels, size)
+
+
+def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.detach().to(dtype).contiguous()
+
+
+OP = Op("conv_transpose", Case, [Cpu(), Torch()])

@@ -1,0 +1,186 @@
+"""The transposed convolution and its epilogue in plain torch: specification, truth for tests, second derivatives.
+
+    y = conv_transpose(x, w) + b, of which `crop` positions are dropped at each end
+    u = (y - mean) / sqrt(var + eps) * norm_weight + norm_bias     where there is a norm, else u = y
+    out = activation(u)
+
+norm "batch" takes mean and (biased) var over the batch and all positions of a channel (Ioffe and Szegedy,
+arXiv:1502.03167), "instance" over the positions of one sample's channel (Ulyanov et al., arXiv:1607.08022), "given"
+from the caller: a batch norm in evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu")
+NORMS = ("none", "batch", "instance", "given")
+
+
+class Geometry(NamedTuple):
+    """One entry per spatial dimension in each tuple; crop: (begin, end) of the first dimension, of the second, ..."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    crop: tuple[int, ...]
+
+    def out_size(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        """The output's spatial size for an input's spatial size."""
+        cropped = [begin + end for begin, end in zip(self.crop[::2], self.crop[1::2], strict=True)]
+        rows = zip(size, kernel, *self[:4], cropped, strict=True)
+        return [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 - c for n, k, s, p, o, d, c in rows]
+
+
+class Epilogue(NamedTuple):
+    """What follows the convolution. negative_slope is leaky_relu's."""
+
+    norm: str = "none"
+    eps: float = 1e-5
+    activation: str = "none"
+    negative_slope: float = 0.01
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """y (N, Cout, *sizes) of x (N, Cin, *sizes) and weight (Cin, Cout / groups, *kernel)."""
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.dim() - 3]
+    stride, padding, output_padding, dilation, groups, crop = geometry
+    y = function(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    for dim, (begin, end) in enumerate(zip(crop[::2], crop[1::2], strict=True), start=2):
+        if begin or end:
+            y = y.narrow(dim, begin, y.shape[dim] - begin - end)
+    return y
+
+
+def convolve_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dy times the gradients of `convolve` with respect to x, weight and bias, those that mask asks for."""
+    stride, padding, output_padding, dilation, groups, crop = geometry
+    if any(crop):
+        # F.pad wants the last dimension first
+        pairs = zip(crop[-2::-2], crop[::-2], strict=True)
+        dy = F.pad(dy, [side for pair in pairs for side in pair])
+    sizes = [weight.shape[1] * groups]
+    options = (sizes, stride, padding, dilation, True, output_padding, groups, list(mask))
+    return torch.ops.aten.convolution_backward(dy, x, weight, *options)
+
+
+def moment_dims(dims: int, norm: str) -> list[int]:
+    """The dimensions of a tensor of `dims` dimensions over which a norm takes its moments."""
+    return [*([0] if norm == "batch" else []), *range(2, dims)]
+
+
+def moments(y: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """(mean, biased variance) of y: (Cout,), for norm "instance" (N, Cout)."""
+    dims = moment_dims(y.dim(), norm)
+    return y.mean(dims), y.var(dims, correction=0)
+
+
+def _spread(statistic: Tensor, y: Tensor) -> Tensor:
+    """A statistic (Cout,) or (N, Cout), in a shape that goes with y."""
+    return statistic.reshape(*([1] * (2 - statistic.dim())), *statistic.shape, *([1] * (y.dim() - 2)))
+
+
+def activate(u: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """activation(u)"""
+    if activation == "leaky_relu":
+        return F.leaky_relu(u, negative_slope)
+    return u if activation == "none" else getattr(torch if activation in ("tanh", "sigmoid") else F, activation)(u)
+
+
+def activation_slope(u: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """activation'(u), itself differentiable; at 0 as torch's, and 1 where a relu's u is NaN."""
+    if activation in ("relu", "leaky_relu"):
+        return torch.where(u <= 0, 0.0 if activation == "relu" else negative_slope, 1.0).to(u.dtype)
+    if activation == "tanh":
+        return 1 - u.tanh().square()
+    s = u.sigmoid()
+    if activation == "sigmoid":
+        return s * (1 - s)
+    if activation == "silu":
+        return s * (1 + u * (1 - s))
+    if activation == "gelu":
+        density = torch.exp(-0.5 * u * u) * 0.3989422804014327
+        return 0.5 * (1 + torch.erf(u * 0.7071067811865476)) + u * density
+    return torch.ones_like(u)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    geometry: Geometry,
+    epilogue: Epilogue,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(out, y, mean, var); mean and var are read for norm "given", else computed, and None without a norm."""
+    y = convolve(x, weight, bias, geometry)
+    u = y
+    if epilogue.norm != "none":
+        if epilogue.norm != "given":
+            mean, var = moments(y, epilogue.norm)
+        u = _argument(_normalized(y, mean, var, epilogue.eps), norm_weight, norm_bias)
+    return activate(u, epilogue.activation, epilogue.negative_slope), y, mean, var
+
+
+def _normalized(y: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> Tensor:
+    assert mean is not None and var is not None
+    return (y - _spread(mean, y)) * _spread((var + eps).rsqrt(), y)
+
+
+def _argument(normalized: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Tensor:
+    u = normalized if norm_weight is None else normalized * _spread(norm_weight, normalized)
+    return u if norm_bias is None else u + _spread(norm_bias, normalized)
+
+
+def backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    mask: Sequence[bool],
+) -> list[Tensor | None]:
+    """dout times the gradients with respect to x, weight, bias, norm_weight, norm_bias, as a differentiable formula.
+
+    mask: for each of the five whether it is asked for; None stands for those that are not. mean and var are read for
+    norm "given" only: elsewhere they are functions of x, weight and bias.
+    """
+    y = convolve(x, weight, bias, geometry)
+    dnorm_weight = dnorm_bias = None
+    if epilogue.norm == "none":
+        dy = dout * activation_slope(y, epilogue.activation, epilogue.negative_slope)
+    else:
+        measured = epilogue.norm != "given"
+        if measured:
+            mean, var = moments(y, epilogue.norm)
+        assert var is not None
+        normalized = _normalized(y, mean, var, epilogue.eps)
+        u = _argument(normalized, norm_weight, norm_bias)
+        du = dout * activation_slope(u, epilogue.activation, epilogue.negative_slope)
+        every = [0, *range(2, y.dim())]
+        dnorm_weight, dnorm_bias = (du * normalized).sum(every), du.sum(every)
+        dnormalized = du if norm_weight is None else du * _spread(norm_weight, du)
+        if measured:
+            dims = moment_dims(y.dim(), epilogue.norm)
+            along = (dnormalized * normalized).mean(dims, keepdim=True)
+            dnormalized = dnormalized - dnormalized.mean(dims, keepdim=True) - normalized * along
+        dy = dnormalized * _spread((var + epilogue.eps).rsqrt(), y)
+    gradients = [*convolve_backward(dy, x, weight, geometry, mask[:3]), dnorm_weight, dnorm_bias]
+    return [gradient if asked else None for gradient, asked in zip(gradients, mask, strict=True)]
