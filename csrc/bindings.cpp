@@ -68,13 +68,14 @@ int adversarial(Kernel<mmfast_adversarial_args> kernel, int dtype, bool mean, co
 #ifndef MMFAST_EMULATOR
 // dtype, mode, directions, T, B, H, offsets, lengths, W_hh of both directions, b_hh of both,
 // h0, c0, threads
-using RnnLayer = std::tuple<int, int, int, int64_t, int64_t, int64_t, Pointer, Pointer, Pointer,
-                            Pointer, Pointer, Pointer, Pointer, Pointer, int>;
+using RnnLayer = std::tuple<int, int, int, int64_t, int64_t, int64_t, Pointer, Pointer, Pointer, Pointer, Pointer,
+                            Pointer, Pointer, Pointer, int>;
 
 mmfast_rnn_layer as_layer(const RnnLayer& row) {
     mmfast_rnn_layer layer{};
     Pointer offsets, lengths, w_hh, w_hh_reverse, b_hh, b_hh_reverse, h0, c0;
-    std::tie(layer.dtype, layer.mode, layer.directions, layer.steps, layer.batch, layer.hidden, offsets, lengths, w_hh, w_hh_reverse, b_hh, b_hh_reverse, h0, c0, layer.threads) = row;
+    std::tie(layer.dtype, layer.mode, layer.directions, layer.steps, layer.batch, layer.hidden, offsets, lengths, w_hh,
+             w_hh_reverse, b_hh, b_hh_reverse, h0, c0, layer.threads) = row;
     layer.offsets = as_pointer<int64_t>(offsets);
     layer.lengths = as_pointer<int64_t>(lengths);
     layer.w_hh[0] = as_pointer(w_hh);

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .dispatch import needs_formula
+from .dispatch import is_plain, needs_formula
 from .ops.adversarial import equations as adversarial_equations
 from .ops.adversarial.backends import OP as ADVERSARIAL
 from .ops.adversarial.backends import Case as AdversarialCase
@@ -193,9 +193,9 @@ def rnn(
         (H, D * H); w_hh (H, H); b_ih and b_hh (H,). Those of gru and lstm have 3 H and 4 H rows, gate after gate.
     dropout: the probability with which an output of each layer but the last is zeroed, in training only.
     batch_sizes: int64 on the CPU, a PackedSequence's: how many sequences have a step t, for each t.
-    lengths: (B,), integers: the steps of each sequence of a padded batch, in any order. Outputs past a length are 0, h_n
-        is the state after each sequence's last step, and the reverse direction begins there. On the CPU each must be in
-        [1, T]; on another device, and in a compiled graph, they are clamped to [0, T], unseen.
+    lengths: (B,), integers: the steps of each sequence of a padded batch, in any order. Outputs past a length are 0,
+        h_n is the state after each sequence's last step, and the reverse direction begins there. On the CPU each must
+        be in [1, T]; on another device, and in a compiled graph, they are clamped to [0, T], unseen.
     backend: "torch", "cpu", "triton", "cuda" or None (mmfast chooses).
     Returns (output, h_n): output (T, B, D * H), in the layout of the input; h_n (L * D, B, H).
     Dtypes: what PyTorch supports on the device; autocast as for torch.nn.RNN. Differentiable to any order in eager.
@@ -310,15 +310,17 @@ def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -
     return RnnCase(device.type, _compute_dtype(device.type, dtype), mode, *rest, autocast=_autocasts(device.type))
 
 
-def _checked_lengths(
-    lengths: Any, input: Tensor, batch: int, batch_first: bool, batch_sizes: Tensor | None
-) -> Tensor:
+def _checked_lengths(lengths: Any, input: Tensor, batch: int, batch_first: bool, batch_sizes: Tensor | None) -> Tensor:
     """lengths as a tensor; RuntimeError for what torch.nn.utils.rnn.pack_padded_sequence refuses."""
     if batch_sizes is not None:
-        raise RuntimeError("lengths were given with packed input, which has lengths of its own; expected one of the two")
+        raise RuntimeError(
+            "lengths were given with packed input, which has lengths of its own; expected one of the two"
+        )
     lengths = torch.as_tensor(lengths)
     if lengths.is_floating_point() or lengths.dim() != 1:
-        raise RuntimeError(f"lengths are {lengths.dtype} in {lengths.dim()} dimensions; expected integers in one dimension")
+        raise RuntimeError(
+            f"lengths are {lengths.dtype} in {lengths.dim()} dimensions; expected integers in one dimension"
+        )
     if lengths.shape[0] != batch:
         raise RuntimeError(f"Expected `len(lengths)` to be equal to batch_size, but got {len(lengths)} ({batch=})")
     if lengths.device.type == "cpu" and batch and is_plain([lengths]):

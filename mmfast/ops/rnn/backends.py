@@ -1,9 +1,9 @@
 """The recurrent op's backends: refusals, preference, and the call.
 
-`forward(x, weights, h0, c0, layer, keep)` gives (y, hn, cn, gates, cell), and `backward(given, x, weights, h0, c0, layer,
-saved, need)` the gradients of (x, h0, c0, *weights). Shapes of x, weights and states: equations.py; of what is saved,
-(y, gates, cell): csrc/mmfast.h. Where there is none of it - cn without an LSTM, gates and cell of an RNN or without
-`keep` -, a tensor is empty.
+`forward(x, weights, h0, c0, layer, keep)` gives (y, hn, cn, gates, cell), and
+`backward(given, x, weights, h0, c0, layer, saved, need)` the gradients of (x, h0, c0, *weights). Shapes of x, weights
+and states: equations.py; of what is saved, (y, gates, cell): csrc/mmfast.h. Where there is none of it - cn without an
+LSTM, gates and cell of an RNN or without `keep` -, a tensor is empty.
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ def _input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:
     return torch.mm(x, w_ih.t()) if b_ih is None else torch.addmm(b_ih, x, w_ih.t())
 
 
-def _native_layer(dtype: torch.dtype, layer: Layer, sizes: Sizes, parts: Sequence[Weights], h0, c0) -> tuple[tuple, list]:
+def _native_layer(
+    dtype: torch.dtype, layer: Layer, sizes: Sizes, parts: Sequence[Weights], h0, c0
+) -> tuple[tuple, list]:
     """mmfast_rnn_layer, and the tensors that have to outlive it."""
     offsets = lengths = None
     if layer.batch_sizes is not None:

@@ -1,12 +1,12 @@
 """A recurrent layer in plain torch: its specification, the truth for tests, and the formula behind double backward.
 
-With a = W_hh h' + b_hh, gx = W_ih x + b_ih and h', c' the state one step before (after, in the reverse direction):
+With a = W_hh h' + b_hh, gx = W_ih x + b_ih and h', c' the state before it (in the reverse direction after it):
 
-    RNN   h = phi(gx + a), phi = tanh or relu                                          Elman, Cognitive Science 14 (1990)
-    GRU   r = sigmoid(gx_r + a_r), z = sigmoid(gx_z + a_z),                            Cho et al., arXiv:1406.1078, with
-          n = tanh(gx_n + r a_n), h = n + z (h' - n)                                   the reset after the product
-    LSTM  i, f, o = sigmoid(gx + a), g = tanh(gx_g + a_g), c = f c' + i g,             Hochreiter and Schmidhuber, Neural
-          h = o tanh(c)                                                                Computation 9 (1997)
+    RNN   h = phi(gx + a), phi = tanh or relu                             Elman, Cognitive Science 14 (1990)
+    GRU   r = sigmoid(gx_r + a_r), z = sigmoid(gx_z + a_z),               Cho et al., arXiv:1406.1078, with
+          n = tanh(gx_n + r a_n), h = n + z (h' - n)                      the reset after the product
+    LSTM  i, f, o = sigmoid(gx + a), g = tanh(gx_g + a_g),                Hochreiter and Schmidhuber,
+          c = f c' + i g, h = o tanh(c)                                   Neural Computation 9 (1997)
 
 A layer's tensors, T steps of B sequences with I inputs and H units, D directions:
 

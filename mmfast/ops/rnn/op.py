@@ -1,7 +1,7 @@
 """The recurrent op: schema, fake, autograd. One node a layer, both directions.
 
-    mmfast::rnn_forward(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, str mode,
-                        int directions, bool keep, str backend)
+    mmfast::rnn_forward(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes,
+                        str mode, int directions, bool keep, str backend)
         -> (Tensor y, Tensor hn, Tensor cn, Tensor gates, Tensor cell)
     mmfast::rnn_backward(Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0,
                          Tensor y, Tensor gates, Tensor cell, <lengths ... directions>, bool[] need, str backend)
@@ -50,7 +50,7 @@ def _check(x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor |
     for tensor in (*weights, h0, c0):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             facts = f"{tensor.dtype} on {tensor.device}"
-            raise RuntimeError(f"a weight or a state is {facts}, but the input {x.dtype} on {x.device}; expected one of both")
+            raise RuntimeError(f"a weight or a state is {facts}; expected the input's {x.dtype} on {x.device}")
     sizes = layer.batch_sizes
     if sizes is None:
         return
@@ -59,8 +59,8 @@ def _check(x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor |
     each = sizes.tolist()
     if each != sorted(each, reverse=True) or each[-1] <= 0 or sum(each) != x.shape[0]:
         raise RuntimeError(
-            f"batch_sizes fall from {each[0]} to {each[-1]} and add up to {sum(each)}; expected sizes of at least 1 that "
-            f"never rise and add up to the input's {x.shape[0]} rows"
+            f"batch_sizes go from {each[0]} to {each[-1]} and add up to {sum(each)}; expected sizes of at least 1 "
+            f"that never rise and add up to the input's {x.shape[0]} rows"
         )
 
 
@@ -123,10 +123,7 @@ def _forward_kernel(x, weights, h0, c0, lengths, batch_sizes, mode, directions, 
 
 def _forward_fake(x, weights, h0, c0, lengths, batch_sizes, mode, directions, keep, backend):
     layer = _layer(lengths, batch_sizes, mode, directions)
-    if batch_sizes is None:
-        batch = x.shape[1]
-    else:
-        batch = h0.shape[1] if h0 is not None else batch_sizes[0].item()
+    batch = x.shape[1] if batch_sizes is None else batch_sizes[0].item()
     return empty_outputs(x, weights, layer, keep, batch)
 
 
