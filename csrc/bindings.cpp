@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -154,6 +155,28 @@ int activation(Kernel<mmfast_activation_args> kernel, int dtype, int which, doub
     return run(kernel, args);
 }
 
+using Triple = std::array<int64_t, 3>;
+
+// geometry: in_size, out_size, kernel, stride, dilation, before
+int columns(Kernel<mmfast_columns_args> kernel, int dtype, bool image_channels_last, int64_t batch, int64_t channels,
+            const std::array<Triple, 6>& geometry, Pointer columns, Pointer image, Pointer bias, int activation,
+            double negative_slope, int threads) {
+    mmfast_columns_args args{};
+    args.dtype = dtype;
+    args.image_channels_last = image_channels_last;
+    args.batch = batch;
+    args.channels = channels;
+    int64_t* const members[] = {args.in_size, args.out_size, args.kernel, args.stride, args.dilation, args.before};
+    for (int i = 0; i < 6; ++i) std::copy(geometry[i].begin(), geometry[i].end(), members[i]);
+    args.columns = as_pointer(columns);
+    args.image = as_pointer(image);
+    args.bias = as_pointer(bias);
+    args.activation = activation;
+    args.negative_slope = negative_slope;
+    args.threads = threads;
+    return run(kernel, args);
+}
+
 void bind_cpu(py::module_& m) {
     m.def("isa", &mmfast_isa);
     m.def("set_isa", &mmfast_set_isa);
@@ -170,6 +193,19 @@ void bind_cpu(py::module_& m) {
     m.def("cpu_rnn_forward", &rnn_forward);
     m.def("cpu_rnn_backward", &rnn_backward);
 
+    m.def("cpu_columns_to_image",
+          [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
+             const std::array<Triple, 6>& geometry, Pointer source, Pointer image, Pointer bias, int activation,
+             double negative_slope, int threads) {
+              return columns(mmfast_cpu_columns_to_image, dtype, image_channels_last, batch, channels, geometry, source,
+                             image, bias, activation, negative_slope, threads);
+          });
+    m.def("cpu_image_to_columns",
+          [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
+             const std::array<Triple, 6>& geometry, Pointer image, Pointer target, int threads) {
+              return columns(mmfast_cpu_image_to_columns, dtype, image_channels_last, batch, channels, geometry, target,
+                             image, 0, MMFAST_ACT_NONE, 0, threads);
+          });
     m.def("cpu_normalize_forward", &normalize_forward);
     m.def("cpu_normalize_backward", &normalize_backward);
     m.def("cpu_activation_forward",

@@ -123,6 +123,28 @@ typedef struct {
 int mmfast_cpu_activation_forward(const mmfast_activation_args* args);
 int mmfast_cpu_activation_backward(const mmfast_activation_args* args);
 
+// ---- conv_transpose: columns
+// With columns = weight^T x, one value for each (output channel, tap, input position), a transposed convolution is
+//     image[n, c, o] = act(bias_c + sum of columns[n, c, k, i] over all k, i with i * stride + k * dilation - before = o)
+// in each dimension (col2im). Its inverse, for the gradients with respect to x and weight, is
+//     columns[n, c, k, i] = image[n, c, i * stride + k * dilation - before], 0 where that is outside (im2col).
+// Three dimensions, of which the first ones may be 1.
+typedef struct {
+    int32_t dtype;  // MMFAST_FLOAT32 or MMFAST_FLOAT64, of all tensors
+    int32_t image_channels_last;
+    int64_t batch, channels;
+    int64_t in_size[3], out_size[3], kernel[3], stride[3], dilation[3], before[3];
+    void* columns;     // (batch, channels, *kernel, *in_size) contiguous
+    void* image;       // (batch, channels, *out_size) contiguous, or channels last
+    const void* bias;  // (channels,), or null: 0; col2im only
+    int32_t activation;
+    double negative_slope;
+    int32_t threads;
+} mmfast_columns_args;
+
+int mmfast_cpu_columns_to_image(const mmfast_columns_args* args);
+int mmfast_cpu_image_to_columns(const mmfast_columns_args* args);
+
 // ---- rnn
 // A layer of a recurrent network over whole sequences, one or both directions. The caller has computed the input side
 // gx = x W_ih^T + b_ih of every step; the kernel walks time:

@@ -251,6 +251,32 @@ def cpu_activation_backward(
     )
 
 
+#: in_size, out_size, kernel, stride, dilation, before: three dimensions each, the first ones perhaps 1
+Window = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
+
+
+def cpu_columns_to_image(
+    window: Window,
+    columns: torch.Tensor,
+    image: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: tuple[int, float],
+) -> None:
+    """Fills image (N, C, *out_size), contiguous or channels last, from columns (N, C * taps, positions), contiguous."""
+    channels_last = not image.is_contiguous()
+    pointers = (columns.data_ptr(), image.data_ptr(), _address(bias))
+    arguments = (DTYPES[image.dtype], channels_last, image.shape[0], image.shape[1], window, *pointers, *activation)
+    check(library().cpu_columns_to_image(*arguments, torch.get_num_threads()))
+
+
+def cpu_image_to_columns(window: Window, image: torch.Tensor, columns: torch.Tensor) -> None:
+    """Fills columns from image, both as in `cpu_columns_to_image`."""
+    channels_last = not image.is_contiguous()
+    pointers = (image.data_ptr(), columns.data_ptr())
+    arguments = (DTYPES[image.dtype], channels_last, image.shape[0], image.shape[1], window, *pointers)
+    check(library().cpu_image_to_columns(*arguments, torch.get_num_threads()))
+
+
 def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 

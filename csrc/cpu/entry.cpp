@@ -27,7 +27,9 @@
     X(normalize_forward, mmfast_normalize_args)      \
     X(normalize_backward, mmfast_normalize_args)     \
     X(activation_forward, mmfast_activation_args)    \
-    X(activation_backward, mmfast_activation_args)
+    X(activation_backward, mmfast_activation_args)   \
+    X(columns_to_image, mmfast_columns_args)         \
+    X(image_to_columns, mmfast_columns_args)
 
 namespace mmfast {
 
