@@ -1,4 +1,4 @@
-"""Every GPU kernel compiled without a GPU: registers, spills, shared memory in a table, and what the machine code holds.
+"""Every GPU kernel compiled without a GPU: registers, spills and shared memory in a table; what the machine code holds.
 
 Triton's kernels for compute capability 8.0, 9.0 and 10.0, the .cu files by nvcc for the same where it is found. A spill
 fails; so do loads narrower than 16 bytes where a kernel is bound by memory. cuobjdump comes with Triton.

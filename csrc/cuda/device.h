@@ -123,8 +123,7 @@ template <typename T>
 MMFAST_DEVICE void store(Global<T> x, int64_t i, T value) {
     x.p[i] = value;
 }
-// The four 32-bit words of a 16-byte vector. 16-bit elements are joined by arithmetic: through memory alone the compiler
-// would find their separate values again and move them one by one.
+// The four 32-bit words of a 16-byte vector.
 template <typename V>
 MMFAST_DEVICE uint4 words_of(const V& v) {
     uint4 words;
@@ -151,10 +150,15 @@ MMFAST_DEVICE Vector<Value<T>, N> load_vector(Global<T> x, int64_t i) {
 }
 template <int N, typename T>
 MMFAST_DEVICE void store_vector(Global<T> x, int64_t i, Vector<T, N> v) {
-    if constexpr (sizeof(v) == 16)
-        *reinterpret_cast<uint4*>(x.p + i) = words_of(v);
-    else
+    if constexpr (sizeof(v) == 16) {
+        // an assignment of 16 bytes is compiled into four of 4 bytes for compute capability 8 and 9
+        const uint4 words = words_of(v);
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(x.p + i)), "r"(words.x),
+                     "r"(words.y), "r"(words.z), "r"(words.w)
+                     : "memory");
+    } else {
         *reinterpret_cast<Vector<T, N>*>(x.p + i) = v;
+    }
 }
 template <int N, typename T>
 MMFAST_DEVICE bool is_aligned(Global<T> x) {
