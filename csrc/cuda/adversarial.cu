@@ -31,7 +31,7 @@ template <int kPhi, typename C>
 MMFAST_DEVICE C slope_of(C u) {
     if constexpr (kPhi == MMFAST_SOFTPLUS) {
         const C e = exp_of(-abs_of(u));
-        return (u < 0 ? e : C(1)) / (C(1) + e);
+        return divide(u < 0 ? e : C(1), C(1) + e);
     }
     if constexpr (kPhi == MMFAST_SQUARE) return u + u;
     if constexpr (kPhi == MMFAST_RELU) return u <= 0 ? C(0) : C(1);

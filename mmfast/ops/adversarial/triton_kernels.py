@@ -1,4 +1,4 @@
-"""The adversarial loss in Triton: value_k = scale_k * sum_i phi_k(u_i), u_i = sign_k * x_i + shift_k; total = their sum.
+"""The adversarial loss in Triton: value_k = scale_k * sum_i phi_k(u_i), u_i = sign_k * x_i + shift_k, and their total.
 
 A list of up to TERMS tensors is one launch a pass: pointers and sizes are tuples, passed by value. Each tensor is cut
 into chunks of BLOCK elements, one program a chunk, all chunks numbered through; a program sums its chunk in float32 by
@@ -14,6 +14,7 @@ Forward reads each logit once; backward reads it once and writes its gradient: b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,8 @@ from .equations import Term
 
 BLOCK = 2048
 TERMS = 16
+# said outright, because Triton is about to change its default and warns of it
+OPTIONS = {"enable_fp_fusion": True}
 
 _SOFTPLUS = tl.constexpr(equations.SOFTPLUS)
 _SQUARE = tl.constexpr(equations.SQUARE)
@@ -76,74 +79,98 @@ def _slope(u, PHI: tl.constexpr):
     return y
 
 
-@triton.jit(do_not_specialize=["sizes", "signs", "shifts"])
-def forward_kernel(logits, sums, sizes, signs, shifts, PHIS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit
+def _load(p_x, o_x, m_x, left, BLOCK: tl.constexpr):
+    # no mask on a whole chunk: one would keep the loads from being 16 bytes wide, as n is known only at run time
+    if left >= BLOCK:
+        b_x = tl.load(p_x + o_x).to(tl.float32)
+    else:
+        b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def _store(p_x, o_x, m_x, left, b_x, BLOCK: tl.constexpr):
+    if left >= BLOCK:
+        tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty))
+    else:
+        tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit(do_not_specialize=["sizes", "firsts", "signs", "shifts"])
+def forward_kernel(logits, sums, sizes, firsts, signs, shifts, PHIS: tl.constexpr, BLOCK: tl.constexpr):
     i_chunk = tl.program_id(0)
-    first = 0
     for k in tl.static_range(len(PHIS)):
-        after = first + tl.cdiv(sizes[k], BLOCK)
-        if (i_chunk >= first) & (i_chunk < after):
-            o_x = (i_chunk - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            m_x = o_x < sizes[k]
-            b_x = tl.load(logits[k] + o_x, mask=m_x, other=0.0).to(tl.float32)
+        if (i_chunk >= firsts[k]) & (i_chunk < firsts[k + 1]):
+            start = (i_chunk - firsts[k]).to(tl.int64) * BLOCK
+            left = sizes[k] - start
+            o_x = tl.arange(0, BLOCK)
+            m_x = o_x < left
+            b_x = _load(logits[k] + start, o_x, m_x, left, BLOCK)
             b_y = _phi(b_x * signs[k] + shifts[k], PHIS[k])
             tl.store(sums + i_chunk, tl.sum(tl.where(m_x, b_y, 0.0)))
-        first = after
 
 
-@triton.jit(do_not_specialize=["sizes", "scales"])
-def finish_kernel(
-    sums, values, total, running_total, sizes, scales, FIRST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit(do_not_specialize=["firsts", "scales"])
+def finish_kernel(sums, values, total, running_total, firsts, scales, FIRST: tl.constexpr, K: tl.constexpr):
     o_lane = tl.arange(0, 128)
     if FIRST:  # noqa: SIM108 - compiled: one branch only
         loss = tl.full((), 0.0, tl.float64)
     else:
         loss = tl.load(running_total)
-    first = 0
     for k in tl.static_range(K):
-        after = first + tl.cdiv(sizes[k], BLOCK)
         b_sum = tl.zeros((128,), tl.float64)
-        for start in range(first, after, 128):
+        for start in range(firsts[k], firsts[k + 1], 128):
             o_sum = start + o_lane
-            b_sum += tl.load(sums + o_sum, mask=o_sum < after, other=0.0).to(tl.float64)
+            b_sum += tl.load(sums + o_sum, mask=o_sum < firsts[k + 1], other=0.0).to(tl.float64)
         value = tl.sum(b_sum) * scales[k]
         tl.store(values + k, value.to(tl.float32))
         loss += value
-        first = after
     tl.store(running_total, loss)
     tl.store(total, loss.to(tl.float32).to(total.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["sizes", "signs", "shifts", "factors"])
-def backward_kernel(dtotal, logits, dlogits, sizes, signs, shifts, factors, PHIS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["sizes", "firsts", "signs", "shifts", "factors"])
+def backward_kernel(
+    dtotal, logits, dlogits, sizes, firsts, signs, shifts, factors, PHIS: tl.constexpr, BLOCK: tl.constexpr
+):
     i_chunk = tl.program_id(0)
     scale = tl.load(dtotal).to(tl.float32)
-    first = 0
     for k in tl.static_range(len(PHIS)):
-        after = first + tl.cdiv(sizes[k], BLOCK)
-        if (i_chunk >= first) & (i_chunk < after):
-            o_x = (i_chunk - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            m_x = o_x < sizes[k]
-            b_x = tl.load(logits[k] + o_x, mask=m_x, other=0.0).to(tl.float32)
+        if (i_chunk >= firsts[k]) & (i_chunk < firsts[k + 1]):
+            start = (i_chunk - firsts[k]).to(tl.int64) * BLOCK
+            left = sizes[k] - start
+            o_x = tl.arange(0, BLOCK)
+            m_x = o_x < left
+            b_x = _load(logits[k] + start, o_x, m_x, left, BLOCK)
             b_dx = _slope(b_x * signs[k] + shifts[k], PHIS[k]) * (scale * factors[k])
-            tl.store(dlogits[k] + o_x, b_dx.to(dlogits[k].dtype.element_ty), mask=m_x)
-        first = after
+            _store(dlogits[k] + start, o_x, m_x, left, b_dx, BLOCK)
+
+
+#: Whether TRITON_INTERPRET=1 made these kernels Python, for CPU tensors.
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 
 def forward(terms: Sequence[Term], mean: bool, logits: Sequence[Tensor], total: Tensor, values: Tensor) -> None:
     """Fills total () and values (K,) float32 from K dense tensors of logits of one dtype and device."""
     running_total = total.new_empty(1, dtype=torch.float64)
     for begin in range(0, len(terms), TERMS):
-        group, tensors = terms[begin : begin + TERMS], logits[begin : begin + TERMS]
-        sizes, phis, signs, shifts, weights = _columns(group, tensors)
-        chunks = _chunks(sizes)
-        sums = total.new_empty(chunks, dtype=torch.float32)
-        if chunks:
-            forward_kernel[(chunks,)](tuple(tensors), sums, sizes, signs, shifts, PHIS=phis, BLOCK=BLOCK)
-        scales = tuple(_scale(weight, mean, n) for weight, n in zip(weights, sizes, strict=True))
+        group = _Group(terms[begin : begin + TERMS], mean, logits[begin : begin + TERMS])
+        sums = total.new_empty(group.chunks, dtype=torch.float32)
+        if group.chunks:
+            forward_kernel[(group.chunks,)](
+                group.logits, sums, group.sizes, group.firsts, group.signs, group.shifts, group.phis, BLOCK, **OPTIONS
+            )
         finish_kernel[(1,)](
-            sums, values[begin:], total, running_total, sizes, scales, FIRST=begin == 0, K=len(group), BLOCK=BLOCK
+            sums,
+            values[begin:],
+            total,
+            running_total,
+            group.firsts,
+            group.scales,
+            begin == 0,
+            len(group.phis),
+            **OPTIONS,
         )
 
 
@@ -152,30 +179,42 @@ def backward(
 ) -> None:
     """Fills each dlogits[k], of the layout of logits[k], with the gradient of the loss times dtotal ()."""
     for begin in range(0, len(terms), TERMS):
-        group, tensors = terms[begin : begin + TERMS], logits[begin : begin + TERMS]
-        sizes, phis, signs, shifts, weights = _columns(group, tensors)
-        factors = tuple(_scale(w, mean, n) * s for w, n, s in zip(weights, sizes, signs, strict=True))
-        chunks = _chunks(sizes)
-        if chunks:
-            out = tuple(dlogits[begin : begin + TERMS])
-            backward_kernel[(chunks,)](
-                dtotal, tuple(tensors), out, sizes, signs, shifts, factors, PHIS=phis, BLOCK=BLOCK
+        group = _Group(terms[begin : begin + TERMS], mean, logits[begin : begin + TERMS])
+        if group.chunks:
+            backward_kernel[(group.chunks,)](
+                dtotal,
+                group.logits,
+                tuple(dlogits[begin : begin + TERMS]),
+                group.sizes,
+                group.firsts,
+                group.signs,
+                group.shifts,
+                tuple(scale * sign for scale, sign in zip(group.scales, group.signs, strict=True)),
+                group.phis,
+                BLOCK,
+                **OPTIONS,
             )
 
 
-def _columns(terms: Sequence[Term], logits: Sequence[Tensor]) -> tuple[tuple, tuple, tuple, tuple, tuple]:
-    """sizes, phis, signs, shifts and weights, a tuple each; floats, so that no kernel compiles for an integer."""
-    phis, *floats = zip(*terms, strict=True)
-    signs, shifts, weights = (tuple(float(value) for value in column) for column in floats)
-    return tuple(x.numel() for x in logits), tuple(int(phi) for phi in phis), signs, shifts, weights
+class _Group:
+    """The terms of one launch as tuples; factors are floats, so that no kernel compiles for an integer.
 
+    firsts: the number of each tensor's first chunk, and of all chunks.
+    """
 
-def _chunks(sizes: Sequence[int]) -> int:
-    return sum(triton.cdiv(n, BLOCK) for n in sizes)
+    def __init__(self, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> None:
+        self.logits = tuple(logits)
+        self.sizes = tuple(x.numel() for x in logits)
+        self.phis = tuple(int(term.phi) for term in terms)
+        self.signs = tuple(float(term.sign) for term in terms)
+        self.shifts = tuple(float(term.shift) for term in terms)
+        self.scales = tuple(_scale(term.weight, mean, n) for term, n in zip(terms, self.sizes, strict=True))
+        self.firsts = (0, *itertools.accumulate(triton.cdiv(n, BLOCK) for n in self.sizes))
+        self.chunks = self.firsts[-1]
 
 
 def _scale(weight: float, mean: bool, n: int) -> float:
     if not mean:
-        return weight
+        return float(weight)
     # the mean of no elements is NaN
     return weight / n if n else float("nan")
