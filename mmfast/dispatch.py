@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import config
+from . import config, table
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
@@ -123,6 +123,19 @@ class Op:
             chosen = self._chosen[key] = self._choose(case, requested).backend
         return chosen
 
+    def asked(self, call: Callable[[], Any]) -> list[Any]:
+        """The cases that this op was asked to choose a backend for while `call` ran, each once."""
+        before, self._chosen = self._chosen, {}
+        try:
+            call()
+            return list(dict.fromkeys(key[0] for key in self._chosen))
+        finally:
+            self._chosen = before
+
+    def forget(self) -> None:
+        """Makes the op choose anew, for after the preference table has changed."""
+        self._chosen.clear()
+
     def explain(self, case: Any, explicit: str | None = None) -> Choice:
         """The choice for `case`, with its reasons. Raises as `select` does."""
         return self._choose(case, explicit or _forced[0] or config.BACKEND)
@@ -130,6 +143,9 @@ class Op:
     def _choose(self, case: Any, requested: str | None) -> Choice:
         if requested is not None:
             return self._obey(case, check_backend(requested))
+        measured = table.preferred(self.name, case)
+        if measured and measured.backend in self.backends and not self.backends[measured.backend].refusals(case):
+            return Choice(measured.backend, f"measured here: {measured.ratio:.2f} x PyTorch's speed ({table.path()})", {})
         passed_over: dict[str, list[str]] = {}
         for name, backend in self.backends.items():
             refusals = backend.refusals(case)
