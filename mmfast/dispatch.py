@@ -123,15 +123,6 @@ class Op:
             chosen = self._chosen[key] = self._choose(case, requested).backend
         return chosen
 
-    def asked(self, call: Callable[[], Any]) -> list[Any]:
-        """The cases that this op was asked to choose a backend for while `call` ran, each once."""
-        before, self._chosen = self._chosen, {}
-        try:
-            call()
-            return list(dict.fromkeys(key[0] for key in self._chosen))
-        finally:
-            self._chosen = before
-
     def forget(self) -> None:
         """Makes the op choose anew, for after the preference table has changed."""
         self._chosen.clear()
@@ -145,7 +136,9 @@ class Op:
             return self._obey(case, check_backend(requested))
         measured = table.preferred(self.name, case)
         if measured and measured.backend in self.backends and not self.backends[measured.backend].refusals(case):
-            return Choice(measured.backend, f"measured here: {measured.ratio:.2f} x PyTorch's speed ({table.path()})", {})
+            return Choice(
+                measured.backend, f"{measured.ratio:.2f} x PyTorch's speed, measured here: {table.path()}", {}
+            )
         passed_over: dict[str, list[str]] = {}
         for name, backend in self.backends.items():
             refusals = backend.refusals(case)
@@ -200,6 +193,21 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced[0] = before
+
+
+def asked(call: Callable[[], Any]) -> list[tuple[Op, Any]]:
+    """The choices made while `call` ran in eager: (op, case), each once, in order."""
+    choices: dict[tuple[str, Any], tuple[Op, Any]] = {}
+
+    def listen(op: Op, case: Any, _explicit: str | None) -> None:
+        choices[op.name, case] = op, case
+
+    _listeners.append(listen)
+    try:
+        call()
+    finally:
+        _listeners.remove(listen)
+    return list(choices.values())
 
 
 def needs_formula(tensors: Sequence[torch.Tensor]) -> bool:

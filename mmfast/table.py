@@ -95,5 +95,7 @@ def _read(file: Path) -> dict[str, dict[str, dict]]:
         if content["format"] == FORMAT:
             return content["machines"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no preference table ({error!r}); delete it, or make one: mmfast bench --tune") from None
+        raise ValueError(
+            f"{file} is no preference table ({error!r}); delete it, or make one: mmfast bench --tune"
+        ) from None
     return {}

@@ -24,6 +24,8 @@ GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 PASSES = ("forward", "forward+backward", "double backward")
 STEP = "training step"
 
+OPS = ("rnn", "conv_transpose", "adversarial")
+
 
 @dataclass(frozen=True)
 class Work:
@@ -78,8 +80,13 @@ class RnnCase:
 
     def shrunk(self, batch: int, length: int, width: int) -> RnnCase:
         """The same layer with at most so many rows, steps and units."""
-        sizes = {"input_size": min(self.input_size, width), "hidden_size": min(self.hidden_size, width)}
-        return replace(self, batch=min(self.batch, batch), steps=min(self.steps, length), **sizes)
+        return replace(
+            self,
+            batch=min(self.batch, batch),
+            steps=min(self.steps, length),
+            input_size=min(self.input_size, width),
+            hidden_size=min(self.hidden_size, width),
+        )
 
     def outputs(self, module: torch.nn.Module, x: Tensor, *state: Tensor) -> dict[str, Tensor]:
         """output, h_n and c_n of a layer; h and c of a Cell."""
@@ -342,6 +349,12 @@ def modes(case: Any) -> tuple[str, ...]:
         return getattr(case, "modes", PASSES)
     # the others' second derivative is zero
     return PASSES if case.mode in ("non-saturating", "lsgan") else PASSES[:2]
+
+
+def usual_modes(case: Any) -> tuple[str, ...]:
+    """`modes`, but double backward of a few only, for the sake of time."""
+    twice = ("cell-LSTM-", "dcgan-512to256-", "dcgan-non-saturating-")
+    return tuple(mode for mode in modes(case) if mode != PASSES[2] or case.name.startswith(twice))
 
 
 def matching(patterns: Sequence[str], op: str | None = None) -> list[Case]:

@@ -28,22 +28,41 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("ops", nargs="*", metavar="OP", help=f"{', '.join(Op.registry)} (all)")
     add("--cases", action="append", metavar="GLOB", help="measure the cases whose name fits (a few of each kind)")
     add("--list", action="store_true", help="list the cases and measure nothing")
-    add("--model", metavar="NAME", help=f"a training step of {', '.join(models.MODELS)}, or your own: package.module:function")
+    add(
+        "--model",
+        metavar="NAME",
+        help=f"a training step of {', '.join(models.MODELS)}, or your own: package.module:function",
+    )
     add("--input", metavar="SPEC", help="what your own model is called with: package.module:function, giving tensors")
     add("--shape", metavar="T128,B64,I128,H128", help="an RNN, a GRU and an LSTM of this shape (and L2: two layers)")
     add("--scaling", action="store_true", help="one LSTM over growing steps, batch and hidden size")
     add("--modes", metavar="M,M", help="forward, forward+backward, double backward (all that apply)")
-    add("--compile", choices=("rival", "both", "none"), default="rival", help="torch.compile of PyTorch's module, of both, or not")
+    add(
+        "--compile",
+        choices=("training", "all", "both", "none"),
+        default="training",
+        help="torch.compile of PyTorch's module in forward+backward (the default) or in all passes, of both modules, or not",
+    )
     add("--peers", action="store_true", help="other libraries that are installed: onnxruntime")
     add("--threads", type=int, metavar="N", help="threads (as torch has)")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and data (float32)")
     add("--device", choices=("cpu", "cuda"), help="(a GPU where torch sees one)")
-    add("--rounds", type=int, metavar="N", help="rounds of each case, however long they take (at most 30, within a second)")
+    add(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="rounds of each case, however long they take (at most 30, within about a second)",
+    )
     add("--json", type=Path, metavar="FILE", help="write everything measured")
     add("--csv", type=Path, metavar="FILE", help="add a line per case and contender")
     add("--markdown", type=Path, metavar="FILE", help="write the tables")
     add("--plot", type=Path, metavar="FILE", help="draw speed-ups, roofline and scaling, as .png or .svg")
-    add("--base", type=Path, metavar="FILE", help="compare with the --json of an earlier run; fails where a case is slower")
+    add(
+        "--base",
+        type=Path,
+        metavar="FILE",
+        help="compare with the --json of an earlier run; fails where a case is slower",
+    )
     add("--slowdown", type=float, default=1.1, metavar="X", help="how much slower than --base a case may be (1.1)")
     add("--tune", action="store_true", help="let mmfast choose by what is measured now: save it as preference table")
 
@@ -69,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
             return _list(_chosen(args))
         plan = _plan(args)
         base = report.read_json(args.base) if args.base else None
-        for path in (args.plot,) if args.plot else ():
-            plots.check(path)
+        if args.plot:
+            plots.check(args.plot)
     except ValueError as error:
         print(f"mmfast bench: {error}", file=sys.stderr)
         return 2
@@ -95,10 +114,16 @@ def _plan(args: argparse.Namespace) -> Plan:
     for mode in wanted or ():
         if mode not in (*cases.PASSES, cases.STEP):
             raise ValueError(f"--modes {mode}: expected some of {', '.join(cases.PASSES)}")
-    bouts = [(case, mode) for case in chosen for mode in cases.modes(case) if wanted is None or mode in wanted]
+    usual = not (args.cases or args.ops or args.modes)
+    bouts = [
+        (case, mode)
+        for case in chosen
+        for mode in (cases.usual_modes(case) if usual else cases.modes(case))
+        if wanted is None or mode in wanted
+    ]
     if not bouts:
         raise ValueError(f"--modes {args.modes}: none of the cases has it")
-    rounds, seconds = (args.rounds, math.inf) if args.rounds else (30, 1.0)
+    rounds, seconds = (args.rounds, math.inf) if args.rounds else (30, 0.8)
     return Plan(bouts, DTYPES[args.dtype], device, rounds, seconds, args.compile, args.peers)
 
 
@@ -114,16 +139,16 @@ def _chosen(args: argparse.Namespace) -> list[Any]:
     if args.scaling and not (args.cases or args.ops):
         return list(scaling)
     patterns = args.cases or (["*"] if args.list or args.ops == [] and args.tune else list(cases.REPRESENTATIVE))
-    found = [case for op in args.ops or Op.registry for case in cases.matching(patterns, op)]
+    found = [case for op in args.ops or cases.OPS for case in cases.matching(patterns, op)]
     if not found:
         raise ValueError(f"no case fits {' or '.join(patterns)}; mmfast bench --list shows all")
     return [*found, *scaling]
 
 
 def _list(chosen: Sequence[Any]) -> int:
+    usual = cases.matching(cases.REPRESENTATIVE)
     for case in chosen:
-        usual = any(case in cases.matching([pattern]) for pattern in cases.REPRESENTATIVE) if case.op != "model" else False
-        print(f"{case.op:<15} {case.name}{'  (by default)' * usual}")
+        print(f"{case.op:<15} {case.name}{'  (by default)' * (case in usual)}")
     for name in models.MODELS:
         print(f"{'--model':<15} {name}")
     return 0
@@ -138,11 +163,15 @@ def _run(plan: Plan, args: argparse.Namespace, base: Sequence[Row] | None) -> in
     out.print(f"mmfast {where['mmfast']} ({where['commit']}), torch {where['torch']}, {where['machine']}", markup=False)
     rates = floor.measure(plan.dtype, plan.device)
     interrupted = False
-    ops = dict.fromkeys(case.op for case, _ in plan.bouts)
     printed: set[str] = set()
 
     def show(op: str) -> None:
+        nonlocal rates
         printed.add(op)
+        # something else may have kept the machine busy when its rates were measured first
+        rates = rates.or_better(floor.measure(plan.dtype, plan.device))
+        for row in plan.rows:
+            row.floor = rates.of(row.flops, row.bytes)
         out.print()
         for text, style in report.lines([row for row in plan.rows if row.op == op]):
             out.print(text, style=style, markup=False)
@@ -152,9 +181,8 @@ def _run(plan: Plan, args: argparse.Namespace, base: Sequence[Row] | None) -> in
         for row in _measured(plan, rates, out):
             plan.rows.append(row)
             _save(plan, args, complete=False)
-            for op in ops:
-                if op not in printed and _done(plan, op):
-                    show(op)
+            if _done(plan, row.op):
+                show(row.op)
     except KeyboardInterrupt:
         interrupted = True
     for op in dict.fromkeys(row.op for row in plan.rows):
@@ -180,12 +208,16 @@ def _conclude(plan: Plan, args: argparse.Namespace, base: Sequence[Row] | None, 
         report.write_markdown(args.markdown, plan.rows, plan.device)
     if args.plot and plan.rows:
         where = report.environment(plan.device)
-        title = f"mmfast {where['mmfast']}, torch {where['torch']}, {where['machine']}, {torch.get_num_threads()} threads"
+        title = (
+            f"mmfast {where['mmfast']}, torch {where['torch']}, {where['machine']}, {torch.get_num_threads()} threads"
+        )
         plots.draw(args.plot, plan.rows, rates, title)
     if args.tune and plan.rows:
         path, found = tune.save(plan.rows, plan.device)
         ours = sum(preference.backend != "torch" for preference in found.values())
-        out.print(f"{path}: {len(found)} kinds of case, {ours} of them served by mmfast's kernels from now on", markup=False)
+        out.print(
+            f"{path}: {len(found)} kinds of case, {ours} of them served by mmfast's kernels from now on", markup=False
+        )
     fine = not any(name.startswith("mmfast") for row in plan.rows for name in row.wrong)
     if base is not None:
         lines, kept = report.compare(plan.rows, base, args.slowdown)
@@ -211,7 +243,14 @@ def _save(plan: Plan, args: argparse.Namespace, complete: bool) -> None:
 def _measured(plan: Plan, rates: floor.Floor, out: Any) -> Iterator[Row]:
     """A row for each bout, under a progress bar that names the case."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         BarColumn(20),

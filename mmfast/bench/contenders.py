@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mmfast
-
 from .. import nn as mmfast_nn
-from ..dispatch import Op, use_backend
+from ..accelerate import accelerate
+from ..dispatch import Op, asked, use_backend
 from .cases import PASSES, STEP, ConvTransposeCase
 
 EAGER, AGAIN, CHANNELS_LAST, COMPILED = "eager", "eager again", "eager channels_last", "compile"
@@ -78,8 +77,10 @@ class Bout:
         self.cotangent = self._cotangent()
         self._truths: dict[int, tuple[Results, Results]] = {}
 
-    def contenders(self, compiled: str = "rival") -> Iterator[Contender]:
-        """All of them. compiled: "rival" for torch.compile of PyTorch's module, "both" of ours too, or "none"."""
+    def contenders(self, compiled: str = "training") -> Iterator[Contender]:
+        """All of them. compiled: torch.compile of PyTorch's module in "training" (forward + backward) or in "all"
+        passes; of "both" modules in all passes; or of "none"."""
+        compiling = self.mode == "forward+backward" or (self.mode == "forward" and compiled != "training")
         yield Contender(EAGER, self.computation(self.module), self.sets)
         yield Contender(AGAIN, self.computation(self.module), self.sets)
         layout = self._other_layout()
@@ -87,13 +88,13 @@ class Bout:
             module = copy.deepcopy(self.module).to(memory_format=layout)  # type: ignore[call-overload]
             sets = [self._with_layout(inputs, layout) for inputs in self.sets]
             yield Contender(CHANNELS_LAST, self.computation(module), sets)
-        if compiled != "none" and self.mode in PASSES[:2]:
+        if compiling and compiled != "none":
             torch.compiler.reset()
             yield Contender(COMPILED, self.computation(copy.deepcopy(self.module), compiled=True), self.sets)
         module = self.ours()
         compute = self.computation(module)
         yield Contender(OURS, compute, self.sets)
-        if compiled == "both" and self.mode in PASSES[:2]:
+        if compiling and compiled == "both":
             yield Contender(OURS_COMPILED, self.computation(self.ours(), compiled=True), self.sets)
         for backend in self.backends(compute):
             yield Contender(f"{OURS} {backend}", compute, self.sets, backend)
@@ -102,19 +103,19 @@ class Bout:
         """mmfast's module with PyTorch's weights and everything fused that mmfast fuses."""
         module = self.case.build(mmfast_nn).to(self.device, self.dtype)
         module.load_state_dict(self.module.state_dict())
-        return mmfast.accelerate(module) if hasattr(mmfast, "accelerate") else module
+        return accelerate(module)
 
     def asked(self, compute: Callable[[Inputs], Results]) -> list[tuple[Op, Any]]:
         """What mmfast was asked to choose a backend for while it computed: ops and their static facts."""
-        return [(op, case) for op in Op.registry.values() for case in op.asked(lambda: compute(self.sets[0]))]
+        return asked(lambda: compute(self.sets[0]))
 
     def backends(self, compute: Callable[[Inputs], Results]) -> list[str]:
         """The backends that can serve all of it on this device."""
-        asked = self.asked(compute)
+        choices = self.asked(compute)
         return [
             name
             for name in NATIVE[self.device]
-            if asked and all(name in op.backends and not op.backends[name].refusals(case) for op, case in asked)
+            if choices and all(name in op.backends and not op.backends[name].refusals(case) for op, case in choices)
         ]
 
     def computation(

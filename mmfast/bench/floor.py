@@ -31,7 +31,11 @@ class Floor:
         if mode not in PASSES[:2]:
             return math.nan
         work, passes = case.work(dtype), 1 + 2 * PASSES.index(mode)
-        return max(passes * work.flops / self.flops, passes * work.bytes / self.rate(work.bytes))
+        return self.of(passes * work.flops, passes * work.bytes)
+
+    def of(self, flops: float, amount: float) -> float:
+        """The longer of the arithmetic and of the traffic of `amount` bytes; nan for nan."""
+        return math.nan if math.isnan(amount) else max(flops / self.flops, amount / self.rate(amount))
 
     def rate(self, size: float) -> float:
         """The bandwidth for a working set of `size` bytes: that of the nearest size measured which is not larger."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import math
 import os
@@ -278,8 +279,8 @@ def disagreement(name: str, out: Tensor, yardstick: Tensor, exact: Tensor) -> st
     errors = Errors(name)
     try:
         errors.add(out.detach(), yardstick, exact)
-    except AssertionError as error:
-        return str(error)
+    except AssertionError as differs:
+        return str(differs)
     found = errors.compare()
     for what, error, bound in (
         ("max", found.ours.max, found.max_bound),
@@ -300,23 +301,24 @@ def _poisoned(contender: Contender, i: int) -> Results:
 def poison() -> Iterator[None]:
     """While it lasts, torch.empty and its kin hand out NaN (and deterministic algorithms run where there are any)."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    filling = settings.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        settings.fill_uninitialized_memory = True
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            torch.utils.deterministic.fill_uninitialized_memory = filling
+            settings.fill_uninitialized_memory = filling
 
 
 def _weigh(bout: Bout, field_of: list[Contender], row: Row) -> None:
     for c in field_of:
         if c.name in row.timings:
             with c.forced():
-                weights = [peak_memory(lambda c=c: c.call(1), bout.device) for _ in range(2)]
+                weights = [peak_memory(functools.partial(c.call, 1), bout.device) for _ in range(2)]
             row.timings[c.name].memory = min((w for w in weights if w is not None), default=None)
 
 

@@ -165,9 +165,7 @@ def _hifigan_block(nn: Any, channels: int, kernel: int) -> torch.nn.Module:
     def conv(dilation: int) -> torch.nn.Module:
         return weight_norm(nn.Conv1d(channels, channels, kernel, padding="same", dilation=dilation))
 
-    return nn.Sequential(
-        *(Residual(nn, nn.LeakyReLU(0.1), conv(d), nn.LeakyReLU(0.1), conv(1)) for d in (1, 3, 5))
-    )
+    return nn.Sequential(*(Residual(nn, nn.LeakyReLU(0.1), conv(d), nn.LeakyReLU(0.1), conv(1)) for d in (1, 3, 5)))
 
 
 def _hifigan_generator(nn: Any) -> torch.nn.Module:
@@ -225,7 +223,7 @@ def _hifigan_judges(nn: Any) -> Judges:
         return [*layers, nn.Conv2d(1024, 1024, (5, 1), 1, (2, 0)), nn.Conv2d(1024, 1, (3, 1), 1, (1, 0))]
 
     def scale() -> list[torch.nn.Module]:
-        rows = ((1, 128, 15, 1, 1), (128, 128, 41, 2, 4), (128, 256, 41, 2, 16), (256, 512, 41, 4, 16))
+        rows: tuple[Shape, ...] = ((1, 128, 15, 1, 1), (128, 128, 41, 2, 4), (128, 256, 41, 2, 16), (256, 512, 41, 4, 16))
         rows += ((512, 1024, 41, 4, 16), (1024, 1024, 41, 1, 16), (1024, 1024, 5, 1, 1), (1024, 1, 3, 1, 1))
         return [nn.Conv1d(a, b, k, s, k // 2, groups=g) for a, b, k, s, g in rows]
 
@@ -420,9 +418,13 @@ def from_name(name: str, sample: str | None) -> ModelCase | UserCase:
     if name in MODELS:
         return MODELS[name]
     if ":" not in name:
-        raise ValueError(f"unknown model {name!r}; accepted: {', '.join(MODELS)}, or your own as package.module:function")
+        raise ValueError(
+            f"unknown model {name!r}; accepted: {', '.join(MODELS)}, or your own as package.module:function"
+        )
     if sample is None:
-        raise ValueError(f"--model {name} needs --input package.module:function, which gives the tensors to call it with")
+        raise ValueError(
+            f"--model {name} needs --input package.module:function, which gives the tensors to call it with"
+        )
     module, given = called(name), called(sample)
     if not isinstance(module, torch.nn.Module):
         raise ValueError(f"{name} gave a {type(module).__name__}; expected a torch.nn.Module")

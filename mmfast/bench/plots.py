@@ -89,7 +89,9 @@ def _bars(part: Any, rows: Sequence[Row]) -> None:
     axes.set_xlim(ticks[0] - 0.1, ticks[-1] + 0.35)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.set_xlabel("mmfast's speed / the best of PyTorch eager and compiled (log scale; right of 1x is faster)", fontsize=8)
+    axes.set_xlabel(
+        "mmfast's speed / the best of PyTorch eager and compiled (log scale; right of 1x is faster)", fontsize=8
+    )
     axes.set_title("Speed-up", fontsize=10, loc="left")
     _legend(axes, rows, "lower right")
 
@@ -117,7 +119,13 @@ def _roofline(part: Any, rows: Sequence[Row], rates: Floor) -> None:
     ):
         ridge = rates.flops / bandwidth
         label = f"{label}, {rates.flops / 1e9:.0f} GFLOP/s"
-        axes.plot([low, ridge, high], [low * bandwidth / 1e9, rates.flops / 1e9, rates.flops / 1e9], "k" + style, lw=1, label=label)
+        axes.plot(
+            [low, ridge, high],
+            [low * bandwidth / 1e9, rates.flops / 1e9, rates.flops / 1e9],
+            "k" + style,
+            lw=1,
+            label=label,
+        )
     for x, y, (color, marker), filled in points:
         axes.plot(x, y, marker, color=color, markerfacecolor=color if filled else "white", markersize=5)
     axes.plot([], [], "ko", markersize=5, label="mmfast (marker: pass, as the bars' colours)")
@@ -143,7 +151,9 @@ def _scaling(part: Any, rows: Sequence[Row]) -> None:
             for name, style, fill in ((None, "--", "white"), (OURS, "-", color)):
                 ys = [1e3 * row.timings[name or row.rival].low for _, row in points]
                 who = "mmfast" if name else "PyTorch"
-                axes.plot(xs, ys, style + marker, color=color, markerfacecolor=fill, ms=5, label=f"{who}, {MODE_LABELS[mode]}")
+                axes.plot(
+                    xs, ys, style + marker, color=color, markerfacecolor=fill, ms=5, label=f"{who}, {MODE_LABELS[mode]}"
+                )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel(label, fontsize=8)
@@ -152,7 +162,9 @@ def _scaling(part: Any, rows: Sequence[Row]) -> None:
         axes.minorticks_off()
     panels[0].set_ylabel("milliseconds", fontsize=8)
     panels[0].legend(fontsize=7)
-    part.suptitle("Scaling of one LSTM (64 steps, batch 16, 128 units; one of them varied)", fontsize=10, x=0.02, ha="left")
+    part.suptitle(
+        "Scaling of one LSTM (64 steps, batch 16, 128 units; one of them varied)", fontsize=10, x=0.02, ha="left"
+    )
 
 
 def _varied(rows: Sequence[Row], letter: str) -> list[tuple[int, Row]]:

@@ -265,7 +265,16 @@ def write_markdown(path: Path, rows: Sequence[Row], device: str) -> None:
 
 def _markdown(rows: Sequence[Row]) -> Iterator[str]:
     others = _others(rows)
-    heads = ["case", "runs", "pass", "floor", "eager", "compile", *(name.removeprefix(OURS + " ")[:8] for name in others), "mmfast"]
+    heads = [
+        "case",
+        "runs",
+        "pass",
+        "floor",
+        "eager",
+        "compile",
+        *(name.removeprefix(OURS + " ")[:8] for name in others),
+        "mmfast",
+    ]
     heads += ["ratio", "floor%", "memory", "first", "noise"]
     yield f"## {rows[0].op}\n"
     yield "| " + " | ".join(heads) + " |"
@@ -304,4 +313,3 @@ def compare(rows: Sequence[Row], base: Sequence[Row], slowdown: float) -> tuple[
         name = f"{row.case[:48]} {MODE_LABELS[row.mode]}"
         found.append((f"{name:<60}{duration(then):>10}{duration(now):>10}{ratio:>7.2f}x{' slower' * bad}", "red" * bad))
     return found, fine
-
