@@ -1,4 +1,4 @@
-"""The command line: `mmfast train | sample | bench | info`. Parses only; what a command does is in its own module."""
+"""The command line: `mmfast train | sample | bench | validate | info`. Parses only; a command is in its own module."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 import mmfast
 from mmfast.bench.command import add_bench_arguments
 from mmfast.train import UserError
+from mmfast.validate.command import add_validate_arguments
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands.add_parser("train", help="train a GAN that draws emoji from typed words and from speech"))
     _add_sample(commands.add_parser("sample", help="draw pictures with a trained run"))
     _add_bench(commands.add_parser("bench", help="measure what mmfast gains on this machine"))
+    _add_validate(commands.add_parser("validate", help="hold every kernel here against float64 and against PyTorch"))
     _add_info(commands.add_parser("info", help="say what this installation has and can run"))
     return parser
 
@@ -80,6 +82,11 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_bench)
 
 
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    add_validate_arguments(parser)
+    parser.set_defaults(run=_validate)
+
+
 def _train(args: argparse.Namespace) -> None:
     given = {
         name: value
@@ -118,6 +125,12 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> int:
     from mmfast.bench.command import run
+
+    return run(args)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from mmfast.validate.command import run
 
     return run(args)
 

@@ -41,7 +41,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         choices=("training", "all", "both", "none"),
         default="training",
-        help="torch.compile of PyTorch's module in forward+backward (the default) or in all passes, of both modules, or not",
+        help="torch.compile of PyTorch's module in forward+backward (default) or all passes, of both modules, or not",
     )
     add("--peers", action="store_true", help="other libraries that are installed: onnxruntime")
     add("--threads", type=int, metavar="N", help="threads (as torch has)")
@@ -82,7 +82,7 @@ class Plan:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints and writes. 0; 1 where a case fell behind --base or was wrong; 2 for a bad option; 130 on Ctrl-C."""
+    """Measures, prints, writes. 0; 1 where a case was slower than --base, or wrong; 2: a bad option; 130: Ctrl-C."""
     try:
         if args.list:
             return _list(_chosen(args))
@@ -138,7 +138,7 @@ def _chosen(args: argparse.Namespace) -> list[Any]:
     scaling = cases.scaling() if args.scaling else []
     if args.scaling and not (args.cases or args.ops):
         return list(scaling)
-    patterns = args.cases or (["*"] if args.list or args.ops == [] and args.tune else list(cases.REPRESENTATIVE))
+    patterns = args.cases or (["*"] if args.list or (args.tune and not args.ops) else list(cases.REPRESENTATIVE))
     found = [case for op in args.ops or cases.OPS for case in cases.matching(patterns, op)]
     if not found:
         raise ValueError(f"no case fits {' or '.join(patterns)}; mmfast bench --list shows all")

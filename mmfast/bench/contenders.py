@@ -144,7 +144,7 @@ class Bout:
         return self._truths[i]
 
     def refill(self, contenders: Sequence[Contender], i: int) -> None:
-        """Puts fresh numbers where the i-th set's are, in the same memory, behind work that keeps a GPU's stream busy."""
+        """Puts fresh numbers where the i-th set's are, in the same memory, on a GPU behind work that lasts."""
         fresh = self._inputs()
         if self.device == "cuda":
             torch.cuda._sleep(20_000_000)

@@ -8,6 +8,7 @@ and every step can be checked against float64. Dropout, random as it is, is left
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -219,11 +220,16 @@ def _pooled(times: int) -> Callable[[Tensor], Tensor]:
 def _hifigan_judges(nn: Any) -> Judges:
     def period() -> list[torch.nn.Module]:
         widths = (1, 32, 128, 512, 1024)
-        layers = [nn.Conv2d(a, b, (5, 1), (3, 1), (2, 0)) for a, b in zip(widths, widths[1:], strict=False)]
+        layers = [nn.Conv2d(a, b, (5, 1), (3, 1), (2, 0)) for a, b in itertools.pairwise(widths)]
         return [*layers, nn.Conv2d(1024, 1024, (5, 1), 1, (2, 0)), nn.Conv2d(1024, 1, (3, 1), 1, (1, 0))]
 
     def scale() -> list[torch.nn.Module]:
-        rows: tuple[Shape, ...] = ((1, 128, 15, 1, 1), (128, 128, 41, 2, 4), (128, 256, 41, 2, 16), (256, 512, 41, 4, 16))
+        rows: tuple[Shape, ...] = (
+            (1, 128, 15, 1, 1),
+            (128, 128, 41, 2, 4),
+            (128, 256, 41, 2, 16),
+            (256, 512, 41, 4, 16),
+        )
         rows += ((512, 1024, 41, 4, 16), (1024, 1024, 41, 1, 16), (1024, 1024, 5, 1, 1), (1024, 1, 3, 1, 1))
         return [nn.Conv1d(a, b, k, s, k // 2, groups=g) for a, b, k, s, g in rows]
 

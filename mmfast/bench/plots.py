@@ -104,7 +104,7 @@ def _legend(axes: Any, rows: Sequence[Row], place: str) -> None:
 
 
 def _roofline(part: Any, rows: Sequence[Row], rates: Floor) -> None:
-    """Each row at its arithmetic intensity; rows without matrix products at the rate of their bytes, one flop a byte."""
+    """Each row at its arithmetic intensity; one without matrix products counts one operation a byte."""
     axes = part.subplots()
     points = []
     for row in rows:
@@ -154,11 +154,12 @@ def _scaling(part: Any, rows: Sequence[Row]) -> None:
                 axes.plot(
                     xs, ys, style + marker, color=color, markerfacecolor=fill, ms=5, label=f"{who}, {MODE_LABELS[mode]}"
                 )
+        sizes = sorted({x for x, _ in varied})
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel(label, fontsize=8)
         axes.grid(alpha=0.3, which="both")
-        axes.set_xticks([x for x in sorted({x for x, _ in varied})], [str(x) for x in sorted({x for x, _ in varied})])
+        axes.set_xticks(sizes, [str(x) for x in sizes])
         axes.minorticks_off()
     panels[0].set_ylabel("milliseconds", fontsize=8)
     panels[0].legend(fontsize=7)
