@@ -336,6 +336,64 @@ class Encodec(Adversaries):
         return F.l1_loss(drawn, real) + spectral_distance(drawn, real)
 
 
+class Emoji(torch.nn.Module):
+    """`mmfast train`'s own step: image, text and speech encoders and decoders, generator and discriminator."""
+
+    def __init__(self, nn: Any) -> None:
+        from ..train.settings import Settings
+        from ..train.step import Step
+
+        super().__init__()
+        adversarial = mmfast_nn.AdversarialLoss("hinge", backend="torch" if nn is torch.nn else None)
+        self.whole = Step(Settings(learning_rate=0.0, discriminator_rate=0.0), nn, adversarial)
+        # the step is no module: its nets are named here, so that they are moved and accelerated with this one
+        self.model, self.discriminator, self.averaged = self.whole.model, self.whole.discriminator, self.whole.averaged
+
+    def step(
+        self, images: Tensor, text: Tensor, heard: Tensor, text_lengths: Tensor, heard_lengths: Tensor, *rest: Tensor
+    ) -> list[Tensor]:
+        """One update: the losses, then every gradient. rest: which picture each row shows, the noise, what is given."""
+        from ..train.data import Batch
+
+        losses = self.whole(Batch(images, text, text_lengths, heard, heard_lengths), *rest)
+        weights = (*self.model.parameters(), *self.discriminator.parameters())
+        return [losses, *(w.grad for w in weights if w.grad is not None)]
+
+
+@dataclass(frozen=True)
+class EmojiCase:
+    """A step of `mmfast train` on random captions and speech of the lengths that its data has."""
+
+    name: str = "emoji"
+    batch: int = 64
+    text: int = 32  # bytes of the longest caption
+    speech: int = 60  # frames of the longest recording
+
+    op = "model"
+    modes = (STEP,)
+
+    def build(self, nn: Any) -> torch.nn.Module:
+        return Emoji(nn)
+
+    def inputs(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> list[Tensor]:
+        rows = self.batch
+        images = torch.randn(rows, 3, 32, 32, generator=generator).tanh().to(device, dtype)
+        heard = torch.randn(rows, self.speech, 40, generator=generator).to(device, dtype)
+        text = torch.randint(32, 127, (rows, self.text), generator=generator)
+        text_lengths = torch.linspace(self.text, 4, rows).long()
+        # about half of the captions are spoken
+        heard_lengths = torch.linspace(self.speech, 20, rows).long() * (torch.arange(rows) % 2 == 0)
+        text[torch.arange(self.text)[None] >= text_lengths[:, None]] = 0
+        noise = torch.randn(rows, 32, generator=generator).to(device, dtype)
+        given = torch.rand(rows, 3, generator=generator) < torch.tensor([0.15, 0.6, 0.5])
+        pictures = torch.arange(rows)
+        moved = [x.to(device) for x in (pictures, noise, given)]
+        return [images, text.to(device), heard, text_lengths, heard_lengths, *moved]
+
+    def step(self, module: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return module.step(*inputs)
+
+
 @dataclass(frozen=True)
 class ModelCase:
     """A whole model as a case: one training step of it on random data of its real sizes."""
@@ -405,18 +463,19 @@ def floating(output: Any) -> list[Tensor]:
     return [x for part in output for x in floating(part)] if isinstance(output, (list, tuple)) else []
 
 
-MODELS: dict[str, ModelCase] = {
+MODELS: dict[str, ModelCase | EmojiCase] = {
     case.name: case
     for case in (
         ModelCase("dcgan", Dcgan, ((16, 100, 1, 1), (16, 3, 64, 64))),
         ModelCase("pix2pix", Pix2pix, ((1, 3, 256, 256), (1, 3, 256, 256))),
         ModelCase("hifigan", HifiGan, ((1, 80, 32), (1, 1, 8192))),
         ModelCase("encodec", Encodec, ((1, 1, 24000), (1, 1, 24000))),
+        EmojiCase(),
     )
 }
 
 
-def from_name(name: str, sample: str | None) -> ModelCase | UserCase:
+def from_name(name: str, sample: str | None) -> ModelCase | EmojiCase | UserCase:
     """A model of the list above by its name, or a user's own by `package.module:function` and its sample by another.
 
     Raises ValueError where the name is neither, or a function gives something else than is asked of it.
