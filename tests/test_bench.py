@@ -161,7 +161,7 @@ def test_a_contender_that_raises_is_reported_with_its_reason(seed):
         raise RuntimeError("no such kernel\nsecond line")
 
     row = timed(bout(seed=seed), compute)
-    assert row.wrong == {OURS: "does not run: no such kernel"}
+    assert row.wrong == {OURS: "does not run: RuntimeError: no such kernel"}
 
 
 def test_inputs_are_rotated_beyond_the_cache():
@@ -341,7 +341,7 @@ def test_a_table_fits_100_columns_and_ends_with_the_mean_and_the_worst():
 
 
 def test_json_keeps_everything(tmp_path):
-    rows = [row_of("a", floor=None) if False else row_of("a"), row_of("b", "double backward", 2.0, 1.0)]
+    rows = [row_of("a"), row_of("b", "double backward", 2.0, 1.0)]
     rows[1].floor = rows[1].flops = rows[1].bytes = math.nan
     path = tmp_path / "r.json"
     report.write_json(path, rows, "cpu", complete=True)
@@ -576,3 +576,37 @@ def test_by_default_few_cases_go_to_second_order():
     plan = command._plan(parser.parse_args([]))
     assert sum(mode == "double backward" for _, mode in plan.bouts) == 3
     assert {case.op for case, _ in plan.bouts} == set(cases.OPS)
+
+
+# the numbers that README quotes
+
+ROOT = Path(__file__).parent.parent
+
+
+def readme_numbers():
+    """benchmarks/readme_numbers.py as a module."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("readme_numbers", ROOT / "benchmarks" / "readme_numbers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readmes_numbers_are_those_of_the_results():
+    script = readme_numbers()
+    readme = (ROOT / "README.md").read_text()
+    assert script.updated(readme) == readme, "run python benchmarks/readme_numbers.py"
+
+
+def test_other_results_make_other_numbers(tmp_path, monkeypatch):
+    script = readme_numbers()
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    report.write_csv(tmp_path / "bench-x.csv", [row_of("layer-x", ours=0.5), row_of("layer-y", ours=2.0)], "cpu")
+    text = script.updated(f"a\n{script.BEGIN}\nold\n{script.END}\nb\n")
+    assert "| layer-x | forward | 1.00 ms | 500 us | 2.00x | cpu |" in text
+    assert "- recurrent: forward 1.00x on the geometric mean; worst 0.50x (layer-y)" in text
+    assert "old" not in text
+    assert (text[:2], text[-3:]) == ("a\n", "\nb\n")
+    with pytest.raises(ValueError, match="has no <!-- numbers -->"):
+        script.updated("a\n")

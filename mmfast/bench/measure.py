@@ -169,8 +169,8 @@ def _admitted(bout: Bout, contenders: Iterable[Contender], row: Row) -> Iterator
                 complaint = _complaint(bout, 0, results)
                 if not complaint and contender.is_ours:
                     complaint = _complaint(bout, 1, _poisoned(contender, 1))
-        except RuntimeError as error:
-            complaint = f"does not run: {str(error).splitlines()[0]}"
+        except Exception as error:  # whatever stops one contender, the others and the cases to come are measured
+            complaint = f"does not run: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
         if complaint:
             row.wrong[contender.name] = complaint
         else:
