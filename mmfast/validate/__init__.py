@@ -1,1 +1,1 @@
-"""Validation: what mmfast computes is held against float64 and against PyTorch, and the checks against planted bugs."""
+"""`mmfast validate`: what this installation computes, held against float64 and PyTorch; the checks, against planted bugs."""
