@@ -16,6 +16,7 @@ from mmfast.dispatch import Op
 from mmfast.validate import certificate, checks, model
 from mmfast.validate.certificate import Certificate
 from mmfast.validate.checks import NUMERICS, Row, Subject
+from mmfast.validate.mutants import MUTANTS
 
 CPU = type(Op.registry["adversarial"].backends["cpu"])
 LOSS = Subject(cases.AdversarialCase("small", "lsgan", ((300,), (7,))), "cpu", torch.float32, "cpu")
@@ -82,6 +83,17 @@ def test_double_backward_is_held_to_the_rule(seed):
     assert rows["dx"].passed, rows["dx"].detail
     flat = cases.AdversarialCase("small", "wasserstein", ((30,),))
     assert checks.double_backward(subject(case=flat), range(4)) == []
+
+
+def test_a_planted_bug_must_be_caught(seed):
+    mutant = MUTANTS["adversarial"][0]
+    row = checks.caught("adversarial", mutant, mutant.modes[0], torch.float32, seed)
+    assert row.passed
+    assert row.quantity == mutant.name
+    harmless = mutant._replace(plant=lambda kernel: kernel)
+    row = checks.caught("adversarial", harmless, mutant.modes[0], torch.float32, seed)
+    assert not row.passed
+    assert row.detail == "the rule lets it pass"
 
 
 def test_repeatability_fails_a_result_that_wanders(monkeypatch, seed):
