@@ -149,9 +149,7 @@ _ADVERSARIAL = [
     Mutant("divides by n - 1", _values(lambda c, v: v * len(c.logits[0]) / (len(c.logits[0]) - 1))),
     Mutant("cotangent ignored", _gradients(lambda c, g: g / c.cotangent)),
     Mutant("gradient not divided by n", _gradients(lambda c, g: g * g.numel())),
-    Mutant(
-        "logits rounded to bfloat16", _logits(lambda x: x.bfloat16().to(x.dtype)), dtypes=(torch.float32, torch.float16)
-    ),
+    Mutant("logits rounded to bfloat16", _logits(lambda x: x.bfloat16().to(x.dtype)), dtypes=(torch.float32,)),
     Mutant("sum in the logits' dtype", _values(_sum_in_the_logits_dtype), ("hinge",), _LOW),
     *(Mutant(f"values {name}", _values(lambda c, v, f=change: f(v))) for name, change in PATTERNS.items()),
     *(
