@@ -1,15 +1,19 @@
-"""The adversarial loss in Triton: value_k = scale_k * sum_i phi_k(u_i), u_i = sign_k * x_i + shift_k; total = their sum.
+"""The adversarial loss in Triton: value_k = scale_k * sum_i w_i * phi_k(u_i), u_i = sign_k * (x_i - other_i) + shift_k;
+total = their sum.
 
 A list of up to TERMS tensors is one launch a pass: pointers and sizes are tuples, passed by value. Each tensor is cut
 into chunks of BLOCK elements, one program a chunk, all chunks numbered through; a program sums its chunk in float32 by
-Triton's tree, and one last program adds up the chunks' sums in float64, in a fixed order. phi_k is compiled in, so a
-program compiles once for each dtype and list of modes, never for a size.
+Triton's tree, and one last program adds up the chunks' sums in float64, in a fixed order. phi_k and what the terms have
+(others, weights, centres, peers) are compiled in, so a program compiles once for each dtype and list of modes, never
+for a size.
 
-logits[k]: (sizes[k],) float32, float16 or bfloat16, contiguous; dlogits[k] likewise, written. sums: (chunks,) float32,
-written by forward and read by finish. values: (K,) float32, total: () of the logits' dtype, running_total: (1,) float64
-of the launches before: written by finish. dtotal: () of the logits' dtype.
+logits[k], others[k]: (sizes[k],) float32, float16 or bfloat16, contiguous; dlogits[k], dothers[k] likewise, written.
+weights[k]: float32, one for each per_weights[k] logits. centres, slopes: (K,) float32. sums, slope_sums: (chunks,)
+float32, written by forward and read by finish. values, out_slopes: (K,) float32, total: () of the logits' dtype,
+running_total: (1,) float64 of the launches before: written by finish. dtotal: () of the logits' dtype.
+An absent tensor is passed as another one, which the program does not touch.
 
-Forward reads each logit once; backward reads it once and writes its gradient: both are bound by memory.
+Forward reads each element once; backward reads it once and writes its gradient: both are bound by memory.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import equations
-from .equations import Term
+from .equations import Inputs, Terms, columns_of
 
 BLOCK = 2048
 TERMS = 16
@@ -30,6 +34,12 @@ TERMS = 16
 _SOFTPLUS = tl.constexpr(equations.SOFTPLUS)
 _SQUARE = tl.constexpr(equations.SQUARE)
 _RELU = tl.constexpr(equations.RELU)
+_ABS = tl.constexpr(equations.ABS)
+_SIGMOID = tl.constexpr(equations.SIGMOID)
+_RELU_SQUARE = tl.constexpr(equations.RELU_SQUARE)
+_TILTED = tl.constexpr(equations.TILTED)
+_LEAKY_SQUARE = tl.constexpr(equations.LEAKY_SQUARE)
+_LEAK = tl.constexpr(equations.LEAK)
 
 
 @triton.jit
@@ -48,36 +58,96 @@ def _log1p(e):
 
 
 @triton.jit
-def _phi(u, PHI: tl.constexpr):
-    if PHI == _SOFTPLUS:
+def _sigmoid(u):
+    e = tl.exp(-tl.abs(u))
+    return tl.where(u < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def _phi(u, tilt, PHI: tl.constexpr):
+    if PHI == _SOFTPLUS or PHI == _TILTED:  # noqa: PLR1714 - a constexpr has no `in`
         # nothing cancels and nothing overflows
         y = tl.where(u < 0, 0.0, u) + _log1p(tl.exp(-tl.abs(u)))
-    elif PHI == _SQUARE:
+        if PHI == _TILTED:
+            y += u * tilt
+    elif PHI == _SQUARE or PHI == _LEAKY_SQUARE:  # noqa: PLR1714
         y = u * u
     elif PHI == _RELU:
         y = tl.where(u < 0, 0.0, u)
+    elif PHI == _RELU_SQUARE:
+        y = tl.where(u < 0, 0.0, u * u)
+    elif PHI == _ABS:
+        y = tl.abs(u)
+    elif PHI == _SIGMOID:
+        y = _sigmoid(u)
     else:
         y = u
     return y
 
 
 @triton.jit
-def _slope(u, PHI: tl.constexpr):
+def _slope(u, x, tilt, PHI: tl.constexpr):
     if PHI == _SOFTPLUS:
-        e = tl.exp(-tl.abs(u))
-        y = tl.where(u < 0, e, 1.0) / (1.0 + e)
+        y = _sigmoid(u)
+    elif PHI == _TILTED:
+        y = _sigmoid(u) + tilt
     elif PHI == _SQUARE:
         y = u + u
+    elif PHI == _LEAKY_SQUARE:
+        y = (u + u) * tl.where(x > 0, 1.0, _LEAK)
     elif PHI == _RELU:
         # torch's subgradient: 0 where relu's argument is 0
         y = tl.where(u <= 0, 0.0, 1.0)
+    elif PHI == _RELU_SQUARE:
+        y = tl.where(u <= 0, 0.0, u + u)
+    elif PHI == _ABS:
+        y = tl.where(u > 0, 1.0, tl.where(u < 0, -1.0, u * 0.0))
+    elif PHI == _SIGMOID:
+        e = tl.exp(-tl.abs(u))
+        y = e / ((1.0 + e) * (1.0 + e))
     else:
         y = tl.full(u.shape, 1.0, tl.float32)
     return y
 
 
-@triton.jit(do_not_specialize=["sizes", "signs", "shifts"])
-def forward_kernel(logits, sums, sizes, signs, shifts, PHIS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit
+def _argument(x, sign, shift, PHI: tl.constexpr):
+    if PHI == _LEAKY_SQUARE:
+        x = tl.where(x > 0, x, x * _LEAK)
+    return x * sign + shift
+
+
+@triton.jit
+def _difference(logits, other, centre, o_x, m_x, OTHERS: tl.constexpr, CENTRES: tl.constexpr):
+    b_x = tl.load(logits + o_x, mask=m_x, other=0.0).to(tl.float32)
+    if OTHERS:
+        b_x -= tl.load(other + o_x, mask=m_x, other=0.0).to(tl.float32)
+    if CENTRES:
+        b_x -= tl.load(centre)
+    return b_x
+
+
+@triton.jit(do_not_specialize=["sizes", "per_weights", "signs", "shifts", "tilts"])
+def forward_kernel(
+    logits,
+    others,
+    weights,
+    centres,
+    sums,
+    slope_sums,
+    sizes,
+    per_weights,
+    signs,
+    shifts,
+    tilts,
+    PEERS: tl.constexpr,
+    PHIS: tl.constexpr,
+    OTHERS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    CENTRES: tl.constexpr,
+    SLOPES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i_chunk = tl.program_id(0)
     first = 0
     for k in tl.static_range(len(PHIS)):
@@ -85,17 +155,48 @@ def forward_kernel(logits, sums, sizes, signs, shifts, PHIS: tl.constexpr, BLOCK
         if (i_chunk >= first) & (i_chunk < after):
             o_x = (i_chunk - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             m_x = o_x < sizes[k]
-            b_x = tl.load(logits[k] + o_x, mask=m_x, other=0.0).to(tl.float32)
-            b_y = _phi(b_x * signs[k] + shifts[k], PHIS[k])
+            b_x = _difference(logits[k], others[k], centres + PEERS[k], o_x, m_x, OTHERS, CENTRES)
+            b_u = _argument(b_x, signs[k], shifts[k], PHIS[k])
+            b_y = _phi(b_u, tilts[k], PHIS[k])
+            if WEIGHTS:
+                b_w = tl.load(weights[k] + o_x // per_weights[k], mask=m_x, other=0.0)
+                b_y *= b_w
             tl.store(sums + i_chunk, tl.sum(tl.where(m_x, b_y, 0.0)))
+            if SLOPES:
+                b_s = _slope(b_u, b_x, tilts[k], PHIS[k])
+                if WEIGHTS:
+                    b_s *= b_w
+                tl.store(slope_sums + i_chunk, tl.sum(tl.where(m_x, b_s, 0.0)))
         first = after
 
 
-@triton.jit(do_not_specialize=["sizes", "scales"])
-def finish_kernel(
-    sums, values, total, running_total, sizes, scales, FIRST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit
+def _sum_of_chunks(sums, first, after):
     o_lane = tl.arange(0, 128)
+    b_sum = tl.zeros((128,), tl.float64)
+    for start in range(first, after, 128):
+        o_sum = start + o_lane
+        b_sum += tl.load(sums + o_sum, mask=o_sum < after, other=0.0).to(tl.float64)
+    return tl.sum(b_sum)
+
+
+@triton.jit(do_not_specialize=["sizes", "scales", "slope_scales"])
+def finish_kernel(
+    sums,
+    slope_sums,
+    values,
+    out_slopes,
+    total,
+    running_total,
+    sizes,
+    scales,
+    slope_scales,
+    FIRST: tl.constexpr,
+    K: tl.constexpr,
+    VALUES: tl.constexpr,
+    SLOPES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     if FIRST:  # noqa: SIM108 - compiled: one branch only
         loss = tl.full((), 0.0, tl.float64)
     else:
@@ -103,20 +204,43 @@ def finish_kernel(
     first = 0
     for k in tl.static_range(K):
         after = first + tl.cdiv(sizes[k], BLOCK)
-        b_sum = tl.zeros((128,), tl.float64)
-        for start in range(first, after, 128):
-            o_sum = start + o_lane
-            b_sum += tl.load(sums + o_sum, mask=o_sum < after, other=0.0).to(tl.float64)
-        value = tl.sum(b_sum) * scales[k]
-        tl.store(values + k, value.to(tl.float32))
+        value = _sum_of_chunks(sums, first, after) * scales[k]
+        if VALUES:
+            tl.store(values + k, value.to(tl.float32))
+        if SLOPES:
+            tl.store(out_slopes + k, (_sum_of_chunks(slope_sums, first, after) * slope_scales[k]).to(tl.float32))
         loss += value
         first = after
     tl.store(running_total, loss)
     tl.store(total, loss.to(tl.float32).to(total.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["sizes", "signs", "shifts", "factors"])
-def backward_kernel(dtotal, logits, dlogits, sizes, signs, shifts, factors, PHIS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["sizes", "per_weights", "signs", "shifts", "tilts", "factors", "counts"])
+def backward_kernel(
+    dtotal,
+    logits,
+    others,
+    weights,
+    centres,
+    slopes,
+    dlogits,
+    dothers,
+    sizes,
+    per_weights,
+    signs,
+    shifts,
+    tilts,
+    factors,
+    counts,
+    PEERS: tl.constexpr,
+    PHIS: tl.constexpr,
+    NEEDED: tl.constexpr,
+    OTHERS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    CENTRES: tl.constexpr,
+    SLOPES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i_chunk = tl.program_id(0)
     scale = tl.load(dtotal).to(tl.float32)
     first = 0
@@ -125,53 +249,113 @@ def backward_kernel(dtotal, logits, dlogits, sizes, signs, shifts, factors, PHIS
         if (i_chunk >= first) & (i_chunk < after):
             o_x = (i_chunk - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             m_x = o_x < sizes[k]
-            b_x = tl.load(logits[k] + o_x, mask=m_x, other=0.0).to(tl.float32)
-            b_dx = _slope(b_x * signs[k] + shifts[k], PHIS[k]) * (scale * factors[k])
-            tl.store(dlogits[k] + o_x, b_dx.to(dlogits[k].dtype.element_ty), mask=m_x)
+            b_x = _difference(logits[k], others[k], centres + PEERS[k], o_x, m_x, OTHERS, CENTRES)
+            b_u = _argument(b_x, signs[k], shifts[k], PHIS[k])
+            b_dx = _slope(b_u, b_x, tilts[k], PHIS[k]) * (scale * factors[k])
+            if WEIGHTS:
+                b_dx *= tl.load(weights[k] + o_x // per_weights[k], mask=m_x, other=0.0)
+            if SLOPES:
+                b_dx -= scale * tl.load(slopes + PEERS[k]) / counts[k]
+            if NEEDED[k] & 1:
+                tl.store(dlogits[k] + o_x, b_dx.to(dlogits[k].dtype.element_ty), mask=m_x)
+            if NEEDED[k] & 2:
+                tl.store(dothers[k] + o_x, (-b_dx).to(dothers[k].dtype.element_ty), mask=m_x)
         first = after
 
 
-def forward(terms: Sequence[Term], mean: bool, logits: Sequence[Tensor], total: Tensor, values: Tensor) -> None:
-    """Fills total () and values (K,) float32 from K dense tensors of logits of one dtype and device."""
+def forward(
+    terms: Terms, mean: bool, inputs: Inputs, total: Tensor, values: Tensor | None, slopes: Tensor | None
+) -> None:
+    """Fills total (), and values (K,) and slopes (K,) float32 where there are any, from K terms of dense tensors."""
     running_total = total.new_empty(1, dtype=torch.float64)
+    wants_slopes = slopes is not None and slopes.numel() > 0
     for begin in range(0, len(terms), TERMS):
-        group, tensors = terms[begin : begin + TERMS], logits[begin : begin + TERMS]
-        sizes, phis, signs, shifts, weights = _columns(group, tensors)
-        chunks = _chunks(sizes)
-        sums = total.new_empty(chunks, dtype=torch.float32)
-        if chunks:
-            forward_kernel[(chunks,)](tuple(tensors), sums, sizes, signs, shifts, PHIS=phis, BLOCK=BLOCK)
-        scales = tuple(_scale(weight, mean, n) for weight, n in zip(weights, sizes, strict=True))
+        group = _Group(terms, mean, inputs, begin)
+        sums = total.new_empty(max(group.chunks, 1), dtype=torch.float32)
+        slope_sums = torch.empty_like(sums) if wants_slopes else sums
+        if group.chunks:
+            forward_kernel[(group.chunks,)](
+                *group.tensors, sums, slope_sums, *group.numbers, **group.constants, SLOPES=wants_slopes, BLOCK=BLOCK
+            )
         finish_kernel[(1,)](
-            sums, values[begin:], total, running_total, sizes, scales, FIRST=begin == 0, K=len(group), BLOCK=BLOCK
+            sums,
+            slope_sums,
+            sums if values is None else values[begin:],
+            slopes[begin:] if wants_slopes and slopes is not None else sums,
+            total,
+            running_total,
+            group.sizes,
+            group.scales,
+            group.factors,
+            FIRST=begin == 0,
+            K=len(group.sizes),
+            VALUES=values is not None,
+            SLOPES=wants_slopes,
+            BLOCK=BLOCK,
         )
 
 
 def backward(
-    dtotal: Tensor, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor], dlogits: Sequence[Tensor]
+    dtotal: Tensor,
+    terms: Terms,
+    mean: bool,
+    inputs: Inputs,
+    slopes: Tensor | None,
+    gradients: Sequence[Tensor | None],
 ) -> None:
-    """Fills each dlogits[k], of the layout of logits[k], with the gradient of the loss times dtotal ()."""
-    for begin in range(0, len(terms), TERMS):
-        group, tensors = terms[begin : begin + TERMS], logits[begin : begin + TERMS]
-        sizes, phis, signs, shifts, weights = _columns(group, tensors)
-        factors = tuple(_scale(w, mean, n) * s for w, n, s in zip(weights, sizes, signs, strict=True))
-        chunks = _chunks(sizes)
-        if chunks:
-            out = tuple(dlogits[begin : begin + TERMS])
-            backward_kernel[(chunks,)](
-                dtotal, tuple(tensors), out, sizes, signs, shifts, factors, PHIS=phis, BLOCK=BLOCK
-            )
+    """Fills the gradients by the logits, then by the others (None: not wanted), each in the layout of its tensor."""
+    count = len(terms)
+    dlogits, dothers = gradients[:count], gradients[count:] or [None] * count
+    for begin in range(0, count, TERMS):
+        group = _Group(terms, mean, inputs, begin)
+        pairs = list(zip(dlogits[begin : begin + TERMS], dothers[begin : begin + TERMS], strict=True))
+        if not group.chunks or all(dx is dother is None for dx, dother in pairs):
+            continue
+        backward_kernel[(group.chunks,)](
+            dtotal,
+            *group.tensors,
+            dtotal if slopes is None else slopes,
+            tuple(dtotal if dx is None else dx for dx, _ in pairs),
+            tuple(dtotal if dother is None else dother for _, dother in pairs),
+            *group.numbers,
+            group.factors,
+            tuple(float(n) for n in group.sizes),
+            **group.constants,
+            NEEDED=tuple((dx is not None) + 2 * (dother is not None) for dx, dother in pairs),
+            SLOPES=slopes is not None,
+            BLOCK=BLOCK,
+        )
 
 
-def _columns(terms: Sequence[Term], logits: Sequence[Tensor]) -> tuple[tuple, tuple, tuple, tuple, tuple]:
-    """sizes, phis, signs, shifts and weights, a tuple each; floats, so that no kernel compiles for an integer."""
-    phis, *floats = zip(*terms, strict=True)
-    signs, shifts, weights = (tuple(float(value) for value in column) for column in floats)
-    return tuple(x.numel() for x in logits), tuple(int(phi) for phi in phis), signs, shifts, weights
+class _Group:
+    """At most TERMS terms from `begin` on, as the kernels' arguments."""
 
-
-def _chunks(sizes: Sequence[int]) -> int:
-    return sum(triton.cdiv(n, BLOCK) for n in sizes)
+    def __init__(self, terms: Terms, mean: bool, inputs: Inputs, begin: int) -> None:
+        part = slice(begin, begin + TERMS)
+        logits = tuple(inputs.logits[part])
+        weights = tuple(inputs.weights[part])
+        phis, signs, shifts, factors, tilts = (tuple(column[part]) for column in columns_of(terms))
+        self.sizes = tuple(x.numel() for x in logits)
+        self.chunks = sum(triton.cdiv(n, BLOCK) for n in self.sizes)
+        self.scales = tuple(_scale(factor, mean, n) for factor, n in zip(factors, self.sizes, strict=True))
+        self.factors = tuple(scale * sign for scale, sign in zip(self.scales, signs, strict=True))
+        first = logits[0]
+        self.tensors = (
+            logits,
+            tuple(inputs.others[part]) or logits,
+            weights or logits,
+            first if inputs.centres is None else inputs.centres,
+        )
+        parts = [max(n // max(w.numel(), 1), 1) for n, w in zip(self.sizes, weights, strict=False)] or [1] * len(logits)
+        self.numbers = (self.sizes, tuple(parts), signs, shifts, tilts)
+        peers = inputs.peers or range(len(terms))
+        self.constants = {
+            "PEERS": tuple(int(peer) for peer in peers[part]),
+            "PHIS": tuple(int(phi) for phi in phis),
+            "OTHERS": bool(inputs.others),
+            "WEIGHTS": bool(weights),
+            "CENTRES": inputs.centres is not None,
+        }
 
 
 def _scale(weight: float, mean: bool, n: int) -> float:
