@@ -238,7 +238,10 @@ def test_it_passes_only_if_everything_was_checked_and_passed():
 
 def test_every_form_of_it_tells_the_failure_and_how_to_repeat_it(tmp_path):
     found = certificate_of(
-        row_of(), row_of(passed=False, detail="off by 1", share=2.0), row_of(check="gradcheck", histogram={}), skipped={"no GPU": ["x"]}
+        row_of(),
+        row_of(passed=False, detail="off by 1", share=2.0),
+        row_of(check="gradcheck", histogram={}),
+        skipped={"no GPU": ["x"]},
     )
     texts = {}
     for ending in ("md", "json", "html"):
@@ -275,7 +278,11 @@ def test_the_command_certifies_from_an_empty_folder(tmp_path):
     content = json.loads((tmp_path / "c.json").read_text())
     assert content["command"] == "mmfast validate " + " ".join([*words, "--json", "c.json", "--html", "c.html"])
     found = {(row["check"], row["backend"], row["dtype"]) for row in content["rows"]}
-    assert found >= {("torch's own bits", "torch", "float16"), ("numerics", "cpu", "bfloat16"), ("gradcheck", "cpu", "float64")}
+    assert found >= {
+        ("torch's own bits", "torch", "float16"),
+        ("numerics", "cpu", "bfloat16"),
+        ("gradcheck", "cpu", "float64"),
+    }
     again = content["rows"][-1]["command"]
     assert again.startswith("mmfast validate adversarial --cases 'patchgan-hinge-1x57600' --backend cpu")
 

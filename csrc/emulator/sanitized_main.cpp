@@ -94,7 +94,7 @@ bool adversarial(int dtype, bool mean, const std::vector<Term>& terms) {
     }
     const std::unique_ptr<C[]> values(new C[rows.size()]);
     const std::unique_ptr<T> total(new T), dtotal(new T(from_float<T>(C(1.5))));
-    const std::unique_ptr<double[]> scratch(new double[size_t(chunks) + 1]);
+    const std::unique_ptr<double[]> scratch(new double[2 * size_t(chunks) + 1]);
     mmfast_adversarial_args args{};
     args.dtype = dtype;
     args.mean = mean;
