@@ -226,9 +226,6 @@ def _to_float(images: np.ndarray) -> np.ndarray:
     return images * np.float32(1 / 127.5) - np.float32(1)
 
 
-# ---- ragged arrays
-
-
 class _Ragged:
     """Rows of different lengths, one behind the other: values (N, ...) uint8, start (rows + 1,) int64."""
 
@@ -260,9 +257,6 @@ def _ragged(parts: Sequence[np.ndarray], empty: np.ndarray) -> tuple[np.ndarray,
     start = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
     # One row is always there, so that a gather has something to read where nothing has any.
     return np.concatenate([*parts, empty] if start[-1] == 0 else list(parts)), start
-
-
-# ---- what is held out
 
 
 def split(captions: Sequence[Caption]) -> tuple[list[int], list[int]]:
@@ -302,9 +296,6 @@ def _grouped(captions: Sequence[Caption], codes: Sequence[bytes]) -> dict[Any, l
     for i, code in enumerate(codes):
         groups.setdefault(root(("code", code)), []).append(i)
     return groups
-
-
-# ---- the cache
 
 
 def _cache_root() -> Path:
