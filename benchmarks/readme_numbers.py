@@ -65,7 +65,9 @@ def summary(lines: list[Line]) -> str:
         if ratios:
             means.append(f"{mode} {statistics.geometric_mean(ratios):.2f}x")
     worst = min(lines, key=lambda line: float(line["ratio_to_best_rival"]))
-    return f"{', '.join(means)} on the geometric mean; worst {float(worst['ratio_to_best_rival']):.2f}x ({worst['case']})"
+    return (
+        f"{', '.join(means)} on the geometric mean; worst {float(worst['ratio_to_best_rival']):.2f}x ({worst['case']})"
+    )
 
 
 def duration(us: float) -> str:
@@ -88,7 +90,9 @@ def main() -> int:
     old = README.read_text()
     new = updated(old)
     if "--check" in sys.argv[1:]:
-        print("README's numbers are in step" if old == new else "README's numbers are old: benchmarks/readme_numbers.py")
+        print(
+            "README's numbers are in step" if old == new else "README's numbers are old: benchmarks/readme_numbers.py"
+        )
         return int(old != new)
     README.write_text(new)
     return 0

@@ -38,32 +38,84 @@ int run(Kernel<Args> kernel, const Args& args) {
     return kernel(&args);
 }
 
-// one row a term: logits, dlogits (0 in forward), size, phi, sign, shift, weight
-using Term = std::tuple<Pointer, Pointer, int64_t, int, double, double, double>;
-
-std::vector<mmfast_adversarial_term> as_terms(const std::vector<Term>& rows) {
+// What of a list of terms is the same in each call; local to this module, since two modules have it.
+struct Terms {
     std::vector<mmfast_adversarial_term> terms;
-    terms.reserve(rows.size());
-    for (const auto& [logits, dlogits, size, phi, sign, shift, weight] : rows)
-        terms.push_back({as_pointer(logits), as_pointer(dlogits), size, phi, sign, shift, weight});
-    return terms;
+
+    // one row a term: phi, sign, shift, weight, tilt
+    using Row = std::tuple<int, double, double, double, double>;
+    explicit Terms(const std::vector<Row>& rows) {
+        for (const auto& [phi, sign, shift, weight, tilt] : rows) {
+            mmfast_adversarial_term term{};
+            term.per_weight = 1;
+            term.phi = phi;
+            term.sign = sign, term.shift = shift, term.weight = weight, term.tilt = tilt;
+            terms.push_back(term);
+        }
+    }
+};
+
+using Pointers = std::vector<Pointer>;
+
+// others (K,) or (), weights (K,) or (), per_weight (K,) or (), centres or 0, peers (K,), bytes of a centre
+using More = std::tuple<Pointers, Pointers, std::vector<int64_t>, Pointer, std::vector<int64_t>, int64_t>;
+
+void add_more(std::vector<mmfast_adversarial_term>& terms, const More& more, Pointer slopes) {
+    const auto& [others, weights, per_weight, centres, peers, bytes] = more;
+    for (size_t k = 0; k < terms.size(); ++k) {
+        if (!others.empty()) terms[k].other = as_pointer(others[k]);
+        if (!weights.empty()) terms[k].weights = as_pointer(weights[k]), terms[k].per_weight = per_weight[k];
+        if (centres) terms[k].centre = as_pointer(centres + size_t(peers[k] * bytes));
+        if (slopes) terms[k].peer_slope = as_pointer(slopes + size_t(peers[k] * bytes));
+    }
 }
 
-int adversarial(Kernel<mmfast_adversarial_args> kernel, int dtype, bool mean, const std::vector<Term>& rows,
-                Pointer values, Pointer total, Pointer dtotal, int threads, Pointer scratch, Pointer stream) {
-    const std::vector<mmfast_adversarial_term> terms = as_terms(rows);
+// One call: logits and sizes (K,); more: a More or None.
+struct Call {
+    std::vector<mmfast_adversarial_term> terms;
     mmfast_adversarial_args args{};
-    args.dtype = dtype;
-    args.mean = mean;
-    args.count = int64_t(terms.size());
-    args.terms = terms.data();
-    args.values = as_pointer(values);
-    args.total = as_pointer(total);
-    args.dtotal = as_pointer(dtotal);
-    args.threads = threads;
-    args.scratch = as_pointer(scratch);
-    args.stream = as_pointer(stream);
-    return run(kernel, args);
+
+    Call(const Terms& list, int dtype, bool mean, const Pointers& logits, const std::vector<int64_t>& sizes,
+         const py::object& more, Pointer slopes)
+        : terms(list.terms) {
+        if (logits.size() != terms.size() || sizes.size() != terms.size())
+            throw std::invalid_argument("one tensor of logits is expected for each term");
+        for (size_t k = 0; k < terms.size(); ++k) terms[k].logits = as_pointer(logits[k]), terms[k].size = sizes[k];
+        if (!more.is_none()) add_more(terms, more.cast<More>(), slopes);
+        args.dtype = dtype;
+        args.mean = mean;
+        args.count = int64_t(terms.size());
+        args.terms = terms.data();
+    }
+};
+
+int adversarial_forward(Kernel<mmfast_adversarial_args> kernel, const Terms& terms, int dtype, bool mean,
+                        const Pointers& logits, const std::vector<int64_t>& sizes, const py::object& more,
+                        Pointer total, Pointer values, Pointer slopes, int threads, Pointer scratch, Pointer stream) {
+    Call call(terms, dtype, mean, logits, sizes, more, 0);
+    call.args.total = as_pointer(total);
+    call.args.values = as_pointer(values);
+    call.args.slopes = as_pointer(slopes);
+    call.args.threads = threads;
+    call.args.scratch = as_pointer(scratch);
+    call.args.stream = as_pointer(stream);
+    return run(kernel, call.args);
+}
+
+// gradients: by the logits (K,), then by the others (K,) where there are others; 0 where one is not wanted
+int adversarial_backward(Kernel<mmfast_adversarial_args> kernel, const Terms& terms, int dtype, bool mean,
+                         const Pointers& logits, const std::vector<int64_t>& sizes, const py::object& more,
+                         Pointer dtotal, Pointer slopes, const Pointers& gradients, int threads, Pointer stream) {
+    Call call(terms, dtype, mean, logits, sizes, more, slopes);
+    const size_t count = call.terms.size();
+    for (size_t k = 0; k < count; ++k) {
+        call.terms[k].dlogits = as_pointer(gradients.at(k));
+        if (gradients.size() > count) call.terms[k].dother = as_pointer(gradients.at(count + k));
+    }
+    call.args.dtotal = as_pointer(dtotal);
+    call.args.threads = threads;
+    call.args.stream = as_pointer(stream);
+    return run(kernel, call.args);
 }
 
 #ifndef MMFAST_EMULATOR
@@ -183,12 +235,16 @@ void bind_cpu(py::module_& m) {
     m.def("supported_isas", &mmfast_supported_isas);
 
     m.def("cpu_adversarial_forward",
-          [](int dtype, bool mean, const std::vector<Term>& terms, Pointer values, Pointer total, int threads) {
-              return adversarial(mmfast_cpu_adversarial_forward, dtype, mean, terms, values, total, 0, threads, 0, 0);
+          [](const Terms& terms, int dtype, bool mean, const Pointers& logits, const std::vector<int64_t>& sizes,
+             const py::object& more, Pointer total, Pointer values, Pointer slopes, int threads) {
+              return adversarial_forward(mmfast_cpu_adversarial_forward, terms, dtype, mean, logits, sizes, more, total,
+                                         values, slopes, threads, 0, 0);
           });
     m.def("cpu_adversarial_backward",
-          [](int dtype, bool mean, const std::vector<Term>& terms, Pointer dtotal, int threads) {
-              return adversarial(mmfast_cpu_adversarial_backward, dtype, mean, terms, 0, 0, dtotal, threads, 0, 0);
+          [](const Terms& terms, int dtype, bool mean, const Pointers& logits, const std::vector<int64_t>& sizes,
+             const py::object& more, Pointer dtotal, Pointer slopes, const Pointers& gradients, int threads) {
+              return adversarial_backward(mmfast_cpu_adversarial_backward, terms, dtype, mean, logits, sizes, more,
+                                          dtotal, slopes, gradients, threads, 0);
           });
     m.def("cpu_rnn_forward", &rnn_forward);
     m.def("cpu_rnn_backward", &rnn_backward);
@@ -221,13 +277,17 @@ void bind_cpu(py::module_& m) {
 
 #if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
 void bind_cuda(py::module_& m) {
-    m.def("cuda_adversarial_forward", [](int dtype, bool mean, const std::vector<Term>& terms, Pointer values,
-                                         Pointer total, Pointer scratch, Pointer stream) {
-        return adversarial(mmfast_cuda_adversarial_forward, dtype, mean, terms, values, total, 0, 1, scratch, stream);
-    });
+    m.def("cuda_adversarial_forward",
+          [](const Terms& terms, int dtype, bool mean, const Pointers& logits, const std::vector<int64_t>& sizes,
+             const py::object& more, Pointer total, Pointer values, Pointer slopes, Pointer scratch, Pointer stream) {
+              return adversarial_forward(mmfast_cuda_adversarial_forward, terms, dtype, mean, logits, sizes, more,
+                                         total, values, slopes, 1, scratch, stream);
+          });
     m.def("cuda_adversarial_backward",
-          [](int dtype, bool mean, const std::vector<Term>& terms, Pointer dtotal, Pointer stream) {
-              return adversarial(mmfast_cuda_adversarial_backward, dtype, mean, terms, 0, 0, dtotal, 1, 0, stream);
+          [](const Terms& terms, int dtype, bool mean, const Pointers& logits, const std::vector<int64_t>& sizes,
+             const py::object& more, Pointer dtotal, Pointer slopes, const Pointers& gradients, Pointer stream) {
+              return adversarial_backward(mmfast_cuda_adversarial_backward, terms, dtype, mean, logits, sizes, more,
+                                          dtotal, slopes, gradients, 1, stream);
           });
 }
 #endif
@@ -254,6 +314,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("version") = MMFAST_VERSION;
     m.attr("adversarial_chunk") = MMFAST_ADVERSARIAL_CHUNK;
     m.def("last_error", &mmfast_last_error);
+    py::class_<Terms>(m, "AdversarialTerms", py::module_local()).def(py::init<const std::vector<Terms::Row>&>());
 #ifdef MMFAST_EMULATOR
     bind_machine(m);
 #else

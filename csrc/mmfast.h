@@ -28,19 +28,38 @@ const char* mmfast_isa(void);
 int mmfast_set_isa(const char* name);
 
 // ---- adversarial
-// ----------------------------------------------------------------------------------------------------- A loss is a sum
-// over K terms. Term k maps one tensor of n_k logits x to
-//     value_k = weight_k * reduce_i phi_k(sign_k * x_i + shift_k),
+// A loss is a sum over K terms. Term k maps one tensor of n_k logits x to
+//     value_k = weight_k * reduce_i w_i * phi_k(sign_k * (x_i - other_i) + shift_k),
 // reduce being the mean (mean = 1; the mean of no elements is NaN) or the sum (mean = 0), and
-// total = value_0 + ... + value_{K-1}, added in that order.
-enum mmfast_phi { MMFAST_SOFTPLUS = 0, MMFAST_SQUARE = 1, MMFAST_RELU = 2, MMFAST_IDENTITY = 3 };
+// total = value_0 + ... + value_{K-1}, added in that order. TILTED is softplus(u) + tilt * u; LEAKY_SQUARE is the
+// square of sign * leaky(x - other) + shift, leaky(x) = x > 0 ? x : MMFAST_ADVERSARIAL_LEAK * x. "Values' dtype" is
+// float64 for float64 logits, else float32.
+enum mmfast_phi {
+    MMFAST_SOFTPLUS = 0,
+    MMFAST_SQUARE = 1,
+    MMFAST_RELU = 2,
+    MMFAST_IDENTITY = 3,
+    MMFAST_ABS = 4,
+    MMFAST_SIGMOID = 5,
+    MMFAST_RELU_SQUARE = 6,
+    MMFAST_TILTED = 7,
+    MMFAST_LEAKY_SQUARE = 8
+};
+#define MMFAST_ADVERSARIAL_LEAK 0.05
 
 typedef struct {
-    const void* logits;  // (size,) dtype, contiguous
-    void* dlogits;       // (size,) dtype, contiguous; backward only, may alias logits, null in forward
+    const void* logits;   // (size,) dtype, contiguous
+    const void* other;    // (size,) dtype, contiguous; null: 0, or the centre
+    const void* centre;   // (1,) values' dtype: one other for all logits; null: 0. Not together with other
+    const void* weights;  // (size / per_weight,) values' dtype, w_i is element i / per_weight; null: 1
+    const void*
+        peer_slope;  // (1,) values' dtype, backward only: dlogits is less by dtotal * peer_slope / size; or null
+    void* dlogits;   // (size,) dtype; backward only, may alias logits; null: not wanted
+    void* dother;    // (size,) dtype; backward only, may alias other; null: not wanted
     int64_t size;
-    int32_t phi;  // enum mmfast_phi
-    double sign, shift, weight;
+    int64_t per_weight;  // at least 1
+    int32_t phi;         // enum mmfast_phi
+    double sign, shift, weight, tilt;
 } mmfast_adversarial_term;
 
 typedef struct {
@@ -48,14 +67,16 @@ typedef struct {
     int32_t mean;
     int64_t count;                         // K
     const mmfast_adversarial_term* terms;  // (K,), host memory
-    // (K,) value of each term: float64 for float64 logits, else float32; forward only
+    // (K,) value of each term, values' dtype; forward only; null: not wanted
     void* values;
+    // (K,) weight_k * sign_k * reduce_i w_i * phi_k'(...), values' dtype; forward only; null: not wanted
+    void* slopes;
     // (1,) total in dtype; forward only
     void* total;
     // (1,) gradient of the loss with respect to total, in dtype; backward only
     const void* dtotal;
     int32_t threads;  // CPU: at least 1
-    // CUDA forward only: 1 + sum_k ceil(n_k / MMFAST_ADVERSARIAL_CHUNK) float64, unwritten
+    // CUDA forward only: 1 + 2 * sum_k ceil(n_k / MMFAST_ADVERSARIAL_CHUNK) float64, unwritten
     void* scratch;
     void* stream;  // CUDA: the stream to launch on; null is the default stream
 } mmfast_adversarial_args;
@@ -63,7 +84,8 @@ typedef struct {
 #define MMFAST_ADVERSARIAL_CHUNK 4096
 
 int mmfast_cpu_adversarial_forward(const mmfast_adversarial_args* args);
-// dlogits_k = dtotal * weight_k * phi_k'(sign_k * x + shift_k) * sign_k [/ n_k], rounded once.
+// dlogits_k = dtotal * weight_k * w * phi_k'(sign_k * (x - other) + shift_k) * sign_k [/ n_k], rounded once;
+// dother_k = -dlogits_k.
 int mmfast_cpu_adversarial_backward(const mmfast_adversarial_args* args);
 // The same on the current CUDA device; every pointer but args and terms is device memory. Two launches a forward and
 // one a backward, for each 64 terms.

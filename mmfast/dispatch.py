@@ -223,6 +223,15 @@ def needs_formula(tensors: Sequence[torch.Tensor]) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for the device; some devices, such as meta, have none."""
+    return (
+        torch._C._is_any_autocast_enabled()
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    )
+
+
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether kernels may be called on these tensors directly: eager, no subclass, nobody listening to dispatch.
 

@@ -13,10 +13,14 @@ import functools
 import importlib
 import types
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import config
+
+if TYPE_CHECKING:
+    from .ops.adversarial.equations import Inputs, Terms
 
 ABI_VERSION = 1
 
@@ -128,27 +132,57 @@ def supported_isas() -> list[str]:
     return library().supported_isas().split()
 
 
+def _adversarial_terms(terms: Terms, name: str = "_C") -> object:
+    """The library's own copy of the terms, made once."""
+    copy = terms.copies.get(name)
+    if copy is None:
+        copy = terms.copies[name] = library(name).AdversarialTerms([(int(phi), *rest) for phi, *rest in terms])
+    return copy
+
+
+def _adversarial_inputs(terms: Terms, mean: bool, inputs: Inputs, name: str = "_C") -> tuple:
+    """The arguments that every adversarial entry begins with. The inputs are dense, and alike where they meet."""
+    logits, others, weights, centres, peers = inputs
+    pointers, sizes = [x.data_ptr() for x in logits], [x.numel() for x in logits]
+    more = None
+    if others or weights or centres is not None:
+        per_weight = [max(n // max(w.numel(), 1), 1) for n, w in zip(sizes, weights, strict=True)] if weights else ()
+        centre, width = (0, 0) if centres is None else (centres.data_ptr(), centres.element_size())
+        others, weights = [x.data_ptr() for x in others], [w.data_ptr() for w in weights]
+        more = others, weights, per_weight, centre, list(peers or range(len(sizes))), width
+    return _adversarial_terms(terms, name), DTYPES[logits[0].dtype], mean, pointers, sizes, more
+
+
+def _pointer(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def cpu_adversarial_forward(
-    terms: Sequence[tuple], mean: bool, values: torch.Tensor, total: torch.Tensor, logits: Sequence[torch.Tensor]
+    terms: Terms,
+    mean: bool,
+    inputs: Inputs,
+    total: torch.Tensor,
+    values: torch.Tensor | None,
+    slopes: torch.Tensor | None,
 ) -> None:
-    """Fills values (K,) and total () from K terms (phi, sign, shift, weight) of K dense CPU tensors of one dtype."""
-    rows = [(x.data_ptr(), 0, x.numel(), *term) for x, term in zip(logits, terms, strict=True)]
-    dtype = DTYPES[total.dtype]
-    threads = torch.get_num_threads()
-    check(library().cpu_adversarial_forward(dtype, mean, rows, values.data_ptr(), total.data_ptr(), threads))
+    """Fills total (), and values (K,) and slopes (K,) where there are any, from K terms of dense CPU tensors."""
+    outputs = total.data_ptr(), _pointer(values), _pointer(slopes)
+    arguments = _adversarial_inputs(terms, mean, inputs)
+    check(library().cpu_adversarial_forward(*arguments, *outputs, torch.get_num_threads()))
 
 
 def cpu_adversarial_backward(
-    terms: Sequence[tuple],
+    terms: Terms,
     mean: bool,
+    inputs: Inputs,
     dtotal: torch.Tensor,
-    logits: Sequence[torch.Tensor],
-    dlogits: Sequence[torch.Tensor],
+    slopes: torch.Tensor | None,
+    gradients: Sequence[torch.Tensor | None],
 ) -> None:
-    """Fills each dlogits[k], of the layout of logits[k], with the gradient of the loss times dtotal ()."""
-    rows = [(x.data_ptr(), dx.data_ptr(), x.numel(), *term) for x, dx, term in zip(logits, dlogits, terms, strict=True)]
-    dtype = DTYPES[dtotal.dtype]
-    check(library().cpu_adversarial_backward(dtype, mean, rows, dtotal.data_ptr(), torch.get_num_threads()))
+    """Fills the gradients by the logits, then by the others (None: not wanted), each in the layout of its tensor."""
+    arguments = _adversarial_inputs(terms, mean, inputs)
+    outputs = dtotal.data_ptr(), _pointer(slopes), [_pointer(g) for g in gradients]
+    check(library().cpu_adversarial_backward(*arguments, *outputs, torch.get_num_threads()))
 
 
 def _launch(entry: str, x: torch.Tensor, *arguments: object) -> None:
@@ -163,35 +197,37 @@ def _launch(entry: str, x: torch.Tensor, *arguments: object) -> None:
 def adversarial_scratch(logits: Sequence[torch.Tensor]) -> int:
     """The number of float64 elements that cuda_adversarial_forward needs as scratch."""
     chunk = library("_C" if logits[0].is_cuda else "_emulator").adversarial_chunk
-    return 1 + sum(-(-x.numel() // chunk) for x in logits)
+    return 1 + 2 * sum(-(-x.numel() // chunk) for x in logits)
 
 
 def cuda_adversarial_forward(
-    terms: Sequence[tuple],
+    terms: Terms,
     mean: bool,
-    values: torch.Tensor,
+    inputs: Inputs,
     total: torch.Tensor,
+    values: torch.Tensor | None,
+    slopes: torch.Tensor | None,
     scratch: torch.Tensor,
-    logits: Sequence[torch.Tensor],
 ) -> None:
     """As cpu_adversarial_forward, on CUDA or in the emulator; scratch: (adversarial_scratch(logits),) float64."""
-    rows = [(x.data_ptr(), 0, x.numel(), *term) for x, term in zip(logits, terms, strict=True)]
-    dtype = DTYPES[total.dtype]
-    _launch(
-        "cuda_adversarial_forward", total, dtype, mean, rows, values.data_ptr(), total.data_ptr(), scratch.data_ptr()
-    )
+    arguments = _adversarial_inputs(terms, mean, inputs, "_C" if total.is_cuda else "_emulator")
+    outputs = total.data_ptr(), _pointer(values), _pointer(slopes), scratch.data_ptr()
+    _launch("cuda_adversarial_forward", total, *arguments, *outputs)
 
 
 def cuda_adversarial_backward(
-    terms: Sequence[tuple],
+    terms: Terms,
     mean: bool,
+    inputs: Inputs,
     dtotal: torch.Tensor,
-    logits: Sequence[torch.Tensor],
-    dlogits: Sequence[torch.Tensor],
+    slopes: torch.Tensor | None,
+    gradients: Sequence[torch.Tensor | None],
 ) -> None:
     """As cpu_adversarial_backward, on a CUDA device or in the emulator."""
-    rows = [(x.data_ptr(), dx.data_ptr(), x.numel(), *term) for x, dx, term in zip(logits, dlogits, terms, strict=True)]
-    _launch("cuda_adversarial_backward", dtotal, DTYPES[dtotal.dtype], mean, rows, dtotal.data_ptr())
+    arguments = _adversarial_inputs(terms, mean, inputs, "_C" if dtotal.is_cuda else "_emulator")
+    outputs = dtotal.data_ptr(), _pointer(slopes), [_pointer(g) for g in gradients]
+    _launch("cuda_adversarial_backward", dtotal, *arguments, *outputs)
+
 
 
 def cpu_normalize_forward(

@@ -37,7 +37,8 @@ class Resources(NamedTuple):
     sass: str
 
     def row(self) -> str:
-        return f"{self.kernel:40} {self.target:>6} {self.registers:5} {self.stack:6} {self.local_accesses:7} {self.shared:7}"
+        numbers = (self.registers, self.stack, self.local_accesses, self.shared)
+        return f"{self.kernel:40} {self.target:>6} " + "{:5} {:6} {:7} {:7}".format(*numbers)
 
 
 HEAD = f"{'kernel':40} {'target':>6} {'regs':>5} {'stack':>6} {'spills':>7} {'shared':>7}"

@@ -26,7 +26,9 @@ def isa(request):
 
 
 def geometry(dims, stride=1, padding=0, output_padding=0, dilation=1, groups=1, crop=()):
-    sizes = [(value,) * dims if isinstance(value, int) else value for value in (stride, padding, output_padding, dilation)]
+    sizes = [
+        (value,) * dims if isinstance(value, int) else value for value in (stride, padding, output_padding, dilation)
+    ]
     return Geometry(*sizes, groups, crop or (0,) * (2 * dims))
 
 
@@ -64,7 +66,9 @@ def stock(tensors, g, epilogue):
     return equations.activate(y, epilogue.activation, epilogue.negative_slope)
 
 
-def random_tensors(seed, dtype, norm, channels=(5, 64), size=(3, 2), kernel=3, batch=2, bias=True, layout=None, groups=1):
+def random_tensors(
+    seed, dtype, norm, channels=(5, 64), size=(3, 2), kernel=3, batch=2, bias=True, layout=None, groups=1
+):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -103,7 +107,12 @@ def test_numerics_of_the_epilogue(seed, isa, norm, activation, layout, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("channels", "size", "kernel", "stride", "padding"),
-    [((64, 3), (9, 17), 4, 2, 1), ((40, 1), (33,), 5, 3, 0), ((64, 32), (1, 1), 4, 1, 0), ((32, 2), (3, 4, 5), 3, 2, 1)],
+    [
+        ((64, 3), (9, 17), 4, 2, 1),
+        ((40, 1), (33,), 5, 3, 0),
+        ((64, 32), (1, 1), 4, 1, 0),
+        ((32, 2), (3, 4, 5), 3, 2, 1),
+    ],
     ids=["C3-2d", "C1-1d", "position", "C2-3d"],
 )
 def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding, layout):
@@ -144,7 +153,10 @@ def test_integers_are_exact(seed, isa, row, out_channels):
     def integers(*shape):
         return torch.randint(-4, 5, shape, generator=generator).float()
 
-    x, weight = integers(2, 6, *[5, 4, 3][:dims]), integers(6, out_channels // min(groups, out_channels) or 1, *[3] * dims)
+    x, weight = (
+        integers(2, 6, *[5, 4, 3][:dims]),
+        integers(6, out_channels // min(groups, out_channels) or 1, *[3] * dims),
+    )
     tensors = [x, weight, integers(weight.shape[1] * groups), None, None, None, None]
     ours = outputs(tensors, g, Epilogue(activation="relu"), "cpu")[0]
     exact = equations.forward(*[None if t is None else t.double() for t in tensors], g, Epilogue(activation="relu"))[0]
@@ -363,7 +375,9 @@ def test_errors_are_pytorchs():
         MF.conv_transpose2d_norm_act(x, weight, activation="gelu", backend="cpu")
     for backend in ("torch", "cpu"):
         with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-            MF.conv_transpose2d_norm_act(x[:1, :, :1, :1], weight[..., :1, :1], norm="batch", training=True, backend=backend)
+            MF.conv_transpose2d_norm_act(
+                x[:1, :, :1, :1], weight[..., :1, :1], norm="batch", training=True, backend=backend
+            )
 
 
 def test_preference():

@@ -12,11 +12,13 @@ import torch
 from mmfast import cli, nn
 from mmfast.bench import cases
 from mmfast.bench.models import UserCase
-from mmfast.ops.adversarial.backends import Cpu
+from mmfast.dispatch import Op
 from mmfast.validate import certificate, checks, model
 from mmfast.validate.certificate import Certificate
 from mmfast.validate.checks import NUMERICS, Row, Subject
+from mmfast.validate.mutants import MUTANTS
 
+CPU = type(Op.registry["adversarial"].backends["cpu"])
 LOSS = Subject(cases.AdversarialCase("small", "lsgan", ((300,), (7,))), "cpu", torch.float32, "cpu")
 
 
@@ -43,27 +45,20 @@ def test_a_right_kernel_passes(dtype, seed):
         assert sum(row.histogram["mmfast"]) == sum(row.histogram["pytorch"]) == row.count
 
 
-def wrong_forward(monkeypatch, change):
-    honest = Cpu.forward
+def wrong(monkeypatch, method, change):
+    """The CPU kernels' results, forward or backward, changed before anybody sees them."""
+    honest = getattr(CPU, method)
 
-    def forward(self, terms, mean, logits):
-        total, values = honest(self, terms, mean, logits)
-        return change(total), values
+    def changed(value):
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        return type(value)(changed(part) for part in value) if isinstance(value, (list, tuple)) else value
 
-    monkeypatch.setattr(Cpu, "forward", forward)
-
-
-def wrong_backward(monkeypatch, change):
-    honest = Cpu.backward
-
-    def backward(self, *args):
-        return [change(x) for x in honest(self, *args)]
-
-    monkeypatch.setattr(Cpu, "backward", backward)
+    monkeypatch.setattr(CPU, method, lambda *args: changed(honest(*args)))
 
 
 def test_a_loss_that_is_off_by_a_millionth_fails(monkeypatch, seed):
-    wrong_forward(monkeypatch, lambda total: total * (1 + 1e-6))
+    wrong(monkeypatch, "forward", lambda x: x * (1 + 1e-6))
     rows = by_quantity(checks.numerics(LOSS, range(seed, seed + 512)))
     assert not rows["discriminator"].passed
     assert rows["discriminator"].share > 1
@@ -76,7 +71,7 @@ def test_a_gradient_that_is_nan_once_fails(monkeypatch, seed):
         x.view(-1)[-1] = float("nan")
         return x
 
-    wrong_backward(monkeypatch, spoil)
+    wrong(monkeypatch, "backward", spoil)
     rows = by_quantity(checks.numerics(LOSS, range(seed, seed + 8)))
     assert not rows["dx"].passed
     assert "NaN" in rows["dx"].detail
@@ -90,9 +85,20 @@ def test_double_backward_is_held_to_the_rule(seed):
     assert checks.double_backward(subject(case=flat), range(4)) == []
 
 
+def test_a_planted_bug_must_be_caught(seed):
+    mutant = MUTANTS["adversarial"][0]
+    row = checks.caught("adversarial", mutant, mutant.modes[0], torch.float32, seed)
+    assert row.passed
+    assert row.quantity == mutant.name
+    harmless = mutant._replace(plant=lambda kernel: kernel)
+    row = checks.caught("adversarial", harmless, mutant.modes[0], torch.float32, seed)
+    assert not row.passed
+    assert row.detail == "the rule lets it pass"
+
+
 def test_repeatability_fails_a_result_that_wanders(monkeypatch, seed):
     assert checks.repeatability(LOSS, seed).passed
-    wrong_backward(monkeypatch, lambda x: x * (1 + 1e-5 * torch.rand(())))
+    wrong(monkeypatch, "backward", lambda x: x * (1 + 1e-5 * torch.rand(())))
     row = checks.repeatability(LOSS, seed)
     assert not row.passed
     assert row.detail == "dx differ between two calls"
@@ -101,7 +107,7 @@ def test_repeatability_fails_a_result_that_wanders(monkeypatch, seed):
 def test_thread_independence_fails_a_result_that_needs_its_threads(monkeypatch, seed):
     case = cases.AdversarialCase("large", "lsgan", ((5000,),))
     assert checks.thread_independence(subject(case=case), seed).detail == "same bits"
-    wrong_backward(monkeypatch, lambda x: x * (1 if torch.get_num_threads() > 1 else 1.001))
+    wrong(monkeypatch, "backward", lambda x: x * (1 if torch.get_num_threads() > 1 else 1.001))
     row = checks.thread_independence(subject(case=case), seed)
     assert not row.passed
     assert "dx break the rule with one thread" in row.detail
@@ -110,7 +116,7 @@ def test_thread_independence_fails_a_result_that_needs_its_threads(monkeypatch, 
 def test_gradcheck_fails_a_gradient_that_is_another_functions(monkeypatch, seed):
     tiny = subject(case=LOSS.case.shrunk(1, 2, 3), dtype=torch.float64)
     assert checks.gradcheck(tiny, seed).passed
-    wrong_backward(monkeypatch, lambda x: 1.01 * x)
+    wrong(monkeypatch, "backward", lambda x: 1.01 * x)
     assert not checks.gradcheck(tiny, seed).passed
 
 
@@ -126,7 +132,7 @@ def test_torchs_own_bits(monkeypatch, seed):
 
 def test_refusals_say_why_nothing_was_checked():
     assert checks.refusals(LOSS) == []
-    assert any("supported: " in reason for reason in checks.refusals(subject(dtype=torch.float8_e5m2)))
+    assert "PyTorch itself refuses" in checks.refusals(subject(dtype=torch.float8_e5m2))[0]
 
 
 def test_the_share_is_the_larger_of_max_and_rms():
@@ -238,7 +244,10 @@ def test_it_passes_only_if_everything_was_checked_and_passed():
 
 def test_every_form_of_it_tells_the_failure_and_how_to_repeat_it(tmp_path):
     found = certificate_of(
-        row_of(), row_of(passed=False, detail="off by 1", share=2.0), row_of(check="gradcheck", histogram={}), skipped={"no GPU": ["x"]}
+        row_of(),
+        row_of(passed=False, detail="off by 1", share=2.0),
+        row_of(check="gradcheck", histogram={}),
+        skipped={"no GPU": ["x"]},
     )
     texts = {}
     for ending in ("md", "json", "html"):
@@ -275,7 +284,11 @@ def test_the_command_certifies_from_an_empty_folder(tmp_path):
     content = json.loads((tmp_path / "c.json").read_text())
     assert content["command"] == "mmfast validate " + " ".join([*words, "--json", "c.json", "--html", "c.html"])
     found = {(row["check"], row["backend"], row["dtype"]) for row in content["rows"]}
-    assert found >= {("torch's own bits", "torch", "float16"), ("numerics", "cpu", "bfloat16"), ("gradcheck", "cpu", "float64")}
+    assert found >= {
+        ("torch's own bits", "torch", "float16"),
+        ("numerics", "cpu", "bfloat16"),
+        ("gradcheck", "cpu", "float64"),
+    }
     again = content["rows"][-1]["command"]
     assert again.startswith("mmfast validate adversarial --cases 'patchgan-hinge-1x57600' --backend cpu")
 
@@ -294,7 +307,7 @@ def test_the_command_checks_a_users_model(tmp_path):
 
 
 def test_a_failure_is_the_exit_code(monkeypatch, capsys):
-    wrong_backward(monkeypatch, lambda x: 1.01 * x)
+    wrong(monkeypatch, "backward", lambda x: 1.01 * x)
     assert cli.main(["validate", "adversarial", "--cases", "patchgan-hinge*", "--backend", "cpu"]) == 1
     output = capsys.readouterr().out
     assert "! numerics: adversarial patchgan-hinge-" in output

@@ -274,6 +274,8 @@ class Buffers {
     int finish(int status) { return status; }
 };
 
+constexpr size_t kMaxArguments = CUDART_VERSION >= 12010 ? 32764 : 4096;
+
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ Kernel kernel) {
     kernel();
@@ -287,7 +289,7 @@ inline int status_of(cudaError_t error) {
 template <typename Kernel>
 int launch(const Kernel& kernel, int64_t blocks, int shared_bytes, void* stream) {
     static_assert(Kernel::kThreads % 32 == 0, "blocks are whole warps");
-    static_assert(sizeof(Kernel) <= 4096, "kernel arguments are at most 4 KB");
+    static_assert(sizeof(Kernel) <= kMaxArguments, "kernel arguments are at most 32764 bytes, before CUDA 12.1 4 KB");
     if (blocks == 0) return MMFAST_OK;
     if (blocks > 0x7fffffff) return fail(MMFAST_INVALID_ARGUMENT, "the tensors are too large for one launch");
     if (shared_bytes > 48 * 1024) {

@@ -493,7 +493,7 @@ def from_name(name: str, sample: str | None) -> ModelCase | EmojiCase | UserCase
     module, given = called(name), called(sample)
     if not isinstance(module, torch.nn.Module):
         raise ValueError(f"{name} gave a {type(module).__name__}; expected a torch.nn.Module")
-    inputs = (given,) if isinstance(given, Tensor) else tuple(given)
+    inputs = tuple(given) if isinstance(given, (tuple, list)) else (given,)
     if not all(isinstance(x, Tensor) for x in inputs):
         raise ValueError(f"{sample} gave {', '.join(type(x).__name__ for x in inputs)}; expected a tensor or several")
     return UserCase(name, module, inputs)

@@ -77,7 +77,7 @@ def lines(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     others = _others(rows)
     yield f"{first.op}: {first.dtype}, {first.device}, {first.threads} threads", "bold"
     heads = ["floor", "eager", "compile", *(name.removeprefix(OURS + " ")[:8] for name in others), "mmfast"]
-    yield " " * 12 + "".join(f"{head:>9}" for head in heads) + "  ratio floor%  memory   first noise", "bold"
+    yield " " * 11 + "".join(f"{head:>9}" for head in heads) + "  ratio floor%  memory   first  A/A", "bold"
     case = ""
     for row in rows:
         if row.case != case:
@@ -110,14 +110,14 @@ LEGEND = (
     "Times are 20th percentiles of interleaved rounds. floor: this machine's matrix products and memory",
     "traffic alone; eager: PyTorch in its better memory format; mmfast: as you get it, by the backend in",
     "[brackets]; ratio: the best rival's time / mmfast's; floor%: floor / mmfast; memory: mmfast's peak",
-    "beyond what was there; first: mmfast's first call; noise: PyTorch against itself.",
+    "beyond what was there; first: mmfast's first call; A/A: PyTorch against itself.",
 )
 
 
 def _line(row: Row, others: Sequence[str]) -> str:
     label, *cells = _cells(row, others)
-    widths = [*[9] * (len(cells) - 5), 7, 7, 8, 8, 6]
-    return f"  {label:<10}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    widths = [*[9] * (len(cells) - 5), 7, 7, 8, 8, 5]
+    return f" {label:<10}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
 def _cells(row: Row, others: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .adversarial import AdversarialLoss
+from .adversarial import AdversarialLoss, FeatureMatchingLoss, LeCam
 from .balancer import LossBalancer
 from .conv_transpose import (
     ConvTranspose1d,
@@ -26,11 +26,13 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "FeatureMatchingLoss",
     "GRUCell",
     "LSTMCell",
     "LazyConvTranspose1d",
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
+    "LeCam",
     "LossBalancer",
     "RNNCell",
 ]

@@ -456,7 +456,7 @@ def _mapped(path: Path) -> Tensor:
 
 
 def _disk_trouble(root: Path, error: OSError) -> str:
-    elsewhere = "or choose another folder with MMFAST_DATA"
+    elsewhere = "or choose another folder with --cache or MMFAST_DATA"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left for the prepared data in {root}; free some (emoji of size 32 take 65 MB) {elsewhere}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -21,6 +21,7 @@ from ..accelerate import accelerate
 from ..bench.cases import PASSES, AdversarialCase, modes
 from ..dispatch import asked, use_backend
 from ..numerics import ENOUGH, Comparison, Errors
+from .mutants import Mutant, trial
 
 NUMERICS, SECOND, SAME = "numerics", "double backward", "torch's own bits"
 REPEATED, THREADS, GRADCHECK = "repeatability", "threads", "gradcheck"
@@ -295,6 +296,14 @@ def gradcheck(subject: Subject, seed: int) -> Row:
         except torch.autograd.gradcheck.GradcheckError as error:  # type: ignore[attr-defined]
             return _row(subject, GRADCHECK, "all", False, str(error).splitlines()[0])
     return _row(subject, GRADCHECK, "all", True)
+
+
+def caught(op: str, mutant: Mutant, mode: str, dtype: torch.dtype, seed: int) -> Row:
+    """A planted bug, which passes this check if the rule fails it."""
+    failures = trial(op, seed, dtype, mode, mutant)
+    detail = failures[0] if failures else "the rule lets it pass"
+    name = str(dtype).removeprefix("torch.")
+    return Row(MUTANT, op, mode, "mutant", "planted", name, mutant.name, bool(failures), detail)
 
 
 def _differing(a: Named, b: Named) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from . import certificate as documents
 from . import checks, model
 from .certificate import Certificate
 from .checks import Row, Subject
+from .mutants import MUTANTS, Mutant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -157,6 +159,26 @@ def _tasks(args: argparse.Namespace, chosen: Sequence[Any]) -> Iterator[Task]:
                 continue
             same = [case for case in chosen if case.op == op]
             yield from _backend_tasks(args, same, backend, device)
+    if not (args.backend or args.cases or args.dtype):
+        yield from _mutant_tasks(args)
+
+
+def _mutant_tasks(args: argparse.Namespace) -> Iterator[Task]:
+    """Every planted bug, in one mode and dtype in which it is one, or with --full in all of them."""
+    for op in args.ops or cases.OPS:
+        for number, mutant in enumerate(MUTANTS.get(op, ())):
+            ways = list(itertools.product(mutant.modes, mutant.dtypes))
+            chosen = ways if args.full else [ways[number % len(ways)]]
+
+            def call(
+                op: str = op, mutant: Mutant = mutant, chosen: list[tuple[str, torch.dtype]] = chosen
+            ) -> tuple[list[Row], list[str]]:
+                rows = [checks.caught(op, mutant, mode, dtype, args.seed) for mode, dtype in chosen]
+                for row in rows:
+                    row.command = f"mmfast validate {op} --seed {args.seed}{' --full' * args.full}"
+                return rows, []
+
+            yield Task(f"{op} planted: {mutant.name}", call)
 
 
 def _backend_tasks(args: argparse.Namespace, chosen: Sequence[Any], backend: str, device: str) -> Iterator[Task]:

@@ -243,5 +243,5 @@ def _losses(rivals: Rivals, module: torch.nn.Module, targets: Sequence[Tensor], 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses

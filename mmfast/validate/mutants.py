@@ -11,6 +11,7 @@ kernel, mutated or not, to `mmfast.numerics` on fresh random inputs and returns 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,9 +22,9 @@ from .. import native
 from ..numerics import ENOUGH, Errors
 from ..ops.adversarial import equations
 from ..ops.adversarial.backends import OP as ADVERSARIAL
-from ..ops.adversarial.equations import MODES, Term
+from ..ops.adversarial.equations import MODES, Inputs, Term, Terms
 
-__all__ = ["MUTANTS", "PATTERNS", "Mutant", "trial"]
+__all__ = ["ADVERSARIAL_MODES", "MUTANTS", "PATTERNS", "Mutant", "trial"]
 
 
 class AdversarialCall(NamedTuple):
@@ -35,6 +36,9 @@ class AdversarialCall(NamedTuple):
     cotangent: Tensor
 
 
+#: The modes that mutants are planted in: one of each phi.
+ADVERSARIAL_MODES = ("non-saturating", "hinge", "lsgan", "wasserstein")
+
 #: From a call's arguments to the kernel's (values (K,), gradients).
 Kernel = Callable[[AdversarialCall], tuple[Tensor, list[Tensor]]]
 
@@ -44,7 +48,7 @@ class Mutant(NamedTuple):
 
     name: str
     plant: Callable[[Kernel], Kernel]
-    modes: tuple[str, ...] = tuple(MODES)
+    modes: tuple[str, ...] = ADVERSARIAL_MODES
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -58,7 +62,7 @@ PATTERNS: dict[str, Callable[[Tensor], Tensor]] = {
     "first element not written": lambda out: _with(out, 0, float("nan")),
     "last element stale": lambda out: _with(out, -1, float(out.flatten()[-2])),
     "reversed": lambda out: out.flatten().flip(0).view_as(out),
-    "one element off": lambda out: _with(out, out.numel() // 2, float(out.flatten()[out.numel() // 2]) + 0.1),
+    "one element off": lambda out: _with(out, 1, float(out.flatten()[1]) + 0.1 * float(out.abs().max())),
 }
 
 
@@ -116,12 +120,14 @@ def _sum_in_the_logits_dtype(call: AdversarialCall, values: Tensor) -> Tensor:
     for term, x in zip(call.terms, call.logits, strict=True):
         total = torch.zeros((), dtype=x.dtype)
         for element in x:
-            total = total + equations.values([term], False, [element])[0]
+            total = total + equations.values([term], False, Inputs([element]))[0]
         one_by_one.append(total / x.numel() if call.mean else total)
     return torch.stack(one_by_one).to(values.dtype)
 
 
 _LOW = (torch.float16, torch.bfloat16)
+_MOVES = ("shifted by one element", "last element stale", "reversed")
+_UNEQUAL = ("non-saturating", "hinge", "lsgan")
 
 _ADVERSARIAL = [
     Mutant("wrong scale", _terms(lambda k, t: t._replace(weight=t.weight * 1.02))),
@@ -129,7 +135,7 @@ _ADVERSARIAL = [
     Mutant(
         "real and fake swapped", _arguments(lambda c: c._replace(terms=[c.terms[k ^ 1] for k in range(len(c.terms))]))
     ),
-    Mutant("sign flipped", _terms(lambda k, t: t._replace(sign=-t.sign) if k % 2 else t)),
+    Mutant("sign flipped", _terms(lambda k, t: t._replace(sign=-t.sign))),
     Mutant("sum instead of mean", _arguments(lambda c: c._replace(mean=not c.mean))),
     Mutant("hinge margin 0.9", _terms(lambda k, t: t._replace(shift=t.shift * 0.9)), ("hinge",)),
     Mutant("target 0.9", _terms(lambda k, t: t._replace(shift=t.shift * 0.9)), ("lsgan",)),
@@ -143,12 +149,18 @@ _ADVERSARIAL = [
     Mutant("divides by n - 1", _values(lambda c, v: v * len(c.logits[0]) / (len(c.logits[0]) - 1))),
     Mutant("cotangent ignored", _gradients(lambda c, g: g / c.cotangent)),
     Mutant("gradient not divided by n", _gradients(lambda c, g: g * g.numel())),
-    Mutant(
-        "logits rounded to bfloat16", _logits(lambda x: x.bfloat16().to(x.dtype)), dtypes=(torch.float32, torch.float16)
-    ),
-    Mutant("sum in the logits' dtype", _values(_sum_in_the_logits_dtype), dtypes=_LOW),
+    Mutant("logits rounded to bfloat16", _logits(lambda x: x.bfloat16().to(x.dtype)), dtypes=(torch.float32,)),
+    Mutant("sum in the logits' dtype", _values(_sum_in_the_logits_dtype), ("hinge",), _LOW),
     *(Mutant(f"values {name}", _values(lambda c, v, f=change: f(v))) for name, change in PATTERNS.items()),
-    *(Mutant(f"gradients {name}", _gradients(lambda c, g, f=change: f(g))) for name, change in PATTERNS.items()),
+    *(
+        # in wasserstein all gradients of a tensor are the same number, so that moving them changes nothing
+        Mutant(
+            f"gradients {name}",
+            _gradients(lambda c, g, f=change: f(g)),
+            _UNEQUAL if name in _MOVES else ADVERSARIAL_MODES,
+        )
+        for name, change in PATTERNS.items()
+    ),
 ]
 
 #: An op's mutants.
@@ -167,26 +179,44 @@ def trial(op: str, seed: int, dtype: torch.dtype, mode: str, mutant: Mutant | No
 
 def _adversarial_kernel(call: AdversarialCall) -> tuple[Tensor, list[Tensor]]:
     backend = ADVERSARIAL.backends["cpu" if native.available() else "torch"]
-    _, values = backend.forward(call.terms, call.mean, call.logits)
-    return values, backend.backward(call.cotangent, call.terms, call.mean, call.logits)
+    terms, inputs = Terms(call.terms), Inputs(call.logits)
+    _, values, slopes = backend.forward(terms, call.mean, inputs, True)
+    needed = [True] * len(call.logits)
+    return values, backend.backward(call.cotangent, terms, call.mean, inputs, slopes, needed)
 
 
 # a list of tensors of so many logits; enough lists for the rule
 _TENSORS, _LOGITS = 64, 24
 
 
-def _adversarial_trial(seed: int, dtype: torch.dtype, mode: str, kernel: Kernel) -> list[str]:
+class _Drawn(NamedTuple):
+    """Lists of logits (lists, K, n), a cotangent each, two terms that take turns, the truth and PyTorch's results."""
+
+    logits: Tensor
+    cotangents: Tensor
+    terms: list[Term]
+    reference: tuple[Tensor, Tensor]
+    yardstick: tuple[Tensor, Tensor]
+
+
+@functools.lru_cache(maxsize=16)
+def _draw(seed: int, dtype: torch.dtype, mode: str) -> _Drawn:
     generator = torch.Generator().manual_seed(seed)
     lists = ENOUGH // _TENSORS
     logits = (torch.randn(lists, _TENSORS, _LOGITS, generator=generator) * 2).to(dtype)
     cotangents = (torch.rand(lists, generator=generator) + 1.5).to(dtype)
     weights = (torch.rand(2, generator=generator, dtype=torch.float64) + 1.2).tolist()
-    terms = [term._replace(weight=weight) for term, weight in zip(MODES[mode], weights, strict=False)]
+    roles = (MODES[mode].real, MODES[mode].fake)
+    terms = [term._replace(weight=weight) for term, weight in zip(roles, weights, strict=True)]
     reference = _rows(terms, logits.double(), cotangents.double())
-    yardstick = _rows(terms, logits, cotangents)
+    return _Drawn(logits, cotangents, terms, reference, _rows(terms, logits, cotangents))
+
+
+def _adversarial_trial(seed: int, dtype: torch.dtype, mode: str, kernel: Kernel) -> list[str]:
+    logits, cotangents, terms, reference, yardstick = _draw(seed, dtype, mode)
     errors = {"values": Errors("values"), "gradients": Errors("gradients")}
     try:
-        for k in range(lists):
+        for k in range(len(logits)):
             call = AdversarialCall(terms * (_TENSORS // 2), True, logits[k].unbind(), cotangents[k])
             values, gradients = kernel(call)
             errors["values"].add(values, yardstick[0][k].to(values.dtype), reference[0][k])
@@ -202,8 +232,8 @@ def _rows(terms: Sequence[Term], logits: Tensor, cotangents: Tensor) -> tuple[Te
     logits = logits.clone().requires_grad_()
     columns = []
     for k, term in enumerate(terms):
-        phi = equations._phi(term.phi, equations._argument(term, logits[:, k::2]))
-        columns.append(phi.mean(-1) * term.weight)
+        elements = equations._phi(term, equations._argument(term, logits[:, k::2], None))
+        columns.append(elements.mean(-1) * term.weight)
     values = torch.stack(columns, -1).flatten(1)
     (gradients,) = torch.autograd.grad(values, logits, cotangents[:, None].expand_as(values))
     return values.detach(), gradients

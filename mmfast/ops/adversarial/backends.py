@@ -44,16 +44,20 @@ def empty_outputs(inputs: Inputs, values_wanted: bool) -> Outputs:
     return x.new_empty(()), values, x.new_empty(len(inputs.peers), dtype=dtype)
 
 
+def empty_gradients(inputs: Inputs, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Unwritten gradients by the logits and then by the others; None where one is not needed."""
+    tensors = (*inputs.logits, *inputs.others) if inputs.others else inputs.logits
+    return [torch.empty_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
+
+
 class Torch(TorchBackend):
     """The formula as PyTorch users write it."""
 
     def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
-        # the centres are given, so they are not computed a second time
-        fixed = inputs._replace(peers=())
-        values = equations.values(terms, mean, fixed)
+        values = equations.values(terms, mean, inputs)
         total = equations.add_up(values)
         dtype = values_dtype(total.dtype)
-        slopes = equations.slopes(terms, mean, fixed).to(dtype) if inputs.peers else total.new_empty(0, dtype=dtype)
+        slopes = equations.slopes(terms, mean, inputs).to(dtype) if inputs.peers else total.new_empty(0, dtype=dtype)
         return total, torch.stack(values).to(dtype), slopes
 
     def backward(
@@ -89,9 +93,7 @@ class Cpu(Backend):
         self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, slopes: Tensor | None, needed: Sequence[bool]
     ) -> list[Tensor]:
         inputs = dense(inputs)
-        gradients = [
-            torch.empty_like(x) if need else None for x, need in zip((*inputs.logits, *inputs.others), needed, strict=True)
-        ]
+        gradients = empty_gradients(inputs, needed)
         native.cpu_adversarial_backward(terms, mean, inputs, dtotal, slopes, gradients)
         return [g for g in gradients if g is not None]
 
@@ -129,19 +131,22 @@ class Cuda(GpuBackend):
         refusals = native.cuda_refusals(case.device)
         if case.dtype not in native.DTYPES:
             refusals.append(f"the logits are {case.dtype} (supported: float32, float64, float16, bfloat16)")
-        return refusals
+        return refusals + unreduced(case)
 
-    def forward(self, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        total, values = empty_outputs(logits)
-        scratch = total.new_empty(native.adversarial_scratch(logits), dtype=torch.float64)
-        native.cuda_adversarial_forward(terms, mean, values, total, scratch, [_dense(x) for x in logits])
-        return total, values
+    def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
+        inputs = dense(inputs)
+        outputs = empty_outputs(inputs, values_wanted)
+        scratch = outputs[0].new_empty(native.adversarial_scratch(inputs.logits), dtype=torch.float64)
+        native.cuda_adversarial_forward(terms, mean, inputs, *outputs, scratch)
+        return outputs
 
-    def backward(self, dtotal: Tensor, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> list[Tensor]:
-        logits = [_dense(x) for x in logits]
-        dlogits = [torch.empty_like(x) for x in logits]
-        native.cuda_adversarial_backward(terms, mean, dtotal.contiguous(), logits, dlogits)
-        return dlogits
+    def backward(
+        self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, slopes: Tensor | None, needed: Sequence[bool]
+    ) -> list[Tensor]:
+        inputs = dense(inputs)
+        gradients = empty_gradients(inputs, needed)
+        native.cuda_adversarial_backward(terms, mean, inputs, dtotal, slopes, gradients)
+        return [g for g in gradients if g is not None]
 
 
 class Triton(GpuBackend):
@@ -166,20 +171,23 @@ class Triton(GpuBackend):
         if case.dtype not in dtypes:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             refusals.append(f"the logits are {case.dtype} (supported: {names})")
-        return refusals
+        return refusals + unreduced(case)
 
-    def forward(self, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        total, values = empty_outputs(logits)
-        with _on_device(total):
-            _triton_kernels()[0].forward(terms, mean, [_dense(x) for x in logits], total, values)
-        return total, values
+    def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
+        inputs = dense(inputs)
+        outputs = empty_outputs(inputs, values_wanted)
+        with _on_device(outputs[0]):
+            _triton_kernels()[0].forward(terms, mean, inputs, *outputs)
+        return outputs
 
-    def backward(self, dtotal: Tensor, terms: Sequence[Term], mean: bool, logits: Sequence[Tensor]) -> list[Tensor]:
-        logits = [_dense(x) for x in logits]
-        dlogits = [torch.empty_like(x) for x in logits]
+    def backward(
+        self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, slopes: Tensor | None, needed: Sequence[bool]
+    ) -> list[Tensor]:
+        inputs = dense(inputs)
+        gradients = empty_gradients(inputs, needed)
         with _on_device(dtotal):
-            _triton_kernels()[0].backward(dtotal.contiguous(), terms, mean, logits, dlogits)
-        return dlogits
+            _triton_kernels()[0].backward(dtotal.contiguous(), terms, mean, inputs, slopes, gradients)
+        return [g for g in gradients if g is not None]
 
 
 @functools.cache

@@ -54,12 +54,12 @@ class Term(NamedTuple):
 
 
 class Terms(tuple):
-    """A tuple of terms that remembers what kernels make of it."""
+    """A tuple of terms that remembers what the native libraries make of it."""
 
     @functools.cached_property
-    def columns(self) -> tuple[list[int], list[float], list[float], list[float], list[float]]:
-        """phi, sign, shift, weight and tilt of all terms."""
-        return columns_of(self)
+    def copies(self) -> dict[str, object]:
+        """The native libraries' copies of the terms, by the library's name."""
+        return {}
 
 
 def columns_of(terms: Iterable[Term]) -> tuple[list[int], list[float], list[float], list[float], list[float]]:
@@ -116,9 +116,10 @@ class Inputs(NamedTuple):
     """What K terms are computed of.
 
     logits: K tensors of any shapes, of one floating-point dtype. others: K tensors of the same shapes and dtype, or
-    none. weights: K tensors (in the values' dtype) with one number for each len(w)-th part of the logits, or none.
-    centres: (K,) in the values' dtype, or None. peers: for each term, the term of whose logits its centre is the mean,
-    so that a gradient flows there; or none. others and centres exclude each other.
+    none. weights: K tensors (in the values' dtype), each number for one of numel(w) equal parts of the logits, in order;
+    or none. centres: (K,) in the values' dtype, or None. peers: for each term, the term of whose logits its centre is
+    the mean, so that a gradient flows there: it is centres[peer], or where there are no centres yet, computed; or none.
+    others and centres exclude each other.
     """
 
     logits: Sequence[Tensor]
@@ -183,11 +184,12 @@ def _slope(term: Term, u: Tensor, x: Tensor) -> Tensor:
 def _others(inputs: Inputs) -> list[Tensor | None]:
     if inputs.others:
         return list(inputs.others)
+    if inputs.centres is not None:
+        # without dimensions, so that they promote no logits
+        centres = inputs.centres.unbind()
+        return [centres[peer] for peer in inputs.peers or range(len(centres))]
     if inputs.peers:
         return [inputs.logits[peer].mean() for peer in inputs.peers]
-    if inputs.centres is not None:
-        # a 0-dimensional tensor promotes no logits
-        return list(inputs.centres.unbind())
     return [None] * len(inputs.logits)
 
 

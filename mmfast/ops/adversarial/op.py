@@ -22,7 +22,7 @@ from ...dispatch import is_plain
 from ..library import below_autograd, define, needs_gradient
 from . import equations
 from .backends import OP, empty_outputs
-from .equations import Inputs, Term, Terms
+from .equations import Inputs, Term, Terms, columns_of
 
 _INPUTS = "Tensor[] logits, Tensor[] others, Tensor[] weights, Tensor? centres, int[] peers"
 _TERMS = "int[] phi, float[] sign, float[] shift, float[] weight, float[] tilt, bool mean, str backend"
@@ -35,14 +35,27 @@ def loss(
 
     group: the process group over whose ranks the means of `inputs.peers` were averaged, or None.
     """
-    tensors = (*inputs.logits, *inputs.others)
-    if group is None and not is_plain(tensors):
-        return forward_op(*_arguments(inputs), *terms.columns, mean, backend)[:2]
+    tensors = (*inputs.logits, *inputs.others) if inputs.others else inputs.logits
+    if not is_plain(tensors):
+        return forward_op(*_arguments(inputs), *columns_of(terms), mean, backend)[:2]
     if not needs_gradient(tensors):
         return OP.backends[backend].forward(terms, mean, inputs, values_wanted)[:2]
     values: list[Tensor | None] = []
     total = AdversarialLoss.apply(terms, mean, inputs, backend, values if values_wanted else None, group, *tensors)
     return total, values[0] if values else None
+
+
+def means_of(terms: Terms, tensors: Sequence[Tensor], backend: str) -> Tensor:
+    """(K,): the value of each of K terms, the mean over its tensor; tensors that require no grad."""
+    inputs = Inputs(tensors)
+    if not is_plain(tensors):
+        return forward_op(*_arguments(inputs), *columns_of(terms), True, backend)[1]
+    return OP.backends[backend].forward(terms, True, inputs, True)[1]
+
+
+def is_eager(tensors: Sequence[Tensor]) -> bool:
+    """Whether a loss of these tensors would call its backend directly, from which a process group is reached."""
+    return is_plain(tensors)
 
 
 class AdversarialLoss(torch.autograd.Function):
@@ -71,7 +84,7 @@ class TracedAdversarialLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, terms: Terms, mean: bool, inputs: Inputs, backend: str, *_: Tensor):
-        total, values, slopes = below_autograd(forward_op, *_arguments(inputs), *terms.columns, mean, backend)
+        total, values, slopes = below_autograd(forward_op, *_arguments(inputs), *columns_of(terms), mean, backend)
         _save(ctx, terms, mean, inputs, slopes, backend)
         ctx.mark_non_differentiable(values, slopes)
         return total, values, slopes
@@ -93,7 +106,7 @@ def _gradients(ctx: Any, dtotal: Tensor, needed: Sequence[bool], direct: bool = 
     if direct and not torch.is_grad_enabled():
         found = OP.backends[ctx.backend].backward(dtotal, ctx.terms, ctx.mean, inputs, slopes, needed)
     else:
-        arguments = (slopes, list(needed), *_arguments(inputs), *ctx.terms.columns, ctx.mean, ctx.backend)
+        arguments = (slopes, list(needed), *_arguments(inputs), *columns_of(ctx.terms), ctx.mean, ctx.backend)
         found = backward_op(dtotal, *arguments)
     if len(found) == len(needed):
         return found
@@ -108,7 +121,9 @@ def _saved(ctx: Any) -> tuple[Inputs, Tensor | None]:
         return Inputs(saved), None
     centres, slopes = saved[-2:] if len(saved) > logits + others + weights else (None, None)
     second, third = logits + others, logits + others + weights
-    return Inputs(saved[:logits], saved[logits:second], saved[second:third], centres, ctx.peers), slopes
+    return Inputs(
+        saved[:logits], saved[logits:second], saved[second:third], centres, ctx.peers
+    ), slopes if ctx.peers else None
 
 
 def _arguments(inputs: Inputs) -> tuple:
@@ -145,6 +160,9 @@ def _backward_fake(dtotal, slopes, needed, logits, others, *rest):
 
 def _backward_differentiable(dtotal, slopes, needed, *rest):
     inputs, (*columns, mean, _backend) = Inputs(*rest[:5]), rest[5:]
+    if inputs.peers:
+        # the means, too, depend on the logits
+        inputs = inputs._replace(centres=None)
     found = equations.gradient(dtotal, _rows(*columns), mean, inputs)
     return [g for g, need in zip(found, needed, strict=True) if need]
 

@@ -29,7 +29,9 @@ def is_one_position(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     if weight.is_contiguous() and sizes != list(weight.shape[2:]):
         # a window of a contiguous weight is picked element by element, which takes longer than it saves
         return False
-    return all(before + size <= taps for before, size, taps in zip(_before(geometry), sizes, weight.shape[2:], strict=True))
+    return all(
+        before + size <= taps for before, size, taps in zip(_before(geometry), sizes, weight.shape[2:], strict=True)
+    )
 
 
 def _before(geometry: Geometry) -> list[int]:

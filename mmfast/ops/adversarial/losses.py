@@ -1,0 +1,539 @@
+"""The losses as functions: lists and options in, terms and tensors for the op out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...dispatch import autocasts, needs_formula
+from . import equations
+from .backends import OP, Case
+from .equations import IDENTITY, LECAM, LEAKY_SQUARE, MODES, SOFTPLUS, SQUARE, TILTED, Inputs, Mode, Term, Terms
+from .op import is_eager, loss, means_of
+
+Logits = Any  # a tensor, or a list, nested to any depth, of tensors
+Smoothing = float | tuple[float, float]
+
+
+def adversarial_discriminator_loss(
+    real_logits: Logits,
+    fake_logits: Logits,
+    mode: str = "non-saturating",
+    *,
+    scale: float = 1.0,
+    smoothing: Smoothing = 0.0,
+    reduction: str = "mean",
+    across: str = "sum",
+    real_weight: Tensor | None = None,
+    fake_weight: Tensor | None = None,
+    return_values: bool = False,
+    process_group: Any = None,
+    backend: str | None = None,
+) -> Any:
+    """The discriminator's loss: the mean over each tensor, real + fake added (no factor 0.5), summed over a list.
+
+    Equivalent to, for mode "non-saturating" and one tensor each:
+    `scale * (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean())`; the table of all modes is in
+    ops/adversarial/equations.py.
+
+    real_logits, fake_logits: a tensor of any shape, or a list, nested to any depth, of tensors of any shapes, one per
+        discriminator; the two lists have one length. float64, float32, float16 or bfloat16; 16-bit logits accumulate in
+        float32.
+    mode: "non-saturating", "minimax", "hinge", "hinge2", "lsgan" (targets 1 and 0), "wasserstein", "relativistic" (each
+        real logit is paired with the fake one in its place, so both have one shape), "relativistic-average",
+        "relativistic-average-hinge", "relativistic-average-lsgan", "leaky-lsgan" or "tanh-hinge".
+    smoothing: label smoothing, how far the target of real logits is below 1, or (that, how far the target of fake ones
+        is above 0); for "non-saturating", "minimax", "lsgan" and "leaky-lsgan".
+    reduction: over the elements of a tensor: "mean", "sum", or "none": the result is a list of their losses, each in
+        the shape of its logits, real and fake of one discriminator side by side (of relativistic pairs one).
+    across: over the discriminators: "sum" or "mean".
+    real_weight, fake_weight: (B,) each, a weight for each sample, the first dimension of all logits, or None; with
+        reduction "mean" the sum is still divided by the number of elements. Weights get no gradient. Relativistic
+        pairs have the real sample's weight.
+    return_values: also return the detached value of each part of the loss, on the device: (K, 2) for real and fake of K
+        discriminators, (K,) for relativistic pairs; they add up to the loss.
+    process_group: over whose ranks the means of a relativistic average are averaged (torch.distributed); None: each
+        rank has its own. Differentiable once.
+    backend: "torch", "cpu", "cuda", "triton" or None (mmfast chooses).
+    Returns the loss, a tensor without dimensions, in the logits' dtype (float32 under autocast); with return_values
+        (loss, values).
+    Differentiable to any order in eager.
+    Raises ValueError for an unknown mode, reduction or backend, an empty list, lists of different lengths or pairs of
+        different shapes; RuntimeError for logits that are not floating point or not on one device.
+    """
+    real, fake = _flat("real_logits", real_logits), _flat("fake_logits", fake_logits)
+    if len(real) != len(fake):
+        raise ValueError(
+            f"real_logits has {len(real)} tensors and fake_logits {len(fake)}; expected one of each per discriminator"
+        )
+    recipe = _remembered(_discriminator_recipe, len(real), mode, scale, smoothing, reduction, across)
+    if len(real) == 1:
+        logits = [real[0], fake[0]]
+    else:
+        # real and fake of one discriminator side by side, so that terms are added in the order a user would add them
+        logits = [x for pair in zip(real, fake, strict=True) for x in pair]
+    weights = None if real_weight is None and fake_weight is None else (real_weight, fake_weight)
+    return _adversarial(recipe, logits, weights, return_values, process_group, backend)
+
+
+def adversarial_generator_loss(
+    fake_logits: Logits,
+    real_logits: Logits | None = None,
+    mode: str = "non-saturating",
+    *,
+    scale: float = 1.0,
+    reduction: str = "mean",
+    across: str = "sum",
+    real_weight: Tensor | None = None,
+    fake_weight: Tensor | None = None,
+    return_values: bool = False,
+    process_group: Any = None,
+    backend: str | None = None,
+) -> Any:
+    """The generator's loss: the mean over each tensor, summed over a list.
+
+    Equivalent to, for mode "non-saturating" and one tensor: `scale * F.softplus(-fake_logits).mean()`; the table of all
+    modes is in ops/adversarial/equations.py.
+
+    fake_logits: a tensor of any shape, or a list, nested to any depth, of tensors of any shapes, one per discriminator.
+    real_logits: likewise, for the relativistic modes, which compare with them; other modes do not look at them.
+    return_values: the values are (K,), for relativistic averages (K, 2), of real and fake logits.
+    All else: `adversarial_discriminator_loss`. ValueError where a relativistic mode has no real logits.
+    """
+    fake = _flat("fake_logits", fake_logits)
+    recipe = _remembered(_generator_recipe, len(fake), mode, scale, 0.0, reduction, across)
+    weights = None if real_weight is None and fake_weight is None else (real_weight, fake_weight)
+    if not recipe.pairing:
+        return _adversarial(recipe, fake, weights and (fake_weight,), return_values, process_group, backend)
+    if real_logits is None:
+        raise ValueError(f"mode {mode!r} compares with real logits; expected real_logits")
+    real = _flat("real_logits", real_logits)
+    if len(real) != len(fake):
+        raise ValueError(
+            f"real_logits has {len(real)} tensors and fake_logits {len(fake)}; expected one of each per discriminator"
+        )
+    logits = [x for pair in zip(real, fake, strict=True) for x in pair]
+    return _adversarial(recipe, logits, weights, return_values, process_group, backend)
+
+
+def matching_discriminator_loss(
+    matching_logits: Logits,
+    fake_logits: Logits,
+    mismatched_logits: Logits,
+    mode: str = "non-saturating",
+    *,
+    unconditional: tuple[Logits, Logits] | None = None,
+    scale: float = 1.0,
+    smoothing: Smoothing = 0.0,
+    reduction: str = "mean",
+    across: str = "sum",
+    return_values: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """The loss of a discriminator that also judges whether a sample fits its condition, of three or five kinds of logits.
+
+    Equivalent to, with real(x) and fake(x) the mode's two terms: `real(matching) + (fake(fake_logits) +
+    fake(mismatched)) / 2`; with unconditional = (r, f): `(real(matching) + real(r)) / 2 + (fake(fake_logits) +
+    fake(mismatched) + fake(f)) / 3`.
+
+    matching_logits: of real samples with their condition; fake_logits: of generated samples with theirs;
+    mismatched_logits: of real samples with another's condition; unconditional: of real and generated samples without
+        one. Each is a tensor or a list as in `adversarial_discriminator_loss`, all of one length.
+    mode: any that is not relativistic.
+    return_values: the values are (K, 3) or (K, 5), in the order matching, fake, mismatched, real, fake.
+    All else: `adversarial_discriminator_loss`. The generator's loss is
+    `adversarial_generator_loss([conditional, unconditional])`.
+    Sources: Reed et al., arXiv:1605.05396, algorithm 1; with unconditional logits Xu et al., arXiv:1711.10485 (their
+    program's factors).
+    """
+    kinds = [
+        ("matching_logits", matching_logits),
+        ("fake_logits", fake_logits),
+        ("mismatched_logits", mismatched_logits),
+    ]
+    if unconditional is not None:
+        kinds += [("unconditional[0]", unconditional[0]), ("unconditional[1]", unconditional[1])]
+    lists = [_flat(*kind) for kind in kinds]
+    if len({len(tensors) for tensors in lists}) > 1:
+        counts = ", ".join(f"{name} {len(tensors)}" for (name, _), tensors in zip(kinds, lists, strict=True))
+        raise ValueError(
+            f"the lists have different numbers of tensors ({counts}); expected one of each per discriminator"
+        )
+    make = _matching_recipe if unconditional is None else _unconditional_matching_recipe
+    recipe = _remembered(make, len(lists[0]), mode, scale, smoothing, reduction, across)
+    logits = [x for group in zip(*lists, strict=True) for x in group]
+    return _adversarial(recipe, logits, None, return_values, None, backend)
+
+
+def lecam_penalty(
+    real_logits: Logits,
+    fake_logits: Logits,
+    real_mean: Tensor,
+    fake_mean: Tensor,
+    *,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """LeCam's regulariser of a discriminator: real logits are to stay below the fakes' mean, fakes above the reals'.
+
+    Equivalent to, for one tensor each: `scale * (F.relu(real_logits - fake_mean).square().mean() + F.relu(real_mean -
+    fake_logits).square().mean())`, summed over a list.
+
+    real_mean, fake_mean: (K,) or (), running means of the logits of K discriminators; they get no gradient.
+        `mmfast.nn.LeCam` keeps them.
+    All else: `adversarial_discriminator_loss`.
+    Source: Tseng et al., arXiv:2104.03310, with the rectifier of its authors' program.
+    """
+    real, fake = _flat("real_logits", real_logits), _flat("fake_logits", fake_logits)
+    if not len(real) == len(fake) == real_mean.numel() == fake_mean.numel():
+        raise ValueError(
+            f"real_logits has {len(real)} tensors, fake_logits {len(fake)}, the means are of {real_mean.numel()} and "
+            f"{fake_mean.numel()}; expected one of each per discriminator"
+        )
+    recipe = _remembered(_lecam_recipe, len(real), "lecam", scale, 0.0, "mean", "sum")
+    logits = [x for pair in zip(real, fake, strict=True) for x in pair]
+    # the real logits' centre is the fake logits' mean
+    centres = torch.stack([fake_mean.detach().reshape(-1), real_mean.detach().reshape(-1)], 1).flatten()
+    return _adversarial(recipe, logits, None, False, None, backend, centres)
+
+
+def feature_matching(
+    real_maps: Logits,
+    fake_maps: Logits,
+    *,
+    distance: str = "l1",
+    scale: float = 1.0,
+    across: str = "sum",
+    weights: Sequence[float] | None = None,
+    detach: bool = True,
+    relative: bool = False,
+    return_values: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """The distance between a discriminator's feature maps of real and of generated samples, of all maps in one pass.
+
+    Equivalent to, for one map each: `scale * F.l1_loss(fake, real.detach())` or `F.mse_loss`, summed over all maps.
+
+    real_maps, fake_maps: a tensor of any shape, or a list, nested to any depth (a list of maps for each discriminator);
+        both alike. Dtypes as `adversarial_discriminator_loss`.
+    distance: "l1" or "l2", the mean square.
+    across: "sum" over all maps, or "mean": the mean at each level of the nesting (of a discriminator's maps, then of
+        the discriminators).
+    weights: a factor for each map, in order, over all discriminators.
+    detach: the real side gets no gradient (HiFi-GAN's program gives it one).
+    relative: each map's distance is divided by the mean magnitude of its real side, which gets no gradient; for "l1".
+    return_values: also return the detached value of each map, (K,).
+    Returns the loss, or (loss, values), as `adversarial_discriminator_loss`; errors likewise.
+    Sources: Salimans et al., arXiv:1606.03498; Larsen et al., arXiv:1512.09300; relative: Défossez et al.,
+    arXiv:2210.13438, equation 2.
+    """
+    real, fake = _flat("real_maps", real_maps), _flat("fake_maps", fake_maps)
+    if len(real) != len(fake):
+        raise ValueError(f"real_maps has {len(real)} tensors and fake_maps {len(fake)}; expected the same maps of both")
+    if distance not in ("l1", "l2"):
+        raise ValueError(f"unknown distance {distance!r}; accepted: 'l1', 'l2'")
+    if relative and distance != "l1":
+        raise ValueError("relative distances are of distance='l1'; got distance='l2'")
+    shares = _shares(fake_maps, across)
+    if weights is not None:
+        if len(weights) != len(fake):
+            raise ValueError(f"weights has {len(weights)} numbers for {len(fake)} maps; expected one for each")
+        shares = tuple(share * float(weight) for share, weight in zip(shares, weights, strict=True))
+    recipe = _remembered(_feature_recipe, shares, distance, scale)
+    if detach:
+        real = [x.detach() for x in real]
+    _check_pairs(real, fake, "map")
+    return _paired(recipe, fake, real, relative, return_values, backend)
+
+
+class Recipe(NamedTuple):
+    """A loss as the op's terms. pairing: a Mode's; kinds: how many terms a discriminator has."""
+
+    terms: Terms
+    mean: bool = True
+    reduced: bool = True
+    pairing: str = ""
+    kinds: int = 1
+
+
+_recipes: dict[tuple, Recipe] = {}
+
+
+def _remembered(make: Callable[..., Recipe], *options: Any) -> Recipe:
+    """make(*options), made once for the same options."""
+    if torch.compiler.is_compiling():
+        return make(*options)
+    key = (make, *options)
+    recipe = _recipes.get(key)
+    if recipe is None:
+        if len(_recipes) > 1000:  # a scale that changes from step to step fills no memory
+            _recipes.clear()
+        recipe = _recipes[key] = make(*options)
+    return recipe
+
+
+def _discriminator_recipe(
+    count: int, mode: str, scale: float, smoothing: Smoothing, reduction: str, across: str
+) -> Recipe:
+    chosen = mode_of(mode)
+    if chosen.pairing == "pairs":
+        if smoothing:
+            raise _cannot_smooth(mode)
+        return _recipe([chosen.real], count, scale, reduction, across, "pairs")
+    terms = smoothed(mode, chosen, smoothing)
+    return _recipe(terms, count, scale, reduction, across, chosen.pairing)
+
+
+def _generator_recipe(count: int, mode: str, scale: float, _: float, reduction: str, across: str) -> Recipe:
+    chosen = mode_of(mode)
+    terms = [chosen.generator_real, chosen.generator] if chosen.pairing == "means" else [chosen.generator]
+    return _recipe([term for term in terms if term is not None], count, scale, reduction, across, chosen.pairing)
+
+
+def _matching_recipe(
+    count: int, mode: str, scale: float, smoothing: Smoothing, reduction: str, across: str, both: bool = False
+) -> Recipe:
+    chosen = mode_of(mode)
+    if chosen.pairing:
+        raise ValueError(f"mode {mode!r} compares real with fake; expected a mode that is not relativistic")
+    real, fake = smoothed(mode, chosen, smoothing)
+    terms = [
+        _scaled(real, 1 / 2),
+        _scaled(fake, 1 / 3),
+        _scaled(fake, 1 / 3),
+        _scaled(real, 1 / 2),
+        _scaled(fake, 1 / 3),
+    ]
+    if not both:
+        terms = [real, _scaled(fake, 1 / 2), _scaled(fake, 1 / 2)]
+    return _recipe(terms, count, scale, reduction, across, "")
+
+
+def _unconditional_matching_recipe(*options: Any) -> Recipe:
+    return _matching_recipe(*options, both=True)
+
+
+def _lecam_recipe(count: int, _: str, scale: float, __: float, reduction: str, across: str) -> Recipe:
+    return _recipe(LECAM, count, scale, reduction, across, "")
+
+
+def _feature_recipe(shares: tuple[float, ...], distance: str, scale: float) -> Recipe:
+    phi = equations.ABS if distance == "l1" else SQUARE
+    return Recipe(Terms(Term(phi, 1, 0, share * scale) for share in shares))
+
+
+def _recipe(terms: Sequence[Term], count: int, scale: float, reduction: str, across: str, pairing: str) -> Recipe:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}; accepted: 'mean', 'sum', 'none'")
+    if across not in ("sum", "mean"):
+        raise ValueError(f"across={across!r}; accepted: 'sum', 'mean'")
+    scale = scale / count if across == "mean" else scale
+    scaled = Terms([_scaled(term, scale) for term in terms] * count)
+    return Recipe(scaled, reduction == "mean", reduction != "none", pairing, len(terms))
+
+
+def mode_of(mode: str) -> Mode:
+    """The mode of this name; ValueError for an unknown one."""
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; accepted: {', '.join(map(repr, MODES))}")
+    return MODES[mode]
+
+
+def smoothed(name: str, mode: Mode, smoothing: Smoothing) -> list[Term]:
+    """The discriminator's terms with smoothed labels; ValueError where the mode has none."""
+    real, fake = smoothing if isinstance(smoothing, tuple) else (smoothing, 0.0)
+    if not real and not fake:
+        return [mode.real, mode.fake]
+    if mode.pairing:
+        raise _cannot_smooth(name)
+    return [_smoothed(name, mode.real, real), _smoothed(name, mode.fake, -fake)]
+
+
+def _smoothed(name: str, term: Term, below: float) -> Term:
+    """The term with its target lowered by `below`."""
+    if term.phi == SOFTPLUS:
+        # cross entropy with the target t: t * softplus(-x) + (1 - t) * softplus(x)
+        return term._replace(phi=TILTED, tilt=-abs(below)) if below else term
+    if term.phi in (SQUARE, LEAKY_SQUARE):
+        return term._replace(shift=term.shift + below)
+    raise _cannot_smooth(name)
+
+
+def _cannot_smooth(name: str) -> ValueError:
+    return ValueError(
+        f"mode {name!r} has no labels to smooth; expected one of 'non-saturating', 'minimax', 'lsgan', 'leaky-lsgan'"
+    )
+
+
+def _scaled(term: Term, scale: float) -> Term:
+    return term if scale == 1 else term._replace(weight=term.weight * scale)
+
+
+def _shares(maps: Logits, across: str, share: float = 1.0) -> tuple[float, ...]:
+    """The factor of each tensor in a nested list."""
+    if across not in ("sum", "mean"):
+        raise ValueError(f"across={across!r}; accepted: 'sum', 'mean'")
+    if isinstance(maps, Tensor):
+        return (share,)
+    if across == "mean" and len(maps):
+        share = share / len(maps)
+    return tuple(found for part in maps for found in _shares(part, across, share))
+
+
+def _flat(name: str, logits: Logits) -> list[Tensor]:
+    """The tensors of a list nested to any depth; errors for an empty list, and for what is no floating-point tensor."""
+    if isinstance(logits, Tensor):
+        tensors = [logits]
+    else:
+        tensors = []
+        _collect(name, logits, tensors)
+        if not tensors:
+            raise ValueError(f"{name} is an empty list; expected a tensor or a list of at least one tensor")
+    for x in tensors:
+        if not x.is_floating_point():
+            raise RuntimeError(f"{name} holds logits of dtype {x.dtype}; expected a floating-point dtype")
+    return tensors
+
+
+def _collect(name: str, logits: Any, tensors: list[Tensor]) -> None:
+    if not isinstance(logits, (list, tuple)):
+        raise TypeError(f"{name} holds a {type(logits).__name__}; expected a tensor or a list of tensors")
+    for part in logits:
+        if isinstance(part, Tensor):
+            tensors.append(part)
+        else:
+            _collect(name, part, tensors)
+
+
+def _check_pairs(real: Sequence[Tensor], fake: Sequence[Tensor], what: str) -> None:
+    for r, f in zip(real, fake, strict=True):
+        if r.shape != f.shape:
+            raise ValueError(
+                f"a real {what} has shape {tuple(r.shape)} and the fake one in its place {tuple(f.shape)}; "
+                "expected one shape"
+            )
+
+
+def _alike(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors in one dtype, autocast's choice and then the widest; RuntimeError where they are on several devices."""
+    first = tensors[0]
+    dtype, device, same = first.dtype, first.device, True
+    for x in tensors:
+        if x.device != device:
+            devices = sorted({str(x.device) for x in tensors})
+            raise RuntimeError(f"the logits are on {' and '.join(devices)}; expected all on one device")
+        if x.dtype != dtype:
+            dtype, same = torch.promote_types(dtype, x.dtype), False
+    if dtype.itemsize == 2 and autocasts(device.type):
+        dtype, same = torch.float32, False
+    return tensors if same else [x if x.dtype == dtype else x.to(dtype) for x in tensors]
+
+
+def _adversarial(
+    recipe: Recipe,
+    logits: list[Tensor],
+    weights: tuple[Tensor | None, ...] | None,
+    return_values: bool,
+    group: Any,
+    backend: str | None,
+    centres: Tensor | None = None,
+) -> Any:
+    logits = _alike(logits)
+    if recipe.pairing == "pairs":
+        others, logits = logits[1::2], logits[::2]
+        _check_pairs(logits, others, "tensor of logits")
+        inputs = Inputs(logits, others, _element_weights(logits, weights and weights[:1]))
+    elif recipe.pairing == "means":
+        peers = tuple(k ^ 1 for k in range(len(logits)))
+        inputs = Inputs(logits, (), _element_weights(logits, weights), None, peers)
+    else:
+        if centres is not None:
+            centres = centres.to(equations.values_dtype(logits[0].dtype))
+        inputs = Inputs(logits, (), _element_weights(logits, weights) if weights else (), centres)
+    return _evaluate(recipe, inputs, return_values, group, backend)
+
+
+def _paired(
+    recipe: Recipe, fake: list[Tensor], real: list[Tensor], relative: bool, return_values: bool, backend: str | None
+) -> Any:
+    tensors = _alike([*fake, *real])
+    fake, real = tensors[: len(fake)], tensors[len(fake) :]
+    inputs = Inputs(fake, real)
+    if relative:
+        detached = [x.detach() for x in real]
+        magnitudes = means_of(Terms([Term(equations.ABS, 1, 0)] * len(real)), detached, _select(fake[0], True, backend))
+        inputs = inputs._replace(weights=list(magnitudes.reciprocal().unbind()))
+    return _evaluate(recipe, inputs, return_values, None, backend)
+
+
+def _element_weights(logits: list[Tensor], weights: tuple[Tensor | None, ...] | None) -> Sequence[Tensor]:
+    """One tensor of weights for each tensor of logits, in the values' dtype; weights: one for each kind of term."""
+    if weights is None or all(weight is None for weight in weights):
+        return ()
+    dtype = equations.values_dtype(logits[0].dtype)
+    found = []
+    for k, x in enumerate(logits):
+        weight = weights[k % len(weights)]
+        if weight is None:
+            weight = x.new_ones(1, dtype=dtype)
+        elif x.ndim == 0 or weight.shape != x.shape[:1]:
+            raise ValueError(
+                f"the weights have shape {tuple(weight.shape)} for logits of shape {tuple(x.shape)}; expected one weight "
+                "for each sample, the logits' first dimension"
+            )
+        found.append(weight.detach().to(x.device, dtype))
+    return found
+
+
+def _select(x: Tensor, reduced: bool, backend: str | None) -> str:
+    return OP.select_by((x.device, x.dtype, reduced), _case, backend)
+
+
+def _case(device: torch.device, dtype: torch.dtype, reduced: bool) -> Case:
+    return Case(device.type, dtype, reduced)
+
+
+def _evaluate(recipe: Recipe, inputs: Inputs, return_values: bool, group: Any, backend: str | None) -> Any:
+    chosen = _select(inputs.logits[0], recipe.reduced, backend)
+    if not recipe.reduced:
+        losses = equations.elements(recipe.terms, inputs)
+        return (losses, _values([loss.sum() for loss in losses], recipe)) if return_values else losses
+    if group is not None and not is_eager((*inputs.logits, *inputs.others)):
+        raise RuntimeError("process_group is served in eager mode only; compile what is around the loss")
+    if group is None and (chosen == "torch" or needs_formula([*inputs.logits, *inputs.others])):
+        values = equations.values(recipe.terms, recipe.mean, inputs)
+        total = equations.add_up(values)
+        return (total, _values(values, recipe)) if return_values else total
+    if recipe.pairing == "means":
+        inputs = inputs._replace(centres=_centres(inputs, chosen, group))
+    total, values = loss(recipe.terms, recipe.mean, inputs, chosen, return_values, group)
+    return (total, values.view(-1, recipe.kinds) if recipe.kinds > 1 else values) if return_values else total
+
+
+def _centres(inputs: Inputs, chosen: str, group: Any) -> Tensor:
+    """The mean of each tensor of logits, over all ranks of the group."""
+    terms = _remembered(_mean_recipe, len(inputs.logits)).terms
+    centres = means_of(terms, [x.detach() for x in inputs.logits], chosen)
+    if group is not None:
+        torch.distributed.all_reduce(centres.div_(group.size()), group=group)
+    return centres
+
+
+def _mean_recipe(count: int) -> Recipe:
+    return Recipe(Terms([Term(IDENTITY, 1, 0)] * count))
+
+
+def _values(values: list[Tensor], recipe: Recipe) -> Tensor:
+    stacked = torch.stack([value.detach() for value in values])
+    stacked = stacked.to(equations.values_dtype(stacked.dtype))
+    return stacked.view(-1, recipe.kinds) if recipe.kinds > 1 else stacked
+
+
+def batch_means(logits: Logits, backend: str | None = None) -> Tensor:
+    """(K,): the mean of each of K tensors of logits, in one launch; without a gradient, in float32 or float64."""
+    tensors = _alike([x.detach() for x in _flat("logits", logits)])
+    terms = _remembered(_mean_recipe, len(tensors)).terms
+    return means_of(terms, tensors, _select(tensors[0], True, backend))

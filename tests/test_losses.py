@@ -1,0 +1,474 @@
+"""The adversarial losses' modes and presets, feature matching and LeCam against transcriptions of their formulas."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import mmfast
+from mmfast import nn
+from mmfast.ops.adversarial.equations import MODES
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["triton"] if INTERPRETED else ["torch", "cpu", "cuda"]
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() and not INTERPRETED else ["cpu"]
+
+SHAPES = {"one": [(7,)], "patches": [(5, 1, 6, 6)], "ragged": [(5, 1, 30), (5, 1, 7), (5, 4099), (5, 1)]}
+
+
+def draw(seed: int, dtype: torch.dtype, shapes, scale: float = 2.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(shape, generator=generator) * scale).to(dtype) for shape in shapes]
+
+
+def gradients(out: Tensor, inputs: list[Tensor], cotangent: float = 1.5) -> list[Tensor]:
+    return list(torch.autograd.grad(out, inputs, torch.full_like(out, cotangent), materialize_grads=True))
+
+
+def compare(ours, published, real: list[Tensor], fake: list[Tensor], tolerance: float = 2e-5) -> None:
+    """Value and gradients of `ours` on these logits against `published` in float64."""
+    real, fake = ([x.requires_grad_() for x in tensors] for tensors in (real, fake))
+    exact = [[x.detach().double().requires_grad_() for x in tensors] for tensors in (real, fake)]
+    out, expected = ours(real, fake), published(*exact)
+    assert out.dtype == real[0].dtype
+    close = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(out.detach().double(), expected.detach(), **close)
+    found = [g.double() for g in gradients(out, [*real, *fake])]
+    torch.testing.assert_close(found, gradients(expected, [*exact[0], *exact[1]]), **close)
+
+
+def total(term, real, fake):
+    return sum(term(r, f) for r, f in zip(real, fake, strict=True))
+
+
+def bce(x: Tensor, target: float) -> Tensor:
+    return F.binary_cross_entropy_with_logits(x, torch.full_like(x, target))
+
+
+# the discriminator's and the generator's loss of each mode on one discriminator, as papers and programs write them
+PUBLISHED = {
+    "non-saturating": (lambda r, f: bce(r, 1) + bce(f, 0), lambda r, f: bce(f, 1)),
+    "minimax": (lambda r, f: bce(r, 1) + bce(f, 0), lambda r, f: torch.log(1 - f.sigmoid()).mean()),
+    "hinge": (lambda r, f: F.relu(1 - r).mean() + F.relu(1 + f).mean(), lambda r, f: -f.mean()),
+    "hinge2": (
+        lambda r, f: -torch.clamp(r - 1, max=0).mean() - torch.clamp(-f - 1, max=0).mean(),
+        lambda r, f: -torch.clamp(f - 1, max=0).mean(),
+    ),
+    "lsgan": (lambda r, f: F.mse_loss(r, torch.ones_like(r)) + (f**2).mean(), lambda r, f: ((1 - f) ** 2).mean()),
+    "wasserstein": (lambda r, f: f.mean() - r.mean(), lambda r, f: -f.mean()),
+    "relativistic": (lambda r, f: F.softplus(-(r - f)).mean(), lambda r, f: F.softplus(-(f - r)).mean()),
+    "relativistic-average": (
+        lambda r, f: bce(r - f.mean(), 1) + bce(f - r.mean(), 0),
+        lambda r, f: bce(r - f.mean(), 0) + bce(f - r.mean(), 1),
+    ),
+    "relativistic-average-hinge": (
+        lambda r, f: F.relu(1 - (r - f.mean())).mean() + F.relu(1 + (f - r.mean())).mean(),
+        lambda r, f: F.relu(1 + (r - f.mean())).mean() + F.relu(1 - (f - r.mean())).mean(),
+    ),
+    "relativistic-average-lsgan": (
+        lambda r, f: ((r - f.mean() - 1) ** 2).mean() + ((f - r.mean() + 1) ** 2).mean(),
+        lambda r, f: ((f - r.mean() - 1) ** 2).mean() + ((r - f.mean() + 1) ** 2).mean(),
+    ),
+    "leaky-lsgan": (
+        lambda r, f: F.mse_loss(F.leaky_relu(r, 0.05), torch.ones_like(r)) + F.leaky_relu(f, 0.05).square().mean(),
+        lambda r, f: F.mse_loss(F.leaky_relu(f, 0.05), torch.ones_like(f)),
+    ),
+    "tanh-hinge": (
+        lambda r, f: -torch.clamp(r.tanh() - 1, max=0).mean() - torch.clamp(-f.tanh() - 1, max=0).mean(),
+        lambda r, f: -torch.clamp(f.tanh() - 1, max=0).mean(),
+    ),
+}
+
+
+def test_every_mode_is_transcribed():
+    assert list(PUBLISHED) == list(MODES)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_is_the_published_formula(seed, mode, shapes, backend):
+    loss = nn.AdversarialLoss(mode, 0.7, generator_scale=1.3, backend=backend)
+    real, fake = (draw(s, torch.float32, SHAPES[shapes]) for s in (seed, seed + 1))
+    discriminator, generator = PUBLISHED[mode]
+    compare(loss.discriminator, lambda r, f: 0.7 * total(discriminator, r, f), real, fake)
+    compare(lambda r, f: loss.generator(f, r), lambda r, f: 1.3 * total(generator, r, f), real, fake)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=["f16", "bf16", "f64"])
+@pytest.mark.parametrize("mode", ["relativistic", "relativistic-average", "relativistic-average-lsgan", "leaky-lsgan"])
+def test_modes_in_other_dtypes(seed, mode, dtype):
+    real, fake = (draw(s, dtype, SHAPES["ragged"]) for s in (seed, seed + 1))
+    loss = nn.AdversarialLoss(mode, backend="cpu")
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
+    compare(loss.discriminator, lambda r, f: total(PUBLISHED[mode][0], r, f), real, fake, tolerance)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if MODES[mode].pairing or mode == "leaky-lsgan"])
+def test_second_order_of_modes_that_compare(seed, mode, backend):
+    real, fake = (draw(s, torch.float64, [(4,), (2, 3)]) for s in (seed, seed + 1))
+    logits = [x.requires_grad_() for x in (*real, *fake)]
+
+    def out(*logits: Tensor) -> Tensor:
+        return mmfast.functional.adversarial_discriminator_loss(logits[:2], logits[2:], mode, backend=backend)
+
+    assert torch.autograd.gradcheck(out, logits)
+    assert torch.autograd.gradgradcheck(out, logits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("smoothing", [0.1, (0.1, 0.2), (0.0, 0.3)])
+def test_label_smoothing(seed, smoothing, backend):
+    below, above = smoothing if isinstance(smoothing, tuple) else (smoothing, 0.0)
+    shapes = SHAPES["ragged"]
+    real, fake = (draw(s, torch.float32, shapes) for s in (seed, seed + 1))
+    loss = nn.AdversarialLoss("minimax", smoothing=smoothing, backend=backend)
+    compare(loss.discriminator, lambda r, f: total(lambda r, f: bce(r, 1 - below) + bce(f, above), r, f), real, fake)
+    loss = nn.AdversarialLoss("lsgan", smoothing=smoothing, backend=backend)
+
+    def squares(r, f):
+        return ((r - (1 - below)) ** 2).mean() + ((f - above) ** 2).mean()
+
+    compare(loss.discriminator, lambda r, f: total(squares, r, f), real, fake)
+
+
+# what each program's own functions compute on lists of logits, discriminator and generator
+def mean_of(function):
+    return lambda r, f: total(function, r, f) / len(r)
+
+
+def sum_of(function):
+    return lambda r, f: total(function, r, f)
+
+
+LSGAN, HINGE, VANILLA = PUBLISHED["lsgan"], PUBLISHED["hinge"], PUBLISHED["non-saturating"]
+LEAKY = PUBLISHED["leaky-lsgan"]
+
+
+def stylegan2_d(r, f):
+    return (F.softplus(f) + F.softplus(-r)).mean()
+
+
+PRESETS = {
+    "dcgan": (
+        sum_of(
+            lambda r, f: (
+                F.binary_cross_entropy(r.sigmoid(), torch.ones_like(r))
+                + F.binary_cross_entropy(f.sigmoid(), torch.zeros_like(f))
+            )
+        ),
+        sum_of(lambda r, f: F.binary_cross_entropy(f.sigmoid(), torch.ones_like(f))),
+    ),
+    "pix2pix": (sum_of(lambda r, f: (bce(f, 0) + bce(r, 1)) * 0.5), sum_of(VANILLA[1])),
+    "cyclegan": (sum_of(lambda r, f: (((r - 1) ** 2).mean() + (f**2).mean()) * 0.5), sum_of(LSGAN[1])),
+    "hifigan": (
+        sum_of(lambda r, f: torch.mean((1 - r) ** 2) + torch.mean(f**2)),
+        sum_of(lambda r, f: torch.mean((1 - f) ** 2)),
+    ),
+    "dac": (sum_of(LSGAN[0]), sum_of(LSGAN[1])),
+    "audiocraft": (mean_of(HINGE[0]), mean_of(HINGE[1])),
+    "encodec": (mean_of(HINGE[0]), mean_of(HINGE[1])),
+    "vqgan": (sum_of(lambda r, f: 0.5 * (F.relu(1 - r).mean() + F.relu(1 + f).mean())), sum_of(HINGE[1])),
+    "monai": (mean_of(LEAKY[0]), mean_of(LEAKY[1])),
+    "stylegan2": (sum_of(stylegan2_d), sum_of(lambda r, f: F.softplus(-f).mean())),
+    "r3gan": (sum_of(PUBLISHED["relativistic"][0]), sum_of(PUBLISHED["relativistic"][1])),
+    "biggan": (sum_of(HINGE[0]), sum_of(HINGE[1])),
+    "studiogan": (sum_of(HINGE[0]), sum_of(HINGE[1])),
+    "mimicry": (sum_of(VANILLA[0]), sum_of(lambda r, f: -torch.log(f.sigmoid() + 1e-8).mean())),
+    "torchgan": (sum_of(VANILLA[0]), sum_of(VANILLA[1])),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_its_program_s_loss(seed, name):
+    real, fake = (draw(s, torch.float32, SHAPES["ragged"]) for s in (seed, seed + 1))
+    loss = nn.AdversarialLoss.preset(name)
+    compare(loss.discriminator, PRESETS[name][0], real, fake)
+    compare(lambda r, f: loss.generator(f, r), PRESETS[name][1], real, fake)
+
+
+def test_the_presets_are_those_tested():
+    with pytest.raises(ValueError, match="no preset 'gan'; it has: ") as error:
+        nn.AdversarialLoss.preset("gan")
+    assert str(error.value).partition("has: ")[2] == ", ".join(map(repr, PRESETS))
+    assert nn.AdversarialLoss.preset("hifigan", scale=3.0).generator_scale == 3.0
+
+
+MAPS = [[(2, 8, 33), (2, 16, 11, 2)], [(2, 4099)], [(2, 3), (2, 5), (2, 1, 7)]]
+
+
+def nested(seed: int, dtype=torch.float32) -> list[list[Tensor]]:
+    flat = iter(draw(seed, dtype, [shape for shapes in MAPS for shape in shapes]))
+    return [[next(flat) for _ in shapes] for shapes in MAPS]
+
+
+def nest(flat: list[Tensor]) -> list[list[Tensor]]:
+    rest = iter(flat)
+    return [[next(rest) for _ in shapes] for shapes in MAPS]
+
+
+def audiocraft_maps(real, fake):
+    loss = 0
+    for maps_real, maps_fake in zip(nest(real), nest(fake), strict=True):
+        loss = loss + sum(F.l1_loss(f, r) for r, f in zip(maps_real, maps_fake, strict=True)) / len(maps_real)
+    return loss / len(MAPS)
+
+
+def encodec_maps(real, fake):
+    loss = 0
+    for maps_real, maps_fake in zip(nest(real), nest(fake), strict=True):
+        pairs = zip(maps_real, maps_fake, strict=True)
+        loss = loss + sum((r.detach() - f).abs().mean() / r.detach().abs().mean() for r, f in pairs) / len(maps_real)
+    return loss / len(MAPS)
+
+
+FEATURES = {
+    "hifigan": lambda real, fake: 2 * total(lambda r, f: torch.mean(torch.abs(r - f)), real, fake),
+    "dac": lambda real, fake: total(lambda r, f: F.l1_loss(f, r.detach()), real, fake),
+    "audiocraft": audiocraft_maps,
+    "encodec": encodec_maps,
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FEATURES)
+def test_feature_matching_is_its_program_s(seed, name, backend):
+    real, fake = (sum(nested(s), []) for s in (seed, seed + 1))
+    loss = nn.FeatureMatchingLoss.preset(name, backend=backend)
+    compare(lambda r, f: loss(nest(r), nest(f)), FEATURES[name], real, fake)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_feature_matching_options(seed, backend):
+    real, fake = (sum(nested(s), []) for s in (seed, seed + 1))
+    weights = [0.5 + k for k in range(6)]
+
+    def ours(r, f):
+        return mmfast.functional.feature_matching(
+            r, f, distance="l2", scale=0.1, weights=weights, detach=False, backend=backend
+        )
+
+    def squares(r, f):
+        return 0.1 * sum(w * F.mse_loss(f, r) for w, r, f in zip(weights, r, f, strict=True))
+
+    compare(ours, squares, real, fake)
+    out, values = mmfast.functional.feature_matching(real, fake, return_values=True, backend=backend)
+    expected = [F.l1_loss(f, r).detach() for r, f in zip(real, fake, strict=True)]
+    torch.testing.assert_close(values, torch.stack(expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(values.sum(), out.detach(), rtol=1e-5, atol=0)
+
+
+def test_maps_of_any_layout(seed):
+    real, fake = draw(seed, torch.float32, [(2, 5, 6, 7), (2, 5, 6, 7)])
+    layouts = [
+        real,
+        real.contiguous(memory_format=torch.channels_last),
+        real.transpose(1, 2).contiguous().transpose(1, 2),
+    ]
+    for r in layouts:
+        for f in (fake, fake.contiguous(memory_format=torch.channels_last)):
+            leaf = f.detach().requires_grad_()
+            out = mmfast.functional.feature_matching(r, leaf, backend="cpu")
+            torch.testing.assert_close(out, F.l1_loss(leaf, r))
+            torch.testing.assert_close(gradients(out, [leaf]), gradients(F.l1_loss(leaf, r), [leaf]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["non-saturating", "relativistic", "relativistic-average"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_weights_and_reductions(seed, mode, reduction, backend):
+    real, fake = (draw(s, torch.float32, SHAPES["ragged"]) for s in (seed, seed + 1))
+    real_weight, fake_weight = torch.rand(2, 5, generator=torch.Generator().manual_seed(seed)).unbind()
+
+    def reduced(x, weight):
+        weighted = x * weight.double().view(-1, *[1] * (x.ndim - 1))
+        return weighted.mean() if reduction == "mean" else weighted.sum()
+
+    def formula(r, f):
+        if mode == "relativistic":
+            return reduced(F.softplus(f - r), real_weight)
+        if mode == "relativistic-average":
+            r, f = r - f.mean(), f - r.mean()
+        return reduced(F.softplus(-r), real_weight) + reduced(F.softplus(f), fake_weight)
+
+    weights = {"real_weight": real_weight}
+    if mode != "relativistic":
+        weights["fake_weight"] = fake_weight
+    loss = nn.AdversarialLoss(mode, reduction=reduction, across="mean", backend=backend)
+    published = mean_of(formula)
+    compare(
+        lambda r, f: loss.discriminator(r, f, **weights), published, real, fake, 2e-5 if reduction == "mean" else 2e-3
+    )
+
+
+def test_no_reduction(seed):
+    real, fake = (draw(s, torch.float32, SHAPES["patches"] * 2) for s in (seed, seed + 1))
+    losses = nn.AdversarialLoss("hinge", 0.5, reduction="none").discriminator(real, fake)
+    expected = [0.5 * x for r, f in zip(real, fake, strict=True) for x in (F.relu(1 - r), F.relu(1 + f))]
+    torch.testing.assert_close(losses, expected)
+    pairs, values = nn.AdversarialLoss("relativistic", reduction="none").discriminator(real, fake, return_values=True)
+    torch.testing.assert_close(pairs, [F.softplus(f - r) for r, f in zip(real, fake, strict=True)])
+    torch.testing.assert_close(values, torch.stack([pair.sum() for pair in pairs]))
+    with pytest.raises(RuntimeError, match=r"reduction='none' was asked for \(supported: 'mean', 'sum'\)"):
+        nn.AdversarialLoss("hinge", reduction="none", backend="cpu").discriminator(real, fake)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_of_nested_lists(seed, backend):
+    real, fake = nested(seed), nested(seed + 1)
+    loss = nn.AdversarialLoss("lsgan", 0.3, backend=backend)
+    out, values = loss.discriminator(real, fake, return_values=True)
+    expected = [[0.3 * (r - 1).square().mean(), 0.3 * f.square().mean()] for r, f in zip(sum(real, []), sum(fake, []))]
+    torch.testing.assert_close(values, torch.tensor(expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(out, values.sum(), rtol=1e-5, atol=0)
+    assert loss.generator(fake, return_values=True)[1].shape == (6,)
+    averages = nn.AdversarialLoss("relativistic-average", backend=backend)
+    out, values = averages.generator(fake, real, return_values=True)
+    assert values.shape == (6, 2)
+    torch.testing.assert_close(out, values.sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("unconditional", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matching_conditions(seed, backend, unconditional):
+    """GAN-CLS (Reed et al.) and, with unconditional logits, AttnGAN's discriminator."""
+    m, f, w, ur, uf = ([x.requires_grad_() for x in draw(seed + k, torch.float32, SHAPES["ragged"])] for k in range(5))
+    out = mmfast.functional.matching_discriminator_loss(
+        m, f, w, unconditional=(ur, uf) if unconditional else None, backend=backend
+    )
+    expected = 0
+    for k in range(len(m)):
+        if unconditional:
+            reals, fakes = bce(m[k], 1) + bce(ur[k], 1), bce(f[k], 0) + bce(w[k], 0) + bce(uf[k], 0)
+            expected = expected + reals / 2 + fakes / 3
+        else:
+            expected = expected + bce(m[k], 1) + (bce(f[k], 0) + bce(w[k], 0)) / 2
+    torch.testing.assert_close(out, expected)
+    everything = [*m, *f, *w, *ur, *uf]
+    torch.testing.assert_close(gradients(out, everything), gradients(expected, everything))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lecam(seed, backend):
+    module = nn.LeCam(0.3, 0.9, discriminators=4, backend=backend)
+    means = None
+    for step in range(3):
+        real, fake = (draw(seed + 10 * step + k, torch.float32, SHAPES["ragged"]) for k in range(2))
+        now = torch.stack([torch.stack([x.mean() for x in tensors]) for tensors in (real, fake)])
+        means = now if means is None else 0.9 * means + 0.1 * now
+        r_mean, f_mean = means.double().unbind()
+
+        def published(r, f, r_mean=r_mean, f_mean=f_mean):
+            loss = 0
+            for k in range(4):
+                loss = loss + torch.mean(F.relu(r[k] - f_mean[k]).pow(2)) + torch.mean(F.relu(r_mean[k] - f[k]).pow(2))
+            return 0.3 * loss
+
+        compare(module, published, real, fake)
+    torch.testing.assert_close(module.real_mean, means[0])
+    before = module.real_mean.clone()
+    module.eval()(real, fake)
+    assert torch.equal(module.real_mean, before)
+    assert list(module.state_dict()) == ["real_mean", "fake_mean", "seen"]
+
+
+class Everything(torch.nn.Module):
+    """Every kind of loss on the logits of one layer."""
+
+    def __init__(self, backend) -> None:
+        super().__init__()
+        self.score = torch.nn.Linear(4, 3)
+        modes = ("relativistic", "relativistic-average", "lsgan")
+        self.losses = torch.nn.ModuleList(nn.AdversarialLoss(mode, across="mean", backend=backend) for mode in modes)
+        self.features = nn.FeatureMatchingLoss(detach=False, relative=True, backend=backend)
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        real, fake = self.score(real), self.score(fake)
+        total = self.features([real], [fake])
+        for loss in self.losses:
+            total = total + loss.discriminator([real, real[:1]], [fake, fake[:1]]) + loss.generator(fake, real)
+        return total
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_and_export(seed, backend):
+    torch.manual_seed(seed)
+    model = Everything(backend)
+    inputs = [torch.randn(6, 4) for _ in range(2)]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def step(model):
+        out = model(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, list(model.parameters()))]
+
+    torch.testing.assert_close(step(compiled), step(model))
+    exported = torch.export.export(model, tuple(inputs))
+    torch.testing.assert_close(exported.module()(*inputs), model(*inputs))
+
+
+@pytest.mark.parametrize("mode", ["relativistic", "relativistic-average"])
+def test_transforms(seed, mode):
+    real, fake = draw(seed, torch.float32, [(6, 5), (6, 5)])
+
+    def out(real, fake):
+        return mmfast.functional.adversarial_discriminator_loss(real, fake, mode, backend=BACKENDS[-1])
+
+    each = torch.stack([out(r, f) for r, f in zip(real, fake, strict=True)])
+    torch.testing.assert_close(torch.vmap(out)(real, fake), each)
+
+
+@pytest.mark.parametrize("mode", ["lsgan", "relativistic", "relativistic-average"])
+def test_autocast_computes_in_float32(seed, mode):
+    real, fake = draw(seed, torch.bfloat16, [(50,), (50,)])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = nn.AdversarialLoss(mode).discriminator(real, fake)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, nn.AdversarialLoss(mode).discriminator(real.float(), fake.float()))
+
+
+ERRORS = {
+    "pairs": (lambda f: f(torch.ones(2), torch.ones(3), "relativistic"), ValueError, r"shape \(2,\) and the fake one"),
+    "smoothing": (lambda f: f(torch.ones(2), torch.ones(2), "hinge", smoothing=0.1), ValueError, "no labels to smooth"),
+    "reduction": (lambda f: f(torch.ones(2), torch.ones(2), reduction="max"), ValueError, "unknown reduction 'max'"),
+    "across": (lambda f: f(torch.ones(2), torch.ones(2), across="max"), ValueError, "across='max'; accepted"),
+    "weights": (
+        lambda f: f(torch.ones(2), torch.ones(2), real_weight=torch.ones(3)),
+        ValueError,
+        r"the weights have shape \(3,\) for logits of shape \(2,\)",
+    ),
+    "real logits": (
+        lambda f: mmfast.functional.adversarial_generator_loss(torch.ones(2), mode="relativistic"),
+        ValueError,
+        "mode 'relativistic' compares with real logits",
+    ),
+    "maps": (
+        lambda f: mmfast.functional.feature_matching([torch.ones(2)], [torch.ones(3)]),
+        ValueError,
+        r"a real map has shape \(2,\) and the fake one in its place \(3,\)",
+    ),
+    "distance": (
+        lambda f: mmfast.functional.feature_matching(torch.ones(2), torch.ones(2), distance="l3"),
+        ValueError,
+        "unknown distance 'l3'",
+    ),
+    "means": (
+        lambda f: mmfast.functional.lecam_penalty(torch.ones(2), torch.ones(2), torch.ones(2), torch.ones(2)),
+        ValueError,
+        "the means are of 2 and 2",
+    ),
+    "matching": (
+        lambda f: mmfast.functional.matching_discriminator_loss(torch.ones(2), torch.ones(2), [torch.ones(2)] * 2),
+        ValueError,
+        "matching_logits 1, fake_logits 1, mismatched_logits 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    call, error, message = ERRORS[name]
+    with pytest.raises(error, match=message):
+        call(mmfast.functional.adversarial_discriminator_loss)
