@@ -302,8 +302,8 @@ def _recurrent(
     chosen = RNN.select_by(facts, _rnn_case, backend)
     options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
     if chosen != "torch":
-        function = rnn_equations.sequence if formula else partial(rnn_sequence, backend=chosen)
-        return _recurrent_by_layers(function, mode, input, states or (), weights, *options)
+        one: Any = rnn_equations.sequence if formula else partial(rnn_sequence, backend=chosen)
+        return _recurrent_by_layers(one, mode, input, states or (), weights, *options)
     if states is None:
         states = [input.new_zeros(shape) for shape in shapes]
     function = _recurrent_outside_graphs if torch.compiler.is_compiling() else _recurrent_of_torch
@@ -313,7 +313,7 @@ def _recurrent(
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
     dtype = _compute_dtype(device.type, dtype)
     *kind, gradients, many = rest
-    return RnnCase(device.type, dtype, mode, *kind, _autocasts(device.type), gradients, many)
+    return RnnCase._make((device.type, dtype, mode, *kind, _autocasts(device.type), gradients, many, False))
 
 
 def _checked_lengths(lengths: Any, input: Tensor, batch: int, batch_first: bool, batch_sizes: Tensor | None) -> Tensor:
@@ -468,12 +468,12 @@ def _lengths_of_torch(
 ) -> tuple[Tensor, ...]:
     """By way of a PackedSequence."""
     packed = pack_padded_sequence(input, lengths.cpu(), batch_first, enforce_sorted=False)
-    states = [state.index_select(1, packed.sorted_indices) for state in states]
+    states = [state.index_select(1, packed.sorted_indices) for state in states]  # type: ignore[arg-type]
     options = (dropout, training, bidirectional, False, packed.batch_sizes, None)
     output, *last = _recurrent_of_torch(mode, packed.data, states, weights, *options)
     packed = PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
     output, _ = pad_packed_sequence(packed, batch_first, total_length=input.shape[1 if batch_first else 0])
-    return output, *(state.index_select(1, packed.unsorted_indices) for state in last)
+    return output, *(state.index_select(1, packed.unsorted_indices) for state in last)  # type: ignore[arg-type]
 
 
 # Traced, PyTorch's function would become one graph node per step and gate; it runs between two graphs instead, as
@@ -567,9 +567,9 @@ def _select_cell(mode: str, input: Tensor, weight_hh: Tensor, backend: str | Non
     return RNN.select_by(facts, _cell_case, backend)
 
 
-def _cell_case(device: torch.device, dtype: torch.dtype, *rest: Any) -> RnnCase:
-    dtype = _compute_dtype(device.type, dtype)
-    return RnnCase(device.type, dtype, *rest, autocast=_autocasts(device.type), cell=True)
+def _cell_case(device: torch.device, dtype: torch.dtype, mode: str, input_size: int, hidden_size: int) -> RnnCase:
+    dtype, autocast = _compute_dtype(device.type, dtype), _autocasts(device.type)
+    return RnnCase(device.type, dtype, mode, input_size, hidden_size, autocast=autocast, cell=True)
 
 
 def _cell(

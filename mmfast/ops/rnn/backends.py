@@ -179,7 +179,7 @@ def _input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:
     w_ih, b_ih = parts[0].w_ih, parts[0].b_ih
     if len(parts) == 2:
         w_ih = torch.cat([w_ih, parts[1].w_ih])
-        b_ih = None if b_ih is None else torch.cat([b_ih, parts[1].b_ih])
+        b_ih = None if b_ih is None else torch.cat([b_ih, parts[1].b_ih])  # type: ignore[list-item]
     return torch.mm(x, w_ih.t()) if b_ih is None else torch.addmm(b_ih, x, w_ih.t())
 
 
@@ -243,10 +243,12 @@ def _weight_gradients(dgates: Tensor, x: Tensor, side: _RecurrentSide, direction
             side.times(dm, direction, dw[2 * hidden :])
     if len(need) == 2:
         return gradients
-    db = dgates.sum(0) if need[2] or need[3] else None
-    if not need[3]:
-        return [*gradients, db, None]
-    db_hh = db.clone() if dm is None else torch.cat([db[: 2 * hidden], dm.sum(0)])  # type: ignore[union-attr]
+    if not (need[2] or need[3]):
+        return [*gradients, None, None]
+    db = dgates.sum(0)
+    db_hh = None
+    if need[3]:
+        db_hh = db.clone() if dm is None else torch.cat([db[: 2 * hidden], dm.sum(0)])
     return [*gradients, db if need[2] else None, db_hh]
 
 
