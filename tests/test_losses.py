@@ -155,8 +155,10 @@ def stylegan2_d(r, f):
 PRESETS = {
     "dcgan": (
         sum_of(
-            lambda r, f: F.binary_cross_entropy(r.sigmoid(), torch.ones_like(r))
-            + F.binary_cross_entropy(f.sigmoid(), torch.zeros_like(f))
+            lambda r, f: (
+                F.binary_cross_entropy(r.sigmoid(), torch.ones_like(r))
+                + F.binary_cross_entropy(f.sigmoid(), torch.zeros_like(f))
+            )
         ),
         sum_of(lambda r, f: F.binary_cross_entropy(f.sigmoid(), torch.ones_like(f))),
     ),
@@ -261,7 +263,11 @@ def test_feature_matching_options(seed, backend):
 
 def test_maps_of_any_layout(seed):
     real, fake = draw(seed, torch.float32, [(2, 5, 6, 7), (2, 5, 6, 7)])
-    layouts = [real, real.contiguous(memory_format=torch.channels_last), real.transpose(1, 2).contiguous().transpose(1, 2)]
+    layouts = [
+        real,
+        real.contiguous(memory_format=torch.channels_last),
+        real.transpose(1, 2).contiguous().transpose(1, 2),
+    ]
     for r in layouts:
         for f in (fake, fake.contiguous(memory_format=torch.channels_last)):
             leaf = f.detach().requires_grad_()
@@ -293,7 +299,9 @@ def test_weights_and_reductions(seed, mode, reduction, backend):
         weights["fake_weight"] = fake_weight
     loss = nn.AdversarialLoss(mode, reduction=reduction, across="mean", backend=backend)
     published = mean_of(formula)
-    compare(lambda r, f: loss.discriminator(r, f, **weights), published, real, fake, 2e-5 if reduction == "mean" else 2e-3)
+    compare(
+        lambda r, f: loss.discriminator(r, f, **weights), published, real, fake, 2e-5 if reduction == "mean" else 2e-3
+    )
 
 
 def test_no_reduction(seed):

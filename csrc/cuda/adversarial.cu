@@ -1,13 +1,13 @@
 // The adversarial loss: value_k = weight_k * reduce_i w_i * phi_k(u_i), u_i = sign_k * (x_i - other_i) + shift_k;
 // total = sum_k value_k.
 //
-// Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. The list travels by value in the kernel's arguments,
-// kMaxTerms terms a launch, so a list costs one launch a pass (and one small launch that adds up the forward's sums).
-// Each tensor is cut into chunks of MMFAST_ADVERSARIAL_CHUNK elements, one block a chunk. A chunk's elements are added
-// by thread in float32 (float64 for float64 logits), threads by a tree, chunks by lane and then by a tree in float64,
-// terms in order: the same bits each time, and no sync.
-// Forward reads each element once, backward reads it once and writes its gradient: both are bound by memory.
-// Backward: d = dtotal * weight_k [/ n_k] * sign_k * w_i * phi_k'(u), less the peer's part, rounded once.
+// Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. The list travels by value in the kernel's
+// arguments, kMaxTerms terms a launch, so a list costs one launch a pass (and one small launch that adds up the
+// forward's sums). Each tensor is cut into chunks of MMFAST_ADVERSARIAL_CHUNK elements, one block a chunk. A chunk's
+// elements are added by thread in float32 (float64 for float64 logits), threads by a tree, chunks by lane and then by a
+// tree in float64, terms in order: the same bits each time, and no sync. Forward reads each element once, backward
+// reads it once and writes its gradient: both are bound by memory. Backward: d = dtotal * weight_k [/ n_k] * sign_k *
+// w_i * phi_k'(u), less the peer's part, rounded once.
 #include "cuda/device.h"
 
 namespace mmfast {
@@ -54,7 +54,7 @@ MMFAST_DEVICE C slope_of(C u, C tilt) {
     if constexpr (kPhi == MMFAST_SQUARE || kPhi == MMFAST_LEAKY_SQUARE) return u + u;
     if constexpr (kPhi == MMFAST_RELU) return u <= 0 ? C(0) : C(1);
     if constexpr (kPhi == MMFAST_RELU_SQUARE) return u <= 0 ? C(0) : u + u;
-    if constexpr (kPhi == MMFAST_ABS) return u > 0 ? C(1) : u < 0 ? C(-1) : u * 0;
+    if constexpr (kPhi == MMFAST_ABS) return u > 0 ? C(1) : u < 0 ? C(-1) : C(0);
     if constexpr (kPhi == MMFAST_SIGMOID) {
         const C e = exp_of(-abs_of(u));
         return e / ((C(1) + e) * (C(1) + e));
@@ -95,8 +95,7 @@ struct Term {
     template <int kPhi>
     MMFAST_DEVICE Compute<T> slope(Compute<T> difference) const {
         Compute<T> s = slope_of<kPhi>(argument<kPhi>(difference), tilt);
-        if constexpr (kPhi == MMFAST_LEAKY_SQUARE)
-            s = difference > 0 ? s : s * Compute<T>(MMFAST_ADVERSARIAL_LEAK);
+        if constexpr (kPhi == MMFAST_LEAKY_SQUARE) s = difference > 0 ? s : s * Compute<T>(MMFAST_ADVERSARIAL_LEAK);
         return s;
     }
 };
@@ -180,10 +179,9 @@ MMFAST_DEVICE Compute<T> thread_sum(const Chunk<T>& chunk) {
             typename Chunk<T>::Vectors v;
             chunk.load_batch(v, batch);
             MMFAST_UNROLL
-            for (int j = 0; j < Chunk<T>::kVectors; ++j)
-                MMFAST_UNROLL
-                for (int i = 0; i < Chunk<T>::kWidth; ++i)
-                    sum += part(chunk.term, chunk.difference(v.x[j].at[i], v.other[j].at[i]));
+            for (int j = 0; j < Chunk<T>::kVectors; ++j) MMFAST_UNROLL
+            for (int i = 0; i < Chunk<T>::kWidth; ++i)
+                sum += part(chunk.term, chunk.difference(v.x[j].at[i], v.other[j].at[i]));
         }
         return sum;
     }
@@ -339,9 +337,8 @@ struct Backward {
         const Chunk<T> chunk(term, block_index());
         const C scale = to_float(load(dtotal, 0));
         const C offset = term.has_peer ? -scale * load(term.peer_slope, 0) / C(term.size) : C(0);
-        with_phi(term.phi, [&](auto phi) {
-            thread_gradient<decltype(phi)::value>(chunk, C(scale * term.factor), offset);
-        });
+        with_phi(term.phi,
+                 [&](auto phi) { thread_gradient<decltype(phi)::value>(chunk, C(scale * term.factor), offset); });
     }
 };
 
@@ -394,8 +391,7 @@ int64_t fill(Table<T>& table, Buffers& buffers, const mmfast_adversarial_args& a
 
 // The second launch of a group of terms, whose sums begin at `sums`.
 template <typename T>
-Finish<T> finish_of(const Table<T>& table, const mmfast_adversarial_args& args, int64_t begin,
-                            int64_t chunks) {
+Finish<T> finish_of(const Table<T>& table, const mmfast_adversarial_args& args, int64_t begin, int64_t chunks) {
     Finish<T> finish{};
     finish.count = table.count;
     finish.first = begin == 0;

@@ -149,13 +149,19 @@ def matching_discriminator_loss(
     Sources: Reed et al., arXiv:1605.05396, algorithm 1; with unconditional logits Xu et al., arXiv:1711.10485 (their
     program's factors).
     """
-    kinds = [("matching_logits", matching_logits), ("fake_logits", fake_logits), ("mismatched_logits", mismatched_logits)]
+    kinds = [
+        ("matching_logits", matching_logits),
+        ("fake_logits", fake_logits),
+        ("mismatched_logits", mismatched_logits),
+    ]
     if unconditional is not None:
         kinds += [("unconditional[0]", unconditional[0]), ("unconditional[1]", unconditional[1])]
     lists = [_flat(*kind) for kind in kinds]
     if len({len(tensors) for tensors in lists}) > 1:
         counts = ", ".join(f"{name} {len(tensors)}" for (name, _), tensors in zip(kinds, lists, strict=True))
-        raise ValueError(f"the lists have different numbers of tensors ({counts}); expected one of each per discriminator")
+        raise ValueError(
+            f"the lists have different numbers of tensors ({counts}); expected one of each per discriminator"
+        )
     make = _matching_recipe if unconditional is None else _unconditional_matching_recipe
     recipe = _remembered(make, len(lists[0]), mode, scale, smoothing, reduction, across)
     logits = [x for group in zip(*lists, strict=True) for x in group]
@@ -294,7 +300,13 @@ def _matching_recipe(
     if chosen.pairing:
         raise ValueError(f"mode {mode!r} compares real with fake; expected a mode that is not relativistic")
     real, fake = smoothed(mode, chosen, smoothing)
-    terms = [_scaled(real, 1 / 2), _scaled(fake, 1 / 3), _scaled(fake, 1 / 3), _scaled(real, 1 / 2), _scaled(fake, 1 / 3)]
+    terms = [
+        _scaled(real, 1 / 2),
+        _scaled(fake, 1 / 3),
+        _scaled(fake, 1 / 3),
+        _scaled(real, 1 / 2),
+        _scaled(fake, 1 / 3),
+    ]
     if not both:
         terms = [real, _scaled(fake, 1 / 2), _scaled(fake, 1 / 2)]
     return _recipe(terms, count, scale, reduction, across, "")
@@ -313,9 +325,7 @@ def _feature_recipe(shares: tuple[float, ...], distance: str, scale: float) -> R
     return Recipe(Terms(Term(phi, 1, 0, share * scale) for share in shares))
 
 
-def _recipe(
-    terms: Sequence[Term], count: int, scale: float, reduction: str, across: str, pairing: str
-) -> Recipe:
+def _recipe(terms: Sequence[Term], count: int, scale: float, reduction: str, across: str, pairing: str) -> Recipe:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; accepted: 'mean', 'sum', 'none'")
     if across not in ("sum", "mean"):

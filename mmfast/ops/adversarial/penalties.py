@@ -197,7 +197,9 @@ def _norms(critic: Critic, x: Tensor, scaler: torch.amp.GradScaler | None, whole
     (gradient,) = _input_gradients(critic(x), x, scaler)
     with torch.autocast(gradient.device.type, enabled=False):
         # torch's own choice of a subgradient: 0 where the norm is 0
-        return torch.linalg.vector_norm(gradient if whole_batch else gradient.flatten(1), dim=None if whole_batch else 1)
+        return torch.linalg.vector_norm(
+            gradient if whole_batch else gradient.flatten(1), dim=None if whole_batch else 1
+        )
 
 
 def _between(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> Tensor:
