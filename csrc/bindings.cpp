@@ -5,9 +5,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "mmfast.h"
@@ -117,6 +119,41 @@ int adversarial_backward(Kernel<mmfast_adversarial_args> kernel, const Terms& te
 }
 
 #ifndef MMFAST_EMULATOR
+// dtype, mode, directions, T, B, H, offsets, lengths, W_hh of both directions, b_hh of both,
+// h0, c0, threads
+using RnnLayer = std::tuple<int, int, int, int64_t, int64_t, int64_t, Pointer, Pointer, Pointer, Pointer, Pointer,
+                            Pointer, Pointer, Pointer, int>;
+
+mmfast_rnn_layer as_layer(const RnnLayer& row) {
+    mmfast_rnn_layer layer{};
+    Pointer offsets, lengths, w_hh, w_hh_reverse, b_hh, b_hh_reverse, h0, c0;
+    std::tie(layer.dtype, layer.mode, layer.directions, layer.steps, layer.batch, layer.hidden, offsets, lengths, w_hh,
+             w_hh_reverse, b_hh, b_hh_reverse, h0, c0, layer.threads) = row;
+    layer.offsets = as_pointer<int64_t>(offsets);
+    layer.lengths = as_pointer<int64_t>(lengths);
+    layer.w_hh[0] = as_pointer(w_hh);
+    layer.w_hh[1] = as_pointer(w_hh_reverse);
+    layer.b_hh[0] = as_pointer(b_hh);
+    layer.b_hh[1] = as_pointer(b_hh_reverse);
+    layer.h0 = as_pointer(h0);
+    layer.c0 = as_pointer(c0);
+    return layer;
+}
+
+int rnn_forward(const RnnLayer& layer, Pointer gx, Pointer gates, Pointer cell, Pointer y, Pointer hn, Pointer cn) {
+    const mmfast_rnn_forward_args args = {as_layer(layer), as_pointer(gx), as_pointer(gates), as_pointer(cell),
+                                          as_pointer(y),   as_pointer(hn), as_pointer(cn)};
+    return run(mmfast_cpu_rnn_forward, args);
+}
+
+int rnn_backward(const RnnLayer& layer, Pointer y, Pointer gates, Pointer cell, Pointer dy, Pointer dhn, Pointer dcn,
+                 Pointer dgates, Pointer dm, Pointer previous, Pointer dh0, Pointer dc0) {
+    const mmfast_rnn_backward_args args = {as_layer(layer), as_pointer(y),        as_pointer(gates), as_pointer(cell),
+                                           as_pointer(dy),  as_pointer(dhn),      as_pointer(dcn),   as_pointer(dgates),
+                                           as_pointer(dm),  as_pointer(previous), as_pointer(dh0),   as_pointer(dc0)};
+    return run(mmfast_cpu_rnn_backward, args);
+}
+
 int normalize_forward(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
                       double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
                       Pointer mean, Pointer var, Pointer out, int threads) {
@@ -170,6 +207,28 @@ int activation(Kernel<mmfast_activation_args> kernel, int dtype, int which, doub
     return run(kernel, args);
 }
 
+using Triple = std::array<int64_t, 3>;
+
+// geometry: in_size, out_size, kernel, stride, dilation, before
+int columns(Kernel<mmfast_columns_args> kernel, int dtype, bool image_channels_last, int64_t batch, int64_t channels,
+            const std::array<Triple, 6>& geometry, Pointer columns, Pointer image, Pointer bias, int activation,
+            double negative_slope, int threads) {
+    mmfast_columns_args args{};
+    args.dtype = dtype;
+    args.image_channels_last = image_channels_last;
+    args.batch = batch;
+    args.channels = channels;
+    int64_t* const members[] = {args.in_size, args.out_size, args.kernel, args.stride, args.dilation, args.before};
+    for (int i = 0; i < 6; ++i) std::copy(geometry[i].begin(), geometry[i].end(), members[i]);
+    args.columns = as_pointer(columns);
+    args.image = as_pointer(image);
+    args.bias = as_pointer(bias);
+    args.activation = activation;
+    args.negative_slope = negative_slope;
+    args.threads = threads;
+    return run(kernel, args);
+}
+
 void bind_cpu(py::module_& m) {
     m.def("isa", &mmfast_isa);
     m.def("set_isa", &mmfast_set_isa);
@@ -186,6 +245,22 @@ void bind_cpu(py::module_& m) {
              const py::object& more, Pointer dtotal, Pointer slopes, const Pointers& gradients, int threads) {
               return adversarial_backward(mmfast_cpu_adversarial_backward, terms, dtype, mean, logits, sizes, more,
                                           dtotal, slopes, gradients, threads, 0);
+          });
+    m.def("cpu_rnn_forward", &rnn_forward);
+    m.def("cpu_rnn_backward", &rnn_backward);
+
+    m.def("cpu_columns_to_image",
+          [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
+             const std::array<Triple, 6>& geometry, Pointer source, Pointer image, Pointer bias, int activation,
+             double negative_slope, int threads) {
+              return columns(mmfast_cpu_columns_to_image, dtype, image_channels_last, batch, channels, geometry, source,
+                             image, bias, activation, negative_slope, threads);
+          });
+    m.def("cpu_image_to_columns",
+          [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
+             const std::array<Triple, 6>& geometry, Pointer image, Pointer target, int threads) {
+              return columns(mmfast_cpu_image_to_columns, dtype, image_channels_last, batch, channels, geometry, target,
+                             image, 0, MMFAST_ACT_NONE, 0, threads);
           });
     m.def("cpu_normalize_forward", &normalize_forward);
     m.def("cpu_normalize_backward", &normalize_backward);

@@ -145,6 +145,86 @@ typedef struct {
 int mmfast_cpu_activation_forward(const mmfast_activation_args* args);
 int mmfast_cpu_activation_backward(const mmfast_activation_args* args);
 
+// ---- conv_transpose: columns
+// With columns = weight^T x, one value for each (output channel, tap, input position), a transposed convolution is
+//     image[n, c, o] = act(bias_c + sum of columns[n, c, k, i] over all k, i with i * stride + k * dilation - before = o)
+// in each dimension (col2im). Its inverse, for the gradients with respect to x and weight, is
+//     columns[n, c, k, i] = image[n, c, i * stride + k * dilation - before], 0 where that is outside (im2col).
+// Three dimensions, of which the first ones may be 1.
+typedef struct {
+    int32_t dtype;  // MMFAST_FLOAT32 or MMFAST_FLOAT64, of all tensors
+    int32_t image_channels_last;
+    int64_t batch, channels;
+    int64_t in_size[3], out_size[3], kernel[3], stride[3], dilation[3], before[3];
+    void* columns;     // (batch, channels, *kernel, *in_size) contiguous
+    void* image;       // (batch, channels, *out_size) contiguous, or channels last
+    const void* bias;  // (channels,), or null: 0; col2im only
+    int32_t activation;
+    double negative_slope;
+    int32_t threads;
+} mmfast_columns_args;
+
+int mmfast_cpu_columns_to_image(const mmfast_columns_args* args);
+int mmfast_cpu_image_to_columns(const mmfast_columns_args* args);
+
+// ---- rnn
+// A layer of a recurrent network over whole sequences, one or both directions. The caller has computed the input side
+// gx = x W_ih^T + b_ih of every step; the kernel walks time:
+//     a = W_hh h' + b_hh, h' and c' the state one step before (one step after in the reverse direction)
+//     RNN   h = phi(gx + a), phi = tanh or relu
+//     GRU   r = sigmoid(gx_r + a_r), z = sigmoid(gx_z + a_z), n = tanh(gx_n + r a_n), h = n + z (h' - n)
+//     LSTM  i, f, o = sigmoid(gx_ifo + a_ifo), g = tanh(gx_g + a_g), c = f c' + i g, h = o tanh(c)
+//
+// Rows. A sequence tensor has N rows and a row belongs to one step t of one sequence b of the batch:
+//     row(t, b) = offsets[t] + b                          packed (offsets not null): b < offsets[t+1] - offsets[t]
+//     row(t, b) = t * B + b                               padded
+// D = directions, H = hidden, G = gates a unit (1, 3 or 4, in torch's order: r z n, i f g o). Every tensor is
+// contiguous and in `dtype`; state and accumulation are float32 for 16-bit dtypes. Direction d owns the d-th half of
+// the columns.
+//     gx, gates, dgates (N, D * G * H)   activated gates; GRU's n, LSTM's g after the tanh; not kept for RNN
+//     cell (N, D * H)                    GRU: a_n; LSTM: c; not kept for RNN
+//     y, dy (N, D * H)                   0 past a length
+//     dm (N, D * H)                      GRU: the gradient of a_n
+//     previous (N, D * H)                h' of each row, 0 past a length
+//     h0, c0, hn, cn and their gradients (D, B, H)
+// Saved for backward: y, gates, cell. This layout is the same for the kernels of every device.
+enum mmfast_rnn_mode { MMFAST_RNN_TANH = 0, MMFAST_RNN_RELU = 1, MMFAST_GRU = 2, MMFAST_LSTM = 3 };
+
+typedef struct {
+    int32_t dtype;                      // enum mmfast_dtype
+    int32_t mode;                       // enum mmfast_rnn_mode
+    int32_t directions;                 // 1 or 2
+    int64_t steps, batch, hidden;       // T, B, H
+    const int64_t* offsets;             // (T + 1,) packed only: row of each step's first sequence; else null
+    const int64_t* lengths;             // (B,) or null: T each; clamped to [0, T]; padded only
+    const void* w_hh[2];                // (G * H, H) of each direction
+    const void* b_hh[2];                // (G * H,) of each direction, or null: 0
+    const void *h0, *c0;                // or null: 0
+    int32_t threads;                    // CPU: at least 1
+} mmfast_rnn_layer;
+
+typedef struct {
+    mmfast_rnn_layer layer;
+    const void* gx;
+    void *gates, *cell;  // null where no backward will come; gates may be gx
+    void *y, *hn, *cn;   // cn: LSTM only
+} mmfast_rnn_forward_args;
+
+int mmfast_cpu_rnn_forward(const mmfast_rnn_forward_args* args);
+
+typedef struct {
+    mmfast_rnn_layer layer;
+    const void *y, *gates, *cell;
+    const void *dy, *dhn, *dcn;  // or null: 0
+    void *dgates, *dm;           // the gradient of gx; dm: GRU only
+    void* previous;              // or null: not wanted
+    void *dh0, *dc0;             // or null: not wanted
+} mmfast_rnn_backward_args;
+
+// What needs the walk through time. The rest are products over all rows, the caller's: dx = dgates W_ih,
+// dW_ih = dgates^T x, dW_hh = dgates^T previous (GRU: its n rows by dm), db = sums of dgates and dm over the rows.
+int mmfast_cpu_rnn_backward(const mmfast_rnn_backward_args* args);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,18 +1,21 @@
-"""The command line: `mmfast train | sample | info`. Parses only; what a command does is in its own module."""
+"""The command line: `mmfast train | sample | bench | validate | info`. Parses only; a command is in its own module."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import mmfast
+from mmfast.bench.command import add_bench_arguments
 from mmfast.train import UserError
+from mmfast.validate.command import add_validate_arguments
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaint is one line."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
 
 
@@ -23,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     _add_train(commands.add_parser("train", help="train a GAN that draws emoji from typed words and from speech"))
     _add_sample(commands.add_parser("sample", help="draw pictures with a trained run"))
+    _add_bench(commands.add_parser("bench", help="measure what mmfast gains on this machine"))
+    _add_validate(commands.add_parser("validate", help="hold every kernel here against float64 and against PyTorch"))
     _add_info(commands.add_parser("info", help="say what this installation has and can run"))
     return parser
 
@@ -73,6 +78,16 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_info)
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    add_bench_arguments(parser)
+    parser.set_defaults(run=_bench)
+
+
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    add_validate_arguments(parser)
+    parser.set_defaults(run=_validate)
+
+
 def _train(args: argparse.Namespace) -> None:
     given = {
         name: value
@@ -107,6 +122,18 @@ def _sample(args: argparse.Namespace) -> None:
     from mmfast.train.sample import sample
 
     sample(args.folder, args.text, args.audio, args.image, args.out)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from mmfast.bench.command import run
+
+    return run(args)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from mmfast.validate.command import run
+
+    return run(args)
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import config
+from . import config, table
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
@@ -123,6 +123,10 @@ class Op:
             chosen = self._chosen[key] = self._choose(case, requested).backend
         return chosen
 
+    def forget(self) -> None:
+        """Makes the op choose anew, for after the preference table has changed."""
+        self._chosen.clear()
+
     def explain(self, case: Any, explicit: str | None = None) -> Choice:
         """The choice for `case`, with its reasons. Raises as `select` does."""
         return self._choose(case, explicit or _forced[0] or config.BACKEND)
@@ -130,6 +134,11 @@ class Op:
     def _choose(self, case: Any, requested: str | None) -> Choice:
         if requested is not None:
             return self._obey(case, check_backend(requested))
+        measured = table.preferred(self.name, case)
+        if measured and measured.backend in self.backends and not self.backends[measured.backend].refusals(case):
+            return Choice(
+                measured.backend, f"{measured.ratio:.2f} x PyTorch's speed, measured here: {table.path()}", {}
+            )
         passed_over: dict[str, list[str]] = {}
         for name, backend in self.backends.items():
             refusals = backend.refusals(case)
@@ -158,10 +167,13 @@ def _constants(facts: tuple) -> tuple:
     )
 
 
-@torch.compiler.assume_constant_result
 def _select_while_tracing(name: str, case: tuple, requested: str | None) -> str:
     op = Op.registry[name]
     return op._select(op.case(*case), requested)
+
+
+# What torch.compiler.assume_constant_result sets, without importing torch's compiler (4 s) together with mmfast
+_select_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_backend(name: str) -> str:
@@ -184,6 +196,21 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced[0] = before
+
+
+def asked(call: Callable[[], Any]) -> list[tuple[Op, Any]]:
+    """The choices made while `call` ran in eager: (op, case), each once, in order."""
+    choices: dict[tuple[str, Any], tuple[Op, Any]] = {}
+
+    def listen(op: Op, case: Any, _explicit: str | None) -> None:
+        choices[op.name, case] = op, case
+
+    _listeners.append(listen)
+    try:
+        call()
+    finally:
+        _listeners.remove(listen)
+    return list(choices.values())
 
 
 def needs_formula(tensors: Sequence[torch.Tensor]) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .dispatch import autocasts, needs_formula
+from .dispatch import autocasts, is_plain, needs_formula
 from .ops.adversarial.losses import (
     adversarial_discriminator_loss,
     adversarial_generator_loss,
@@ -33,8 +35,12 @@ from .ops.conv_transpose.equations import ACTIVATIONS as CONV_TRANSPOSE_ACTIVATI
 from .ops.conv_transpose.equations import Epilogue as ConvTransposeEpilogue
 from .ops.conv_transpose.equations import Geometry as ConvTransposeGeometry
 from .ops.conv_transpose.op import conv_transpose as conv_transpose_op
+from .ops.rnn import equations as rnn_equations
 from .ops.rnn.backends import OP as RNN
 from .ops.rnn.backends import Case as RnnCase
+from .ops.rnn.equations import GATES
+from .ops.rnn.equations import Layer as RnnLayer
+from .ops.rnn.op import sequence as rnn_sequence
 
 __all__ = [
     "adaptive_weight",
@@ -66,9 +72,6 @@ __all__ = [
 Weights = Sequence[Sequence[Tensor]]
 Size = int | Sequence[int]
 
-#: Rows of W_hh per hidden unit.
-_GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
-
 
 def rnn(
     input: Tensor,
@@ -81,6 +84,7 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of Elman RNNs over whole sequences: h_t = tanh or relu (W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
@@ -94,15 +98,19 @@ def rnn(
         (H, D * H); w_hh (H, H); b_ih and b_hh (H,). Those of gru and lstm have 3 H and 4 H rows, gate after gate.
     dropout: the probability with which an output of each layer but the last is zeroed, in training only.
     batch_sizes: int64 on the CPU, a PackedSequence's: how many sequences have a step t, for each t.
+    lengths: (B,), integers: the steps of each sequence of a padded batch, in any order. Outputs past a length are 0,
+        h_n is the state after each sequence's last step, and the reverse direction begins there. On the CPU each must
+        be in [1, T]; on another device, and in a compiled graph, they are clamped to [0, T], unseen.
     backend: "torch", "cpu", "triton", "cuda" or None (mmfast chooses).
     Returns (output, h_n): output (T, B, D * H), in the layout of the input; h_n (L * D, B, H).
-    Dtypes: what PyTorch supports on the device; autocast as for torch.nn.RNN. Differentiable as torch.nn.RNN.
-    Raises ValueError for an unknown nonlinearity or backend, RuntimeError for sizes that do not fit together.
+    Dtypes: what PyTorch supports on the device; autocast as for torch.nn.RNN. Differentiable to any order in eager.
+    Raises ValueError for an unknown nonlinearity or backend, RuntimeError for sizes that do not fit together and for
+        lengths out of range.
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     mode = "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU"
-    options = (dropout, training, bidirectional, batch_first, batch_sizes)
+    options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
     output, h_n = _recurrent(mode, input, None if hx is None else (hx,), weights, *options, backend)
     return output, h_n
 
@@ -117,6 +125,7 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of gated recurrent units over whole sequences, in PyTorch's form:
@@ -128,7 +137,7 @@ def gru(
     Equivalent to: the forward of `torch.nn.GRU` with these parameters, which is `torch._VF.gru`.
     All else: `rnn`, with 3 H rows in the order r, z, n in each weight. Source: Cho et al., arXiv:1406.1078.
     """
-    options = (dropout, training, bidirectional, batch_first, batch_sizes)
+    options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
     output, h_n = _recurrent("GRU", input, None if hx is None else (hx,), weights, *options, backend)
     return output, h_n
 
@@ -143,6 +152,7 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A stack of long short-term memories over whole sequences:
@@ -159,7 +169,7 @@ def lstm(
     Returns (output, (h_n, c_n)): output (T, B, D * P). All else: `rnn`. Sources: Hochreiter and Schmidhuber, 1997,
     doi:10.1162/neco.1997.9.8.1735; projection: Sak et al., arXiv:1402.1128.
     """
-    options = (dropout, training, bidirectional, batch_first, batch_sizes)
+    options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
     output, h_n, c_n = _recurrent("LSTM", input, hx, weights, *options, backend)
     return output, (h_n, c_n)
 
@@ -174,6 +184,7 @@ def _recurrent(
     bidirectional: bool,
     batch_first: bool,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     sizes = _recurrent_sizes(mode, weights, bidirectional)
@@ -184,16 +195,46 @@ def _recurrent(
         shapes.append((len(weights), batch, sizes.hidden_size))
     if states is not None:
         _check_states(states, shapes)
-    facts = (input.device, input.dtype, mode, *sizes, bidirectional, batch_sizes is not None)
-    RNN.select_by(facts, _rnn_case, backend)
+    if lengths is not None:
+        lengths = _checked_lengths(lengths, input, batch, batch_first, batch_sizes)
+    formula = needs_formula([input, *(states or ()), *(weight for layer in weights for weight in layer)])
+    transformed = formula or torch.compiler.is_compiling()
+    facts = (input.device, input.dtype, mode, *sizes, bidirectional, batch_sizes is not None, lengths is not None)
+    chosen = RNN.select_by((*facts, transformed), _rnn_case, backend)
+    options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
+    if chosen != "torch":
+        function = rnn_equations.sequence if formula else partial(rnn_sequence, backend=chosen)
+        return _recurrent_by_layers(function, mode, input, states or (), weights, *options)
     if states is None:
         states = [input.new_zeros(shape) for shape in shapes]
     function = _recurrent_outside_graphs if torch.compiler.is_compiling() else _recurrent_of_torch
-    return function(mode, input, states, weights, dropout, training, bidirectional, batch_first, batch_sizes)
+    return function(mode, input, states, weights, *options)
 
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
-    return RnnCase(device.type, _compute_dtype(device.type, dtype), mode, *rest)
+    return RnnCase(device.type, _compute_dtype(device.type, dtype), mode, *rest, autocast=_autocasts(device.type))
+
+
+def _checked_lengths(lengths: Any, input: Tensor, batch: int, batch_first: bool, batch_sizes: Tensor | None) -> Tensor:
+    """lengths as a tensor; RuntimeError for what torch.nn.utils.rnn.pack_padded_sequence refuses."""
+    if batch_sizes is not None:
+        raise RuntimeError(
+            "lengths were given with packed input, which has lengths of its own; expected one of the two"
+        )
+    lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.dim() != 1:
+        raise RuntimeError(
+            f"lengths are {lengths.dtype} in {lengths.dim()} dimensions; expected integers in one dimension"
+        )
+    if lengths.shape[0] != batch:
+        raise RuntimeError(f"Expected `len(lengths)` to be equal to batch_size, but got {len(lengths)} ({batch=})")
+    if lengths.device.type == "cpu" and batch and is_plain([lengths]):
+        shortest, longest, steps = int(lengths.min()), int(lengths.max()), input.shape[1 if batch_first else 0]
+        if shortest <= 0:
+            raise RuntimeError(f"Length of all samples has to be greater than 0, but a length is {shortest}")
+        if longest > steps:
+            raise RuntimeError(f"a length is {longest}, but the input has only {steps} steps")
+    return lengths
 
 
 class _Sizes(NamedTuple):
@@ -215,7 +256,7 @@ def _recurrent_sizes(mode: str, weights: Weights, bidirectional: bool) -> _Sizes
         )
     w_ih, w_hh, *rest = weights[0]
     rows, output_size = w_hh.shape
-    hidden_size = rows // _GATES[mode]
+    hidden_size = rows // GATES[mode]
     proj_size = output_size if len(rest) % 2 else 0
     expected = [(rows, w_ih.shape[-1]), (rows, proj_size or hidden_size), *[(rows,)] * (len(rest) // 2 * 2)]
     if proj_size:
@@ -252,9 +293,40 @@ def _check_recurrent_input(
 
 def _check_states(states: Sequence[Tensor], shapes: list[tuple[int, int, int]]) -> None:
     for index, (state, shape) in enumerate(zip(states, shapes, strict=True)):
+        which = "hidden" if len(shapes) == 1 else f"hidden[{index}]"
         if state.shape != shape:
-            which = "hidden" if len(shapes) == 1 else f"hidden[{index}]"
             raise RuntimeError(f"Expected {which} size {shape}, got {list(state.shape)}")
+
+
+def _recurrent_by_layers(
+    function: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
+    mode: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Weights,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The stack, each layer by `function(x, weights, h0, c0, layer)`, between them dropout as PyTorch draws it."""
+    directions = 2 if bidirectional else 1
+    layer = RnnLayer(mode, directions, batch_sizes, lengths)
+    transposed = batch_first and batch_sizes is None
+    x = input.transpose(0, 1).contiguous() if transposed else input
+    last: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(weights), directions):
+        if start and dropout and training:
+            x = torch.dropout(x, dropout, True)
+        rows = slice(start, start + directions)
+        flat = [weight for part in weights[rows] for weight in part]
+        h0, c0 = (*(state if len(weights) == directions else state[rows] for state in states), None, None)[:2]
+        x, hn, cn = function(x, flat, h0, c0, layer)
+        last.append((hn, cn) if mode == "LSTM" else (hn,))  # type: ignore[arg-type]
+    hx = last[0] if len(last) == 1 else tuple(torch.cat(each) for each in zip(*last, strict=True))
+    return x.transpose(0, 1) if transposed else x, *hx
 
 
 def _recurrent_of_torch(
@@ -267,7 +339,10 @@ def _recurrent_of_torch(
     bidirectional: bool,
     batch_first: bool,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    if lengths is not None:
+        return _lengths_of_torch(mode, input, states, weights, dropout, training, bidirectional, batch_first, lengths)
     function = getattr(torch._VF, mode.lower())
     flat = [weight for layer in weights for weight in layer]
     biases = len(weights[0]) > 3
@@ -277,6 +352,27 @@ def _recurrent_of_torch(
     if batch_sizes is not None:
         return function(input, batch_sizes, hx, *options)
     return function(input, hx, *options, batch_first)
+
+
+def _lengths_of_torch(
+    mode: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Weights,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Tensor,
+) -> tuple[Tensor, ...]:
+    """By way of a PackedSequence."""
+    packed = pack_padded_sequence(input, lengths.cpu(), batch_first, enforce_sorted=False)
+    states = [state.index_select(1, packed.sorted_indices) for state in states]
+    options = (dropout, training, bidirectional, False, packed.batch_sizes, None)
+    output, *last = _recurrent_of_torch(mode, packed.data, states, weights, *options)
+    packed = PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+    output, _ = pad_packed_sequence(packed, batch_first, total_length=input.shape[1 if batch_first else 0])
+    return output, *(state.index_select(1, packed.unsorted_indices) for state in last)
 
 
 # Traced, PyTorch's function would become one graph node per step and gate; it runs between two graphs instead, as
@@ -569,18 +665,15 @@ def _conv_transpose(
     output_padding: Size,
     groups: int,
     dilation: Size,
-    backend: str | None,
+    backend: str,
 ) -> Tensor:
-    plain = ConvTransposeEpilogue()
-    case, geometry = _conv_transpose_case(
-        dims, input, weight, stride, padding, output_padding, groups, dilation, (), plain
-    )
-    chosen = "torch" if case is None else CONV_TRANSPOSE.select(case, backend)
-    if chosen == "torch" or not _fits(dims, input, weight, bias, geometry):
-        # what is no transposed convolution at all, PyTorch refuses, with its own error
+    geometry = _geometry(dims, stride, padding, output_padding, groups, dilation)
+    if not _fits(dims, input, weight, bias, geometry):
+        # what is no transposed convolution, PyTorch refuses, with its own error
         function = _CONV_TRANSPOSE[dims - 1]
         return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _conv_transpose_op(dims, input, weight, bias, (None,) * 4, geometry, plain, chosen)[0]
+    plain = ConvTransposeEpilogue()
+    return _conv_transpose_op(dims, input, weight, bias, (None,) * 4, geometry, plain, backend)[0]
 
 
 def _conv_transpose_norm_act(
@@ -617,10 +710,10 @@ def _conv_transpose_norm_act(
     kind = ("given" if norm == "batch" and not measures else norm) or "none"
     epilogue = ConvTransposeEpilogue(kind, eps, activation or "none", negative_slope)
     cropped = _crop(crop, dims)
-    case, geometry = _conv_transpose_case(
-        dims, input, weight, stride, padding, output_padding, groups, dilation, cropped, epilogue
-    )
-    chosen = "torch" if case is None else CONV_TRANSPOSE.select(case, backend)
+    sizes = (stride, padding, output_padding, groups, dilation)
+    facts = (any(cropped), epilogue.norm, epilogue.activation, negative_slope)
+    chosen = _select_conv_transpose(dims, input, weight, *sizes, backend, *facts)
+    geometry = _geometry(dims, *sizes, cropped)
     if chosen == "torch" or not _fits(dims, input, weight, bias, geometry):
         y = _CONV_TRANSPOSE[dims - 1](input, weight, bias, stride, padding, output_padding, groups, dilation)
         for dim, (begin, end) in enumerate(zip(cropped[::2], cropped[1::2], strict=True), start=-dims):
@@ -661,7 +754,20 @@ def _crop(crop: Sequence[tuple[int, int]] | tuple[int, int], dims: int) -> tuple
     return flat
 
 
-def _conv_transpose_case(
+def _geometry(
+    dims: int,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+    crop: tuple[int, ...] = (),
+) -> ConvTransposeGeometry:
+    sizes = [_per_dim(size, dims) for size in (stride, padding, output_padding, dilation)]
+    return ConvTransposeGeometry(*sizes, groups, crop or (0,) * (2 * dims))
+
+
+def _select_conv_transpose(
     dims: int,
     input: Tensor,
     weight: Tensor,
@@ -670,17 +776,43 @@ def _conv_transpose_case(
     output_padding: Size,
     groups: int,
     dilation: Size,
-    crop: tuple[int, ...],
-    epilogue: ConvTransposeEpilogue,
-) -> tuple[ConvTransposeCase | None, ConvTransposeGeometry]:
-    sizes = [_per_dim(size, dims) for size in (stride, padding, output_padding, dilation)]
-    geometry = ConvTransposeGeometry(*sizes, groups, crop or (0,) * (2 * dims))
+    backend: str | None,
+    *epilogue: Any,
+) -> str:
+    # what is no transposed convolution at all, PyTorch refuses, with its own error
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims + 2):
-        return None, geometry
-    device, dtype = input.device.type, _compute_dtype(input)
-    channels = (weight.shape[0], weight.shape[1] * groups, tuple(weight.shape[2:]))
-    options = (any(crop), epilogue.norm, epilogue.activation, epilogue.negative_slope)
-    return ConvTransposeCase(device, dtype, *channels, *sizes, groups, *options), geometry
+        return "torch"
+    geometry = (stride, padding, output_padding, groups, dilation)
+    facts = (input.device, input.dtype, weight.shape, *geometry, *epilogue)
+    return CONV_TRANSPOSE.select_by(facts, _conv_transpose_case, backend)
+
+
+def _conv_transpose_case(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+    *epilogue: Any,
+) -> ConvTransposeCase:
+    in_channels, group_channels, *kernel_size = shape
+    dims = len(kernel_size)
+    return ConvTransposeCase(
+        device.type,
+        _compute_dtype(device.type, dtype),
+        in_channels,
+        group_channels * groups,
+        tuple(kernel_size),
+        _per_dim(stride, dims),
+        _per_dim(padding, dims),
+        _per_dim(output_padding, dims),
+        _per_dim(dilation, dims),
+        groups,
+        *epilogue,
+    )
 
 
 def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvTransposeGeometry) -> bool:
@@ -695,7 +827,7 @@ def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometr
     if any(x.device != input.device for x in (weight, bias) if x is not None):
         return False
     same_dtype = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
-    if not same_dtype and _compute_dtype(input) == input.dtype:
+    if not same_dtype and _compute_dtype(input.device.type, input.dtype) == input.dtype:
         return False
     lists = geometry[:4]
     if any(len(part) != dims for part in lists) or min(*geometry.stride, *geometry.dilation) < 1:
@@ -718,7 +850,7 @@ def _conv_transpose_op(
     epilogue: ConvTransposeEpilogue,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _compute_dtype(input)
+    dtype = _compute_dtype(input.device.type, input.dtype)
     x, weight = input.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     unbatched = x.dim() == dims + 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, native
+from . import __version__, native, table
 from .dispatch import BACKENDS, Op
 
 
@@ -51,21 +51,12 @@ def main(as_json: bool = False) -> int:
 def _machine() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "processor": _processor(),
+        "processor": table.processor(),
         "cores": os.cpu_count(),
         "threads that torch uses": torch.get_num_threads(),
         "system": platform.platform(),
         "GPUs": ", ".join(gpus) or "none that torch can use",
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _software() -> dict[str, Any]:

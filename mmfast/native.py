@@ -243,7 +243,7 @@ def cpu_normalize_forward(
     layout: (channels last, (sets, batch, channels, size)). activation: (number, negative slope). parameters: weight,
     bias (channels,) or None, mean, var (sets, channels) in y's compute dtype, contiguous.
     """
-    pointers = [_pointer(x) for x in parameters]
+    pointers = [_address(x) for x in parameters]
     threads = torch.get_num_threads()
     arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, y.data_ptr(), *pointers, out.data_ptr(), threads)
     check(library().cpu_normalize_forward(*arguments))
@@ -262,7 +262,7 @@ def cpu_normalize_backward(
     dbias: torch.Tensor,
 ) -> None:
     """Fills dy, of y's layout, and dweight and dbias (sets, channels); the other arguments as in the forward."""
-    pointers = [_pointer(x) for x in (y, *parameters, dout, dy, dweight, dbias)]
+    pointers = [_address(x) for x in (y, *parameters, dout, dy, dweight, dbias)]
     threads = torch.get_num_threads()
     arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, *pointers, threads)
     check(library().cpu_normalize_backward(*arguments))
@@ -286,5 +286,76 @@ def cpu_activation_backward(
     )
 
 
-def _pointer(x: torch.Tensor | None) -> int:
+#: in_size, out_size, kernel, stride, dilation, before: three dimensions each, the first ones perhaps 1
+Window = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
+
+
+def cpu_columns_to_image(
+    window: Window,
+    columns: torch.Tensor,
+    image: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: tuple[int, float],
+) -> None:
+    """Fills image (N, C, *out_size), contiguous or channels last, from columns (N, C * taps, positions), contiguous."""
+    channels_last = not image.is_contiguous()
+    pointers = (columns.data_ptr(), image.data_ptr(), _address(bias))
+    arguments = (DTYPES[image.dtype], channels_last, image.shape[0], image.shape[1], window, *pointers, *activation)
+    check(library().cpu_columns_to_image(*arguments, torch.get_num_threads()))
+
+
+def cpu_image_to_columns(window: Window, image: torch.Tensor, columns: torch.Tensor) -> None:
+    """Fills columns from image, both as in `cpu_columns_to_image`."""
+    channels_last = not image.is_contiguous()
+    pointers = (image.data_ptr(), columns.data_ptr())
+    arguments = (DTYPES[image.dtype], channels_last, image.shape[0], image.shape[1], window, *pointers)
+    check(library().cpu_image_to_columns(*arguments, torch.get_num_threads()))
+
+
+def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def cpu_rnn_forward(
+    layer: tuple,
+    gx: torch.Tensor,
+    gates: torch.Tensor | None,
+    cell: torch.Tensor | None,
+    y: torch.Tensor,
+    hn: torch.Tensor,
+    cn: torch.Tensor | None,
+) -> None:
+    """Fills gates, cell, y, hn and cn of mmfast_rnn_forward_args (csrc/mmfast.h); layer: `rnn_layer`."""
+    out = _address(gates), _address(cell), y.data_ptr(), hn.data_ptr(), _address(cn)
+    check(library().cpu_rnn_forward(layer, gx.data_ptr(), *out))
+
+
+def cpu_rnn_backward(
+    layer: tuple, saved: Sequence[torch.Tensor | None], given: Sequence[torch.Tensor | None], out: Sequence
+) -> None:
+    """Fills `out` (dgates, dm, previous, dh0, dc0) from `saved` (y, gates, cell) and `given` (dy, dhn, dcn).
+
+    All are mmfast_rnn_backward_args' (csrc/mmfast.h); layer: `rnn_layer`.
+    """
+    check(library().cpu_rnn_backward(layer, *map(_address, saved), *map(_address, given), *map(_address, out)))
+
+
+def rnn_layer(
+    dtype: torch.dtype,
+    mode: int,
+    shape: tuple[int, int, int],
+    offsets: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    w_hh: Sequence[torch.Tensor],
+    b_hh: Sequence[torch.Tensor | None],
+    h0: torch.Tensor | None,
+    c0: torch.Tensor | None,
+) -> tuple:
+    """mmfast_rnn_layer of csrc/mmfast.h. shape: (T, B, H); one w_hh and b_hh a direction; tensors contiguous, on CPU.
+
+    The caller keeps the tensors alive until the kernel has returned.
+    """
+    directions = len(w_hh)
+    weights = [_address(x) for pair in (w_hh, b_hh) for x in (*pair, None)[:2]]
+    sides = _address(offsets), _address(lengths), *weights, _address(h0), _address(c0)
+    return (DTYPES[dtype], mode, directions, *shape, *sides, torch.get_num_threads())

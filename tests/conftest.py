@@ -97,3 +97,29 @@ def _as_leaf(x):
 
 def _tensors(tree):
     return [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+@pytest.fixture(scope="session")
+def own_pictures(tmp_path_factory):
+    """A folder of a user: 12 pictures of one colour on white, with two names each, one of them spoken (as a tone)."""
+    import csv
+
+    import numpy as np
+    from PIL import Image
+    from scipy.io import wavfile
+
+    folder = tmp_path_factory.mktemp("own")
+    draw = np.random.default_rng(0)
+    with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "text", "wav"])
+        for i in range(12):
+            picture = np.full((16, 16, 3), 255, np.uint8)
+            picture[4:12, 2 + i // 3 : 8 + i // 3] = draw.integers(0, 256, 3)
+            Image.fromarray(picture).save(folder / f"{i}.png")
+            tone = 3000 * np.sin(np.arange(4000 + 500 * i) * (0.02 + 0.01 * i))
+            wavfile.write(folder / f"{i}.wav", 16000, tone.astype(np.int16))
+            table.writerows(
+                [[f"{i}.png", f"square {'abcdefghijkl'[i] * 3}", f"{i}.wav"], [f"{i}.png", f"carré {i}", ""]]
+            )
+    return folder

@@ -113,11 +113,12 @@ PLAIN = ["non-saturating", "minimax", "hinge", "lsgan", "wasserstein", "tanh-hin
 class Pool:
     """Enough random rows of n logits for the rule, in lists with a cotangent each; the truth and the yardstick."""
 
-    LIST = 66
+    # a program takes the interpreter a millisecond: there too few values to pool, which are held to float32 instead
+    LIST, LISTS, SIZES = (12, 3, (129,)) if INTERPRETED else (66, -(-numerics.ENOUGH // 66), (1, 63, 129))
 
     def __init__(self, seed: int, dtype: torch.dtype, mode: str, mean: bool, n: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        lists = -(-numerics.ENOUGH // self.LIST)
+        lists = self.LISTS
         self.mean = mean
         self.logits = (torch.randn(lists, self.LIST, n, generator=generator) * 3).to(dtype)
         self.cotangents = (torch.randn(lists, generator=generator) + 2).to(dtype)
@@ -166,7 +167,7 @@ def check_total(total: Tensor, values: Tensor) -> None:
 @by_backend(KERNELS, LOW)
 @pytest.mark.parametrize(
     ("mode", "mean", "n"),
-    [(mode, True, n) for mode in PLAIN for n in (1, 63, 129)] + [(mode, False, 63) for mode in PLAIN],
+    [(mode, True, n) for mode in PLAIN for n in Pool.SIZES] + [(mode, False, Pool.SIZES[-1]) for mode in PLAIN],
     ids=lambda value: {True: "mean", False: "sum"}[value] if isinstance(value, bool) else None,
 )
 def test_numerics(request, served, dtype, mode, mean, n):
@@ -176,8 +177,12 @@ def test_numerics(request, served, dtype, mode, mean, n):
         check_total(total, ours)
         values.add(ours.cpu(), drawn.yardstick[0][k].to(ours.dtype), drawn.reference[0][k])
         gradients.add(dlogits.cpu(), drawn.yardstick[1][k], drawn.reference[1][k])
-    values.check()
     gradients.check()
+    if INTERPRETED:
+        largest = float(drawn.reference[0].abs().max())
+        assert values.compare().ours.max < 16 * numerics.ulp(largest, torch.float32)
+    else:
+        values.check()
 
 
 def logits_of(generator: torch.Generator, dtype: torch.dtype, *shapes) -> list[Tensor]:
@@ -263,9 +268,8 @@ def test_extreme_logits(served, dtype, mean):
     numbers += [1e-6, -1e-6, 1.0, -1.0]
     terms, logits = [], []
     for phi in range(9):
-        for sign, shift in ((1.0, 0.0), (-1.0, 1.0)):
-            terms += [Term(phi, sign, shift, 0.75, -0.1)] * len(numbers)
-            logits += [torch.tensor([x], dtype=dtype) for x in numbers]
+        terms += [Term(phi, (-1.0) ** phi, 0.5 * (phi % 4), 0.75, -0.1)] * len(numbers)
+        logits += [torch.tensor([x], dtype=dtype) for x in numbers]
     _, values, gradients = evaluate(served, terms, mean, logits)
     exact = [x.double().requires_grad_() for x in logits]
     expected = torch.stack(equations.values(terms, mean, Inputs(exact)))

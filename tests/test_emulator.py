@@ -95,7 +95,7 @@ def test_planted_bugs_are_reported(order, name, bug):
 
 def test_a_write_after_reads_is_a_race():
     """In the natural order each thread writes what the one before has read."""
-    with pytest.raises(RuntimeError, match="it writes byte 4 of .*which thread 0 or another reads at line"):
+    with pytest.raises(RuntimeError, match=r"it writes byte 4 of .*which thread 0 or another reads at line"):
         native.emulator_selftest("rotate", "missing barrier before reuse")
 
 

@@ -16,14 +16,15 @@ from mmfast.models import (
     TextEncoder,
     combine,
 )
+from mmfast.models.text import within, written_bytes
 from mmfast.train.data import Batch
 
 SIZES = {"size": 8, "mels": 6, "code_size": 16, "noise_size": 4}
 
 
 @pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+def drawn(seed):
+    torch.manual_seed(seed)
 
 
 def make_batch(rows=4, spoken=(True, False, True, False), size=8, mels=6):
@@ -98,25 +99,37 @@ def test_a_code_depends_on_every_step(which):
 
 def test_text_decoder_guesses_from_code_and_the_bytes_before():
     batch, decoder, codes = make_batch(), TextDecoder(16), torch.randn(4, 16)
-    logits = decoder(codes, batch.text)
-    assert logits.shape == (*(batch.text.shape[0], batch.text.shape[1] + 1), 256)
+    lengths = torch.tensor([5, 4, 7, 3])
+    batch.text = torch.randint(1, 256, (4, 7)) * within(lengths, 7)
+
+    def logits_of(codes, text):
+        rows = decoder(codes, text, lengths)
+        assert rows.shape == (5 + 4 + 7 + 3 + 4, 256)
+        return torch.nn.utils.rnn.pad_sequence(rows.split((lengths + 1).tolist()), batch_first=True)
+
+    logits = logits_of(codes, batch.text)
     changed = batch.text.clone()
     changed[:, 2] = 255 - changed[:, 2]
-    other = decoder(codes, changed)
+    other = logits_of(codes, changed)
     torch.testing.assert_close(logits[:, :3], other[:, :3])
-    assert (logits[:, 3] != other[:, 3]).any()
-    assert (logits[:, 0] != decoder(codes.roll(1, 0), batch.text)[:, 0]).any()
+    assert (logits[:, 3] != other[:, 3]).any(1).all()
+    assert (logits[:, 0] != logits_of(codes.roll(1, 0), batch.text)[:, 0]).any(1).all()
+
+
+def test_written_bytes_are_all_bytes_and_ends():
+    text, lengths = torch.tensor([[7, 8, 9], [5, 0, 0]]), torch.tensor([3, 1])
+    assert written_bytes(text, lengths).tolist() == [7, 8, 9, 0, 5, 0]
 
 
 def test_text_decoder_writes_what_it_learned():
     """Two captions, one in another script, learned by heart from two codes, come out byte by byte."""
     decoder, codes, captions = TextDecoder(16, 32, 16), torch.randn(2, 16), ["a red heart", "сердце"]
     rows = [torch.tensor(list(caption.encode())) for caption in captions]
+    lengths = torch.tensor([len(row) for row in rows])
     text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
     for _ in range(80):
-        logits = decoder(codes, text)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.nn.functional.pad(text, (0, 1)).flatten())
+        loss = torch.nn.functional.cross_entropy(decoder(codes, text, lengths), written_bytes(text, lengths))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

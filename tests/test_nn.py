@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,21 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import mmfast
 from mmfast import functional, nn
 
-T, B, I, H = 5, 3, 7, 11
+T, B, X, H = 5, 3, 7, 11  # steps, batch, input size, hidden size
 
 
 def packed(batch_first: bool = False, sort: bool = False) -> PackedSequence:
     lengths = [5, 3, 1] if sort else [3, 5, 1]
-    x = torch.randn(B, T, I) if batch_first else torch.randn(T, B, I)
+    x = torch.randn(B, T, X) if batch_first else torch.randn(T, B, X)
     return pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=sort)
 
 
@@ -38,76 +32,76 @@ def state(*shape: int) -> Tensor:
 
 # id: name, constructor arguments, and how inputs are drawn
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[], tuple]]] = {
-    "RNN": ("RNN", {}, lambda: (torch.randn(T, B, I),)),
-    "RNN-relu-hx": ("RNN", {"nonlinearity": "relu"}, lambda: (torch.randn(T, B, I), state(1, B, H))),
+    "RNN": ("RNN", {}, lambda: (torch.randn(T, B, X),)),
+    "RNN-relu-hx": ("RNN", {"nonlinearity": "relu"}, lambda: (torch.randn(T, B, X), state(1, B, H))),
     "RNN-packed-hx": ("RNN", {}, lambda: (packed(), state(1, B, H))),
-    "GRU": ("GRU", {}, lambda: (torch.randn(T, B, I),)),
-    "GRU-T1-B1": ("GRU", {}, lambda: (torch.randn(1, 1, I),)),
-    "GRU-B0": ("GRU", {}, lambda: (torch.randn(T, 0, I),)),
-    "GRU-L3-dropout": ("GRU", {"num_layers": 3, "dropout": 0.5}, lambda: (torch.randn(T, B, I),)),
-    "GRU-L2-bi-hx": ("GRU", {"num_layers": 2, "bidirectional": True}, lambda: (torch.randn(T, B, I), state(4, B, H))),
-    "GRU-batch_first": ("GRU", {"batch_first": True}, lambda: (torch.randn(B, T, I), state(1, B, H))),
-    "GRU-no-bias": ("GRU", {"bias": False}, lambda: (torch.randn(T, B, I),)),
-    "GRU-unbatched": ("GRU", {}, lambda: (torch.randn(T, I),)),
-    "GRU-unbatched-batch_first-hx": ("GRU", {"batch_first": True}, lambda: (torch.randn(T, I), state(1, H))),
-    "GRU-strided": ("GRU", {}, lambda: (torch.randn(B, I, 2 * T).permute(2, 0, 1)[::2],)),
+    "GRU": ("GRU", {}, lambda: (torch.randn(T, B, X),)),
+    "GRU-T1-B1": ("GRU", {}, lambda: (torch.randn(1, 1, X),)),
+    "GRU-B0": ("GRU", {}, lambda: (torch.randn(T, 0, X),)),
+    "GRU-L3-dropout": ("GRU", {"num_layers": 3, "dropout": 0.5}, lambda: (torch.randn(T, B, X),)),
+    "GRU-L2-bi-hx": ("GRU", {"num_layers": 2, "bidirectional": True}, lambda: (torch.randn(T, B, X), state(4, B, H))),
+    "GRU-batch_first": ("GRU", {"batch_first": True}, lambda: (torch.randn(B, T, X), state(1, B, H))),
+    "GRU-no-bias": ("GRU", {"bias": False}, lambda: (torch.randn(T, B, X),)),
+    "GRU-unbatched": ("GRU", {}, lambda: (torch.randn(T, X),)),
+    "GRU-unbatched-batch_first-hx": ("GRU", {"batch_first": True}, lambda: (torch.randn(T, X), state(1, H))),
+    "GRU-strided": ("GRU", {}, lambda: (torch.randn(B, X, 2 * T).permute(2, 0, 1)[::2],)),
     "GRU-packed": ("GRU", {}, lambda: (packed(sort=True),)),
     "GRU-packed-bi-L2-dropout-hx": (
         "GRU",
         {"num_layers": 2, "bidirectional": True, "dropout": 0.3, "batch_first": True},
         lambda: (packed(batch_first=True), state(4, B, H)),
     ),
-    "LSTM": ("LSTM", {}, lambda: (torch.randn(T, B, I),)),
-    "LSTM-hx-list": ("LSTM", {}, lambda: (torch.randn(T, B, I), [state(1, B, H), state(1, B, H)])),
+    "LSTM": ("LSTM", {}, lambda: (torch.randn(T, B, X),)),
+    "LSTM-hx-list": ("LSTM", {}, lambda: (torch.randn(T, B, X), [state(1, B, H), state(1, B, H)])),
     "LSTM-bi-unbatched-hx": (
         "LSTM",
         {"bidirectional": True},
-        lambda: (torch.randn(T, I), (state(2, H), state(2, H))),
+        lambda: (torch.randn(T, X), (state(2, H), state(2, H))),
     ),
-    "LSTM-proj": ("LSTM", {"proj_size": 4}, lambda: (torch.randn(T, B, I), (state(1, B, 4), state(1, B, H)))),
+    "LSTM-proj": ("LSTM", {"proj_size": 4}, lambda: (torch.randn(T, B, X), (state(1, B, 4), state(1, B, H)))),
     "LSTM-proj-L2-bi-no-bias-packed": (
         "LSTM",
         {"proj_size": 4, "num_layers": 2, "bidirectional": True, "bias": False},
         lambda: (packed(),),
     ),
     "LSTM-packed-hx": ("LSTM", {}, lambda: (packed(), (state(1, B, H), state(1, B, H)))),
-    "RNNCell": ("RNNCell", {}, lambda: (torch.randn(B, I),)),
+    "RNNCell": ("RNNCell", {}, lambda: (torch.randn(B, X),)),
     "RNNCell-relu-no-bias-hx": (
         "RNNCell",
         {"nonlinearity": "relu", "bias": False},
-        lambda: (torch.randn(B, I), state(B, H)),
+        lambda: (torch.randn(B, X), state(B, H)),
     ),
-    "GRUCell-hx": ("GRUCell", {}, lambda: (torch.randn(B, I), state(B, H))),
-    "GRUCell-unbatched-hx": ("GRUCell", {}, lambda: (torch.randn(I), state(H))),
-    "LSTMCell": ("LSTMCell", {}, lambda: (torch.randn(B, I),)),
-    "LSTMCell-unbatched-hx": ("LSTMCell", {}, lambda: (torch.randn(I), (state(H), state(H)))),
-    "conv1d-k4-s2": ("ConvTranspose1d", {"kernel_size": 4, "stride": 2}, lambda: (torch.randn(2, I, 6),)),
-    "conv1d-unbatched": ("ConvTranspose1d", {"kernel_size": 3, "padding": 1}, lambda: (torch.randn(I, 6),)),
+    "GRUCell-hx": ("GRUCell", {}, lambda: (torch.randn(B, X), state(B, H))),
+    "GRUCell-unbatched-hx": ("GRUCell", {}, lambda: (torch.randn(X), state(H))),
+    "LSTMCell": ("LSTMCell", {}, lambda: (torch.randn(B, X),)),
+    "LSTMCell-unbatched-hx": ("LSTMCell", {}, lambda: (torch.randn(X), (state(H), state(H)))),
+    "conv1d-k4-s2": ("ConvTranspose1d", {"kernel_size": 4, "stride": 2}, lambda: (torch.randn(2, X, 6),)),
+    "conv1d-unbatched": ("ConvTranspose1d", {"kernel_size": 3, "padding": 1}, lambda: (torch.randn(X, 6),)),
     "conv2d-k4-s2-p1": (
         "ConvTranspose2d",
         {"kernel_size": 4, "stride": 2, "padding": 1},
-        lambda: (torch.randn(2, I, 3, 4),),
+        lambda: (torch.randn(2, X, 3, 4),),
     ),
-    "conv2d-N0": ("ConvTranspose2d", {"kernel_size": 4, "stride": 2}, lambda: (torch.randn(0, I, 3, 4),)),
+    "conv2d-N0": ("ConvTranspose2d", {"kernel_size": 4, "stride": 2}, lambda: (torch.randn(0, X, 3, 4),)),
     "conv2d-channels_last": (
         "ConvTranspose2d",
         {"kernel_size": 3, "bias": False},
-        lambda: (torch.randn(2, I, 3, 4).to(memory_format=torch.channels_last),),
+        lambda: (torch.randn(2, X, 3, 4).to(memory_format=torch.channels_last),),
     ),
     "conv2d-output_size": (
         "ConvTranspose2d",
         {"kernel_size": 3, "stride": 2, "padding": 1},
-        lambda: (torch.randn(2, I, 3, 4), [6, 8]),
+        lambda: (torch.randn(2, X, 3, 4), [6, 8]),
     ),
     "conv2d-output_padding-dilation": (
         "ConvTranspose2d",
         {"kernel_size": (2, 3), "output_padding": (1, 2), "dilation": (2, 3)},
-        lambda: (torch.randn(2, I, 3, 4),),
+        lambda: (torch.randn(2, X, 3, 4),),
     ),
     "conv3d-s2": (
         "ConvTranspose3d",
         {"kernel_size": (1, 2, 3), "stride": (1, 2, 2)},
-        lambda: (torch.randn(2, I, 2, 3, 4),),
+        lambda: (torch.randn(2, X, 2, 3, 4),),
     ),
 }
 
@@ -115,8 +109,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], tuple]]] = {
 def build(case: str, **more: Any) -> tuple[torch.nn.Module, torch.nn.Module, tuple]:
     """torch.nn's layer, mmfast's with equal weights, and inputs."""
     name, arguments, draw = CASES[case]
-    theirs = getattr(torch.nn, name)(I, H, **arguments)
-    ours = getattr(nn, name)(I, H, **arguments, **more)
+    theirs = getattr(torch.nn, name)(X, H, **arguments)
+    ours = getattr(nn, name)(X, H, **arguments, **more)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours, draw()
 
@@ -145,7 +139,7 @@ def test_initial_weights(case: str, seed: int) -> None:
     states = []
     for package in (torch.nn, nn):
         torch.manual_seed(seed)
-        states.append(getattr(package, name)(I, H, **arguments).state_dict())
+        states.append(getattr(package, name)(X, H, **arguments).state_dict())
     assert list(states[0]) == list(states[1])
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
 
@@ -176,48 +170,44 @@ def test_functions(case: str) -> None:
 
 def failing_calls() -> Iterator[tuple[str, str, dict[str, Any], Callable[[], tuple]]]:
     for name in ("RNN", "GRU"):
-        yield f"{name}-1d", name, {}, lambda: (torch.randn(I),)
-        yield f"{name}-4d", name, {}, lambda: (torch.randn(2, T, B, I),)
-        yield f"{name}-batched-hx2d", name, {}, lambda: (torch.randn(T, B, I), state(1, H))
-        yield f"{name}-unbatched-hx3d", name, {}, lambda: (torch.randn(T, I), state(1, 1, H))
-        yield f"{name}-input_size", name, {}, lambda: (torch.randn(T, B, I + 1),)
-        yield f"{name}-dtype", name, {}, lambda: (torch.randn(T, B, I, dtype=torch.float64),)
-        yield f"{name}-hx-batch", name, {}, lambda: (torch.randn(T, B, I), state(1, B + 1, H))
-        yield f"{name}-hx-layers", name, {"bidirectional": True}, lambda: (torch.randn(T, B, I), state(1, B, H))
-        yield f"{name}-hx-tuple", name, {}, lambda: (torch.randn(T, B, I), (state(1, B, H), state(1, B, H)))
+        yield f"{name}-1d", name, {}, lambda: (torch.randn(X),)
+        yield f"{name}-4d", name, {}, lambda: (torch.randn(2, T, B, X),)
+        yield f"{name}-batched-hx2d", name, {}, lambda: (torch.randn(T, B, X), state(1, H))
+        yield f"{name}-unbatched-hx3d", name, {}, lambda: (torch.randn(T, X), state(1, 1, H))
+        yield f"{name}-input_size", name, {}, lambda: (torch.randn(T, B, X + 1),)
+        yield f"{name}-dtype", name, {}, lambda: (torch.randn(T, B, X, dtype=torch.float64),)
+        yield f"{name}-hx-batch", name, {}, lambda: (torch.randn(T, B, X), state(1, B + 1, H))
+        yield f"{name}-hx-layers", name, {"bidirectional": True}, lambda: (torch.randn(T, B, X), state(1, B, H))
+        yield f"{name}-hx-tuple", name, {}, lambda: (torch.randn(T, B, X), (state(1, B, H), state(1, B, H)))
         yield f"{name}-packed-hx", name, {}, lambda: (packed(), state(1, B, H + 1))
-        yield f"{name}-packed-input_size", name, {}, lambda: (pack_sequence([torch.randn(2, I + 1)]),)
+        yield f"{name}-packed-input_size", name, {}, lambda: (pack_sequence([torch.randn(2, X + 1)]),)
         yield f"{name}-packed-dtype", name, {}, lambda: (packed().double(),)
         yield f"{name}-no-tensor", name, {}, lambda: ([1.0],)
-    yield "LSTM-1d", "LSTM", {}, lambda: (torch.randn(I),)
-    yield "LSTM-batched-hx2d", "LSTM", {}, lambda: (torch.randn(T, B, I), (state(1, H), state(1, B, H)))
-    yield "LSTM-unbatched-hx3d", "LSTM", {}, lambda: (torch.randn(T, I), (state(1, H), state(1, 1, H)))
-    yield "LSTM-h", "LSTM", {}, lambda: (torch.randn(T, B, I), (state(1, B, H + 1), state(1, B, H)))
-    yield "LSTM-c", "LSTM", {"proj_size": 4}, lambda: (torch.randn(T, B, I), (state(1, B, 4), state(1, B, 4)))
-    yield "LSTM-dtype", "LSTM", {}, lambda: (torch.randn(T, B, I, dtype=torch.float64),)
-    yield "LSTM-packed-dtype", "LSTM", {}, lambda: (packed().double(),)
-    yield "LSTM-packed-input_size", "LSTM", {}, lambda: (pack_sequence([torch.randn(2, I + 1)]),)
-    yield "LSTM-packed-hx", "LSTM", {}, lambda: (packed(), (state(1, B, H + 1), state(1, B, H)))
-    yield "LSTM-packed-hx-batch", "LSTM", {}, lambda: (packed(), (state(1, B - 1, H), state(1, B, H)))
+    yield "LSTM-1d", "LSTM", {}, lambda: (torch.randn(X),)
+    yield "LSTM-batched-hx2d", "LSTM", {}, lambda: (torch.randn(T, B, X), (state(1, H), state(1, B, H)))
+    yield "LSTM-unbatched-hx3d", "LSTM", {}, lambda: (torch.randn(T, X), (state(1, H), state(1, 1, H)))
+    yield "LSTM-h", "LSTM", {}, lambda: (torch.randn(T, B, X), (state(1, B, H + 1), state(1, B, H)))
+    yield "LSTM-c", "LSTM", {"proj_size": 4}, lambda: (torch.randn(T, B, X), (state(1, B, 4), state(1, B, 4)))
+    yield "LSTM-dtype", "LSTM", {}, lambda: (torch.randn(T, B, X, dtype=torch.float64),)
     for name in ("RNNCell", "GRUCell", "LSTMCell"):
         both = (lambda x: (x, x)) if name == "LSTMCell" else (lambda x: x)
-        yield f"{name}-3d", name, {}, lambda: (torch.randn(T, B, I),)
-        yield f"{name}-hx3d", name, {}, lambda both=both: (torch.randn(B, I), both(state(1, B, H)))
-        yield f"{name}-input_size", name, {}, lambda: (torch.randn(B, I + 1),)
-        yield f"{name}-hx-size", name, {}, lambda both=both: (torch.randn(B, I), both(state(B, H + 1)))
-        yield f"{name}-hx-batch", name, {}, lambda both=both: (torch.randn(B, I), both(state(B + 1, H)))
-        yield f"{name}-dtype", name, {}, lambda: (torch.randn(B, I, dtype=torch.float64),)
+        yield f"{name}-3d", name, {}, lambda: (torch.randn(T, B, X),)
+        yield f"{name}-hx3d", name, {}, lambda both=both: (torch.randn(B, X), both(state(1, B, H)))
+        yield f"{name}-input_size", name, {}, lambda: (torch.randn(B, X + 1),)
+        yield f"{name}-hx-size", name, {}, lambda both=both: (torch.randn(B, X), both(state(B, H + 1)))
+        yield f"{name}-hx-batch", name, {}, lambda both=both: (torch.randn(B, X), both(state(B + 1, H)))
+        yield f"{name}-dtype", name, {}, lambda: (torch.randn(B, X, dtype=torch.float64),)
     kernel = {"kernel_size": 3, "stride": 2}
-    yield "conv2d-channels", "ConvTranspose2d", kernel, lambda: (torch.randn(2, I + 1, 3, 4),)
+    yield "conv2d-channels", "ConvTranspose2d", kernel, lambda: (torch.randn(2, X + 1, 3, 4),)
     yield "conv2d-2d", "ConvTranspose2d", kernel, lambda: (torch.randn(3, 4),)
-    yield "conv2d-dtype", "ConvTranspose2d", kernel, lambda: (torch.randn(2, I, 3, 4, dtype=torch.float64),)
-    yield "conv2d-integers", "ConvTranspose2d", kernel, lambda: (torch.ones(2, I, 3, 4, dtype=torch.long),)
-    yield "conv2d-output_size", "ConvTranspose2d", kernel, lambda: (torch.randn(2, I, 3, 4), [99, 99])
-    yield "conv2d-output_size-dims", "ConvTranspose2d", kernel, lambda: (torch.randn(2, I, 3, 4), [7])
+    yield "conv2d-dtype", "ConvTranspose2d", kernel, lambda: (torch.randn(2, X, 3, 4, dtype=torch.float64),)
+    yield "conv2d-integers", "ConvTranspose2d", kernel, lambda: (torch.ones(2, X, 3, 4, dtype=torch.long),)
+    yield "conv2d-output_size", "ConvTranspose2d", kernel, lambda: (torch.randn(2, X, 3, 4), [99, 99])
+    yield "conv2d-output_size-dims", "ConvTranspose2d", kernel, lambda: (torch.randn(2, X, 3, 4), [7])
     big = {"kernel_size": 3, "stride": 2, "output_padding": 2}
-    yield "conv1d-output_padding", "ConvTranspose1d", big, lambda: (torch.randn(2, I, 6),)
-    yield "conv1d-padding", "ConvTranspose1d", {"kernel_size": 1, "padding": 9}, lambda: (torch.randn(2, I, 6),)
-    yield "conv1d-stride0", "ConvTranspose1d", {"kernel_size": 2, "stride": 0}, lambda: (torch.randn(2, I, 6),)
+    yield "conv1d-output_padding", "ConvTranspose1d", big, lambda: (torch.randn(2, X, 6),)
+    yield "conv1d-padding", "ConvTranspose1d", {"kernel_size": 1, "padding": 9}, lambda: (torch.randn(2, X, 6),)
+    yield "conv1d-stride0", "ConvTranspose1d", {"kernel_size": 2, "stride": 0}, lambda: (torch.randn(2, X, 6),)
     yield "conv3d-no-tensor", "ConvTranspose3d", {"kernel_size": 2}, lambda: ([1.0],)
 
 
@@ -235,33 +225,79 @@ def test_errors(case: str) -> None:
     """The twin's exception type and words."""
     name, arguments, draw = FAILING[case]
     inputs = draw()
-    expected = failure(getattr(torch.nn, name)(I, H, **arguments), *inputs)
-    found = failure(getattr(nn, name)(I, H, **arguments), *inputs)
+    expected = failure(getattr(torch.nn, name)(X, H, **arguments), *inputs)
+    found = failure(getattr(nn, name)(X, H, **arguments), *inputs)
     assert type(found) is type(expected)
     assert str(found) == str(expected)
 
 
 @pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (
+            lambda: (packed().double(),),
+            r"RNN input dtype \(torch.float64\) does not match weight dtype \(torch.float32\)",
+        ),
+        (
+            lambda: (pack_sequence([torch.randn(2, X + 1)]),),
+            r"input.size\(-1\) must be equal to input_size. Expected 7, got 8",
+        ),
+        (
+            lambda: (pack_sequence([torch.randn(2, X)] * 2), (state(1, 3, H), state(1, 3, H))),
+            r"Expected hidden\[0\] size \(1, 2, 11\), got \[1, 3, 11\]",
+        ),
+        (
+            lambda: (packed(), (state(1, B, H), state(1, B, H + 1))),
+            r"Expected hidden\[1\] size \(1, 3, 11\), got \[1, 3, 12\]",
+        ),
+    ],
+    ids=["dtype", "input_size", "hx-batch", "hx-size"],
+)
+def test_errors_of_packed_lstm(draw: Callable[[], tuple], message: str) -> None:
+    """torch.nn.LSTM does not look at packed input: its kernel raises RuntimeError or reads beyond."""
+    with pytest.raises(RuntimeError, match=message):
+        nn.LSTM(X, H)(*draw())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: [], "weights has 0 tuples; expected 2 per layer"),
+        (lambda w: w[:3], "weights has 3 tuples; expected 2 per layer"),
+        (lambda w: [w[0], w[1], (*w[2][:2], *w[2][2:3]), w[3]], r"weights\[2\] has the shapes .* expected"),
+        (lambda w: [w[0], w[1], w[0], w[3]], r"weights\[2\] has the shapes \[\(44, 7\), .* expected \[\(44, 22\), "),
+        (lambda w: [w[0], (w[1][0], w[1][1][:-1], *w[1][2:]), *w[2:]], r"weights\[1\] has the shapes .*\(43, 11\)"),
+    ],
+    ids=["none", "odd", "missing", "layer", "rows"],
+)
+def test_errors_of_weights(change: Callable, message: str) -> None:
+    """Weights that do not fit together are refused before any kernel reads them."""
+    weights = nn.LSTM(X, H, 2, bidirectional=True).all_weights
+    with pytest.raises(RuntimeError, match=message):
+        functional.lstm(torch.randn(T, B, X), None, change(weights), bidirectional=True)
+
+
+@pytest.mark.parametrize(
     ("name", "args", "kwargs"),
     [
-        ("RNN", (I, H), {"nonlinearity": "gelu"}),
-        ("RNN", (I, H, 1, "gelu"), {}),
-        ("RNN", (I, H), {"proj_size": 3}),
-        ("GRU", (I, H), {"proj_size": 3}),
-        ("GRU", (I, H), {"dropout": 1.5}),
-        ("GRU", (I, H), {"bias": 1}),
-        ("GRU", (I, H), {"batch_first": None}),
-        ("GRU", (I, 0), {}),
+        ("RNN", (X, H), {"nonlinearity": "gelu"}),
+        ("RNN", (X, H, 1, "gelu"), {}),
+        ("RNN", (X, H), {"proj_size": 3}),
+        ("GRU", (X, H), {"proj_size": 3}),
+        ("GRU", (X, H), {"dropout": 1.5}),
+        ("GRU", (X, H), {"bias": 1}),
+        ("GRU", (X, H), {"batch_first": None}),
+        ("GRU", (X, 0), {}),
         ("GRU", (0, H), {}),
-        ("GRU", (I, 2.0), {}),
-        ("GRU", (I, H, 0), {}),
-        ("GRU", (I,), {}),
-        ("GRU", (I, H), {"colour": "red"}),
-        ("LSTM", (I, H), {"proj_size": H}),
-        ("LSTM", (I, H), {"proj_size": -1}),
-        ("ConvTranspose2d", (I, H, 3), {"groups": 2}),
-        ("ConvTranspose2d", (I, H, 3), {"padding_mode": "reflect"}),
-        ("ConvTranspose2d", (I, H, 3), {"groups": 0}),
+        ("GRU", (X, 2.0), {}),
+        ("GRU", (X, H, 0), {}),
+        ("GRU", (X,), {}),
+        ("GRU", (X, H), {"colour": "red"}),
+        ("LSTM", (X, H), {"proj_size": H}),
+        ("LSTM", (X, H), {"proj_size": -1}),
+        ("ConvTranspose2d", (X, H, 3), {"groups": 2}),
+        ("ConvTranspose2d", (X, H, 3), {"padding_mode": "reflect"}),
+        ("ConvTranspose2d", (X, H, 3), {"groups": 0}),
     ],
     ids=lambda value: str(value).replace(" ", ""),
 )
@@ -276,11 +312,11 @@ def test_positional_constructors() -> None:
     """Every argument by position, as torch.nn takes them: also RNN's fourth, the nonlinearity."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rnn = nn.RNN(I, H, 2, "relu", False, True, 0.25, True)
-    assert repr(rnn) == repr(torch.nn.RNN(I, H, 2, "relu", False, True, 0.25, True))
+        rnn = nn.RNN(X, H, 2, "relu", False, True, 0.25, True)
+    assert repr(rnn) == repr(torch.nn.RNN(X, H, 2, "relu", False, True, 0.25, True))
     assert (rnn.mode, rnn.nonlinearity) == ("RNN_RELU", "relu")
-    lstm = nn.LSTM(I, H, 2, False, True, 0.25, True, 4, "meta", torch.float64)
-    assert repr(lstm) == repr(torch.nn.LSTM(I, H, 2, False, True, 0.25, True, 4))
+    lstm = nn.LSTM(X, H, 2, False, True, 0.25, True, 4, "meta", torch.float64)
+    assert repr(lstm) == repr(torch.nn.LSTM(X, H, 2, False, True, 0.25, True, 4))
     assert lstm.weight_hr_l1_reverse.is_meta
     assert lstm.weight_hr_l1_reverse.dtype == torch.float64
     conv = nn.ConvTranspose2d(8, 4, (3, 2), 2, 1, 1, 4, False, 3, "zeros", "meta", torch.float64)
@@ -290,7 +326,7 @@ def test_positional_constructors() -> None:
 
 def test_dropout_warning() -> None:
     with pytest.warns(UserWarning, match="dropout option adds dropout after all but last"):
-        nn.GRU(I, H, dropout=0.5)
+        nn.GRU(X, H, dropout=0.5)
 
 
 # ---- the backend argument
@@ -313,15 +349,15 @@ def test_backend_attribute(case: str) -> None:
 
 def test_backend_that_cannot() -> None:
     """An explicit choice that cannot serve raises, with the reasons; it never falls back in silence."""
-    layer = nn.ConvTranspose1d(I, H, 3, backend="cuda")
+    layer = nn.ConvTranspose1d(X, H, 3, backend="cuda")
     with pytest.raises(RuntimeError, match="backend 'cuda' was asked for conv_transpose, but: "):
-        layer(torch.randn(2, I, 6))
+        layer(torch.randn(2, X, 6))
 
 
 def test_choice_follows_the_context() -> None:
     """What was chosen before does not stick when use_backend changes, nor within compiled graphs."""
-    layer = nn.ConvTranspose1d(I, H, 3)
-    x = torch.randn(2, I, 6)
+    layer = nn.ConvTranspose1d(X, H, 3)
+    x = torch.randn(2, X, 6)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
     with mmfast.use_backend("triton"):

@@ -19,13 +19,17 @@
 #define MMFAST_FOR_EACH_ISA(X) X(baseline) MMFAST_FOR_AVX2(X) MMFAST_FOR_AVX512(X)
 
 // every kernel: name, arguments
-#define MMFAST_FOR_EACH_KERNEL(X)                   \
-    X(adversarial_forward, mmfast_adversarial_args) \
+#define MMFAST_FOR_EACH_KERNEL(X)                    \
+    X(adversarial_forward, mmfast_adversarial_args)  \
     X(adversarial_backward, mmfast_adversarial_args) \
-    X(normalize_forward, mmfast_normalize_args) \
-    X(normalize_backward, mmfast_normalize_args) \
-    X(activation_forward, mmfast_activation_args) \
-    X(activation_backward, mmfast_activation_args)
+    X(rnn_forward, mmfast_rnn_forward_args)          \
+    X(rnn_backward, mmfast_rnn_backward_args)        \
+    X(normalize_forward, mmfast_normalize_args)      \
+    X(normalize_backward, mmfast_normalize_args)     \
+    X(activation_forward, mmfast_activation_args)    \
+    X(activation_backward, mmfast_activation_args)   \
+    X(columns_to_image, mmfast_columns_args)         \
+    X(image_to_columns, mmfast_columns_args)
 
 namespace mmfast {
 

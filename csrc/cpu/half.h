@@ -16,6 +16,7 @@ struct Bf16 {
 };
 
 inline float to_float(float x) { return x; }
+inline double to_float(double x) { return x; }
 inline float to_float(Bf16 x) {
     uint32_t u = uint32_t(x.bits) << 16;
     float f;

@@ -26,6 +26,8 @@ using Args = mmfast_normalize_args;
 
 constexpr int64_t kChunkElements = 8192;
 constexpr int kGroup = 4;  // vectors a loop holds in registers
+// rows summed before they are added to a chunk's sum: short chains of additions lose less
+constexpr int64_t kRowBlock = 16;
 
 // An integer known when the kernel is compiled, as an argument.
 template <int kValue>
@@ -119,7 +121,8 @@ inline void each_vector(const T* y, int64_t rows, int64_t stride, int64_t size, 
         const int64_t row = r * stride;
         int64_t i = 0;
         for (; i + kGroup * kWidth <= size; i += kGroup * kWidth)
-            for (int j = 0; j < kGroup; ++j) body(load_float(y + row + i + j * kWidth, kWidth), kWidth, row + i + j * kWidth, j);
+            for (int j = 0; j < kGroup; ++j)
+                body(load_float(y + row + i + j * kWidth, kWidth), kWidth, row + i + j * kWidth, j);
         for (int j = 0; i < size; i += kWidth, ++j) {
             const int width = size - i < kWidth ? int(size - i) : kWidth;
             body(load_float(y + row + i, width), width, row + i, j);
@@ -241,6 +244,17 @@ inline void each_channel_group(int64_t channels, const Body& body) {
     for (; c < channels; c += kWidth) body(Constant<1>{}, c);
 }
 
+// add(r, sums) over the rows, adding to kSums sums in blocks of kRowBlock rows
+template <int kSums, typename V, typename Body>
+inline void sum_rows(int64_t rows, V* total, const Body& add) {
+    for (int64_t r = 0; r < rows;) {
+        const int64_t end = r + kRowBlock < rows ? r + kRowBlock : rows;
+        V sum[kSums] = {};
+        for (; r < end; ++r) add(r, sum);
+        for (int j = 0; j < kSums; ++j) total[j] += sum[j];
+    }
+}
+
 template <typename C>
 inline int lanes_left(int64_t channels, int64_t c) {
     return channels - c < kLanes<C> ? int(channels - c) : kLanes<C>;
@@ -293,23 +307,23 @@ void chunk_moments(const T* y, int64_t rows, int64_t channels, C* about, C* resi
     each_channel_group<C>(channels, [&](auto vectors, int64_t c) {
         constexpr int kVectors = decltype(vectors)::value;
         const int lanes = lanes_left<C>(channels, c);
-        Vec<C> v[kVectors], sum[kVectors] = {}, rest[kVectors] = {}, square[kVectors] = {};
-        for (int64_t r = 0; r < rows; ++r) {
+        Vec<C> v[kVectors], mean[kVectors] = {}, rest[2 * kVectors] = {};
+        sum_rows<kVectors>(rows, mean, [&](int64_t r, Vec<C>* sum) {
             load_row<kVectors, C>(y + r * channels + c, lanes, v);
             for (int j = 0; j < kVectors; ++j) sum[j] += v[j];
-        }
-        for (int j = 0; j < kVectors; ++j) sum[j] = sum[j] / C(rows);
-        for (int64_t r = 0; r < rows; ++r) {
+        });
+        for (int j = 0; j < kVectors; ++j) mean[j] = mean[j] / C(rows);
+        sum_rows<2 * kVectors>(rows, rest, [&](int64_t r, Vec<C>* sum) {
             load_row<kVectors, C>(y + r * channels + c, lanes, v);
             for (int j = 0; j < kVectors; ++j) {
-                const Vec<C> d = v[j] - sum[j];
-                rest[j] += d;
-                square[j] += d * d;
+                const Vec<C> d = v[j] - mean[j];
+                sum[j] += d;
+                sum[kVectors + j] += d * d;
             }
-        }
-        store_row<kVectors, C>(about + c, lanes, sum);
+        });
+        store_row<kVectors, C>(about + c, lanes, mean);
         store_row<kVectors, C>(residual + c, lanes, rest);
-        store_row<kVectors, C>(squares + c, lanes, square);
+        store_row<kVectors, C>(squares + c, lanes, rest + kVectors);
     });
 }
 
@@ -319,8 +333,8 @@ int measure_channels_last(const Args& args, const RowChunks& chunks) {
     C* parts = static_cast<C*>(malloc(size_t(count * args.channels * 3) * sizeof(C)));
     if (!parts) return MMFAST_OUT_OF_MEMORY;
     parallel_for(threads_for(args), count, [&](int64_t i) {
-        const T* y = static_cast<const T*>(args.y) +
-                     (chunks.set(i) * chunks.rows_per_set + chunks.first(i)) * args.channels;
+        const T* y =
+            static_cast<const T*>(args.y) + (chunks.set(i) * chunks.rows_per_set + chunks.first(i)) * args.channels;
         C* part = parts + i * args.channels * 3;
         chunk_moments<T, C>(y, chunks.count(i), args.channels, part, part + args.channels, part + 2 * args.channels);
     });
@@ -402,18 +416,18 @@ int backward_channels_last(const Args& args, const Activation& activation) {
             Affine<C, Vec<C>> affine[kVectors];
             for (int j = 0; j < kVectors; ++j)
                 affine[j] = affine_at<C>(args, scale, invstd, chunks.set(i), c + j * kLanes<C>);
-            Vec<C> v[kVectors], d[kVectors], dz_sum[kVectors] = {}, product_sum[kVectors] = {};
-            for (int64_t r = 0; r < chunks.count(i); ++r) {
+            Vec<C> v[kVectors], d[kVectors], total[2 * kVectors] = {};
+            sum_rows<2 * kVectors>(chunks.count(i), total, [&](int64_t r, Vec<C>* part) {
                 load_row<kVectors, C>(y + r * channels + c, lanes, v);
                 load_row<kVectors, C>(dout + r * channels + c, lanes, d);
                 for (int j = 0; j < kVectors; ++j) {
                     const Vec<C> dz = d[j] * activation.slope(affine[j].argument(v[j]));
-                    dz_sum[j] += dz;
-                    product_sum[j] += dz * affine[j].normalized(v[j]);
+                    part[j] += dz;
+                    part[kVectors + j] += dz * affine[j].normalized(v[j]);
                 }
-            }
-            store_row<kVectors, C>(sum + c, lanes, dz_sum);
-            store_row<kVectors, C>(sum + channels + c, lanes, product_sum);
+            });
+            store_row<kVectors, C>(sum + c, lanes, total);
+            store_row<kVectors, C>(sum + channels + c, lanes, total + kVectors);
         });
     });
 
@@ -517,18 +531,18 @@ int activation_backward_of(const mmfast_activation_args& args) {
 
 }  // namespace
 
-#define MMFAST_BY_DTYPE(function)                 \
-    switch (args.dtype) {                         \
-        case MMFAST_FLOAT32:                      \
-            return function<float, float>(args);  \
-        case MMFAST_FLOAT64:                      \
-            return function<double, double>(args);\
-        case MMFAST_FLOAT16:                      \
-            return function<Half, float>(args);   \
-        case MMFAST_BFLOAT16:                     \
-            return function<Bf16, float>(args);   \
-        default:                                  \
-            return MMFAST_INVALID_ARGUMENT;       \
+#define MMFAST_BY_DTYPE(function)                  \
+    switch (args.dtype) {                          \
+        case MMFAST_FLOAT32:                       \
+            return function<float, float>(args);   \
+        case MMFAST_FLOAT64:                       \
+            return function<double, double>(args); \
+        case MMFAST_FLOAT16:                       \
+            return function<Half, float>(args);    \
+        case MMFAST_BFLOAT16:                      \
+            return function<Bf16, float>(args);    \
+        default:                                   \
+            return MMFAST_INVALID_ARGUMENT;        \
     }
 
 int normalize_forward(const mmfast_normalize_args& args) { MMFAST_BY_DTYPE(forward) }

@@ -6,6 +6,9 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #ifndef MMFAST_ISA
 #define MMFAST_ISA baseline
@@ -44,7 +47,8 @@ constexpr int kLanes = MMFAST_VECTOR_BYTES / int(sizeof(T));
 
 template <typename T>
 inline Vec<T> splat(T value) {
-    return Vec<T>{} + value;
+    // not +, which would turn -0 into 0 and so cost an instruction
+    return value - Vec<T>{};
 }
 
 template <typename T>
@@ -71,6 +75,39 @@ template <typename T>
 inline void store_partial(T* p, Vec<T> v, int n) {
     memcpy(p, &v, size_t(n) * sizeof(T));
 }
+
+#if defined(__AVX512F__)
+// masked instructions: a memcpy of a length known only at run time is a call, ten times as long
+inline Vec<float> load_partial(const float* p, int n, float rest = 0) {
+    return (Vec<float>)_mm512_mask_loadu_ps((__m512)splat(rest), __mmask16((1u << n) - 1), p);
+}
+inline Vec<double> load_partial(const double* p, int n, double rest = 0) {
+    return (Vec<double>)_mm512_mask_loadu_pd((__m512d)splat(rest), __mmask8((1u << n) - 1), p);
+}
+inline void store_partial(float* p, Vec<float> v, int n) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+}
+inline void store_partial(double* p, Vec<double> v, int n) {
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+}
+#elif defined(__AVX2__)
+inline Bits<float> first_lanes(int n, float) { return Bits<float>{0, 1, 2, 3, 4, 5, 6, 7} < n; }
+inline Bits<double> first_lanes(int n, double) { return Bits<double>{0, 1, 2, 3} < int64_t(n); }
+inline Vec<float> load_partial(const float* p, int n, float rest = 0) {
+    const Bits<float> mask = first_lanes(n, rest);
+    return mask ? (Vec<float>)_mm256_maskload_ps(p, (__m256i)mask) : splat(rest);
+}
+inline Vec<double> load_partial(const double* p, int n, double rest = 0) {
+    const Bits<double> mask = first_lanes(n, rest);
+    return mask ? (Vec<double>)_mm256_maskload_pd(p, (__m256i)mask) : splat(rest);
+}
+inline void store_partial(float* p, Vec<float> v, int n) {
+    _mm256_maskstore_ps(p, (__m256i)first_lanes(n, 0.0f), (__m256)v);
+}
+inline void store_partial(double* p, Vec<double> v, int n) {
+    _mm256_maskstore_pd(p, (__m256i)first_lanes(n, 0.0), (__m256d)v);
+}
+#endif
 
 inline Bits<float> as_bits(Vec<float> v) { return (Bits<float>)v; }
 inline Bits<double> as_bits(Vec<double> v) { return (Bits<double>)v; }
@@ -193,13 +230,106 @@ inline V softplus_of(V x) {
     return top + tail;
 }
 
-template <typename V>
-inline V sigmoid_of(V x) {
-    // exp only of what is not positive: small results keep their relative accuracy, none overflows
-    V e = exp_of(-abs_of(x));
-    V numerator = x < 0 ? e : V{} + 1;
-    return numerator / (e + 1);
+// x = k ln 2 + r with |r| <= ln 2 / 2, for -1060 <= x <= 0, and what exp needs of it: `minus_one` = exp(r) - 1, whose
+// relative accuracy holds near 0. Coefficients: minimax for the relative error of exp(r) - 1, 1.3e-8 and 1.8e-17.
+template <typename T>
+struct Exponent {
+    Vec<T> minus_one, power;  // exp(r) - 1, k
+};
+
+inline Exponent<float> exponent_of(Vec<float> x) {
+    const float shifter = 12582912.0f;
+    Vec<float> k = (x * 1.44269504088896341f + shifter) - shifter;
+    Vec<float> r = x - k * 0.693145751953125f;
+    r = r - k * 1.42860682030941723e-6f;
+    Vec<float> q = splat(1.38825168059e-3f);
+    q = q * r + 8.36651548526e-3f;
+    q = q * r + 4.16671997689e-2f;
+    q = q * r + 1.66665436577e-1f;
+    q = q * r + 4.99999981547e-1f;
+    return {(r * r) * q + r, k};
 }
+
+inline Exponent<double> exponent_of(Vec<double> x) {
+    const double shifter = 6755399441055744.0;
+    Vec<double> k = (x * 1.4426950408889634074 + shifter) - shifter;
+    Vec<double> r = x - k * 6.93147180369123816490e-01;
+    r = r - k * 1.90821492927058770002e-10;
+    Vec<double> q = splat(2.5053775125185351991e-8);
+    q = q * r + 2.7626027055292505834e-7;
+    q = q * r + 2.7557407513647788689e-6;
+    q = q * r + 2.4801505299484149955e-5;
+    q = q * r + 1.9841269719065305512e-4;
+    q = q * r + 1.3888888931545012484e-3;
+    q = q * r + 8.3333333333895170271e-3;
+    q = q * r + 4.1666666666576809671e-2;
+    q = q * r + 1.6666666666666589338e-1;
+    q = q * r + 5.0000000000000051755e-1;
+    return {(r * r) * q + r, k};
+}
+
+// v * 2^k for -150 <= k <= 0 (-1075 for double), subnormal results rounded once or twice
+inline Vec<float> scale_of(Vec<float> v, Vec<float> k) {
+#if defined(__AVX512F__)
+    // maskz: gcc warns of the plain form's own undefined operand
+    return (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)v, (__m512)k);
+#else
+    // the integer in the low bits of a float of this size; halves, so that each power is a normal number
+    Bits<float> whole = as_bits(k + 12582912.0f) - 0x4b400000;
+    Bits<float> half = whole >> 1;
+    v = v * as_float((half + 127) << 23);
+    return v * as_float((whole - half + 127) << 23);
+#endif
+}
+inline Vec<double> scale_of(Vec<double> v, Vec<double> k) {
+#if defined(__AVX512F__)
+    return (Vec<double>)_mm512_maskz_scalef_pd(0xff, (__m512d)v, (__m512d)k);
+#else
+    Bits<double> whole = as_bits(k + 6755399441055744.0) - 0x4338000000000000LL;
+    Bits<double> half = whole >> 1;
+    v = v * as_float((half + 1023) << 52);
+    return v * as_float((whole - half + 1023) << 52);
+#endif
+}
+
+inline Vec<float> negative_of(Vec<float> v) { return as_float(as_bits(v) | int32_t(0x80000000)); }
+inline Vec<double> negative_of(Vec<double> v) { return as_float(as_bits(v) | int64_t(0x8000000000000000ULL)); }
+inline Vec<float> with_sign(Vec<float> v, Vec<float> sign) {
+    return as_float(as_bits(v) | (as_bits(sign) & int32_t(0x80000000)));
+}
+inline Vec<double> with_sign(Vec<double> v, Vec<double> sign) {
+    return as_float(as_bits(v) | (as_bits(sign) & int64_t(0x8000000000000000ULL)));
+}
+
+template <typename T>
+constexpr T kSmallestExponent = sizeof(T) == 4 ? T(-104) : T(-746);
+
+// 1 / (1 + exp(-x)), at most 2 ulp off over the full range, subnormal results included; NaN stays NaN.
+template <typename T>
+inline Vec<T> sigmoid_lanes(Vec<T> x) {
+    // exp only of what is not positive: small results keep their relative accuracy, none overflows
+    Vec<T> a = max_of(splat(kSmallestExponent<T>), negative_of(x));
+    Exponent<T> part = exponent_of(a);
+    Vec<T> e = scale_of(part.minus_one + T(1), part.power);
+    Vec<T> numerator = x < 0 ? e : splat(T(1));
+    return numerator / (e + T(1));
+}
+inline Vec<float> sigmoid_of(Vec<float> x) { return sigmoid_lanes<float>(x); }
+inline Vec<double> sigmoid_of(Vec<double> x) { return sigmoid_lanes<double>(x); }
+
+// tanh(x) = -m / (m + 2), m = exp(-2|x|) - 1 <= 0, at most 2 ulp off over the full range: where 2|x| < ln 2 / 2, m is
+// the polynomial alone, and beyond 2^k * (exp(r) - 1) + (2^k - 1) cancels nothing; NaN stays NaN.
+template <typename T>
+inline Vec<T> tanh_lanes(Vec<T> x) {
+    // from here on tanh is 1 to the last bit, and 2^k is still far from subnormal
+    Vec<T> a = max_of(splat(T(-60)), negative_of(x + x));
+    Exponent<T> part = exponent_of(a);
+    Vec<T> scale = scale_of(splat(T(1)), part.power);
+    Vec<T> m = part.minus_one * scale + (scale - T(1));
+    return with_sign(abs_of(m / (m + T(2))), x);
+}
+inline Vec<float> tanh_of(Vec<float> x) { return tanh_lanes<float>(x); }
+inline Vec<double> tanh_of(Vec<double> x) { return tanh_lanes<double>(x); }
 
 }  // namespace MMFAST_ISA
 }  // namespace mmfast

@@ -31,7 +31,7 @@ MMFAST_DEVICE C softplus_of(C u) {
 template <typename C>
 MMFAST_DEVICE C sigmoid_of(C u) {
     const C e = exp_of(-abs_of(u));
-    return (u < 0 ? e : C(1)) / (C(1) + e);
+    return divide(u < 0 ? e : C(1), C(1) + e);
 }
 
 template <int kPhi, typename C>
@@ -57,7 +57,7 @@ MMFAST_DEVICE C slope_of(C u, C tilt) {
     if constexpr (kPhi == MMFAST_ABS) return u > 0 ? C(1) : u < 0 ? C(-1) : C(0);
     if constexpr (kPhi == MMFAST_SIGMOID) {
         const C e = exp_of(-abs_of(u));
-        return e / ((C(1) + e) * (C(1) + e));
+        return divide(e, (C(1) + e) * (C(1) + e));
     }
     return C(1);
 }

@@ -22,7 +22,7 @@
 //   barrier(), warp_barrier(mask)                                              execution and memory order
 //   shuffle, shuffle_xor, shuffle_down, ballot, warp_sum                       among the lanes of mask (default: all 32)
 //   atomic_add, atomic_max                                                     integers only: results stay deterministic
-//   exp_of log1p_of abs_of tanh_of                                             accurate
+//   exp_of log1p_of abs_of tanh_of fma_of divide                               accurate
 //   exp2_approx tanh_approx reciprocal_approx                                  one instruction, with its documented error
 //   Half, Bf16, to_float, from_float<T>, Compute<T>                            16-bit storage, float32 arithmetic
 //   Buffers                                                                    host: pointers into Global views
@@ -123,7 +123,20 @@ template <typename T>
 MMFAST_DEVICE void store(Global<T> x, int64_t i, T value) {
     x.p[i] = value;
 }
-// 16-byte vectors move as uint4, so that the compiler never splits them
+// The four 32-bit words of a 16-byte vector.
+template <typename V>
+MMFAST_DEVICE uint4 words_of(const V& v) {
+    uint4 words;
+    if constexpr (sizeof(v.at[0]) == 2) {
+        words.x = v.at[0].bits | uint32_t(v.at[1].bits) << 16;
+        words.y = v.at[2].bits | uint32_t(v.at[3].bits) << 16;
+        words.z = v.at[4].bits | uint32_t(v.at[5].bits) << 16;
+        words.w = v.at[6].bits | uint32_t(v.at[7].bits) << 16;
+    } else {
+        memcpy(&words, &v, sizeof words);
+    }
+    return words;
+}
 template <int N, typename T>
 MMFAST_DEVICE Vector<Value<T>, N> load_vector(Global<T> x, int64_t i) {
     Vector<Value<T>, N> v;
@@ -138,9 +151,11 @@ MMFAST_DEVICE Vector<Value<T>, N> load_vector(Global<T> x, int64_t i) {
 template <int N, typename T>
 MMFAST_DEVICE void store_vector(Global<T> x, int64_t i, Vector<T, N> v) {
     if constexpr (sizeof(v) == 16) {
-        uint4 words;
-        memcpy(&words, &v, sizeof words);
-        *reinterpret_cast<uint4*>(x.p + i) = words;
+        // an assignment of 16 bytes is compiled into four of 4 bytes for compute capability 8 and 9
+        const uint4 words = words_of(v);
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(x.p + i)), "r"(words.x),
+                     "r"(words.y), "r"(words.z), "r"(words.w)
+                     : "memory");
     } else {
         *reinterpret_cast<Vector<T, N>*>(x.p + i) = v;
     }
@@ -204,6 +219,7 @@ MMFAST_DEVICE float abs_of(float x) { return fabsf(x); }
 MMFAST_DEVICE double abs_of(double x) { return fabs(x); }
 MMFAST_DEVICE float tanh_of(float x) { return tanhf(x); }
 MMFAST_DEVICE double tanh_of(double x) { return tanh(x); }
+MMFAST_DEVICE float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 
 MMFAST_DEVICE float exp2_approx(float x) {
     float y;
@@ -294,6 +310,15 @@ int launch(const Kernel& kernel, int64_t blocks, int shared_bytes, void* stream)
 
 namespace mmfast {
 namespace device {
+
+// a / b for a finite, normal b whose reciprocal is normal: to the last bit but for rare ties, and without the slow path
+// of the division operator, which costs registers and a call.
+MMFAST_DEVICE float divide(float a, float b) {
+    const float reciprocal = reciprocal_approx(b);
+    const float quotient = a * reciprocal;
+    return fma_of(fma_of(-b, quotient, a), reciprocal, quotient);
+}
+MMFAST_DEVICE double divide(double a, double b) { return a / b; }
 
 // The sum over all threads of the block, in thread 0 (other threads get a part of it): a butterfly in each warp, then
 // one over the warps. `sums` has 32 elements and may be used again after the next barrier.

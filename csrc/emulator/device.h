@@ -268,6 +268,7 @@ inline float abs_of(float x) { return fabsf(x); }
 inline double abs_of(double x) { return fabs(x); }
 inline float tanh_of(float x) { return tanhf(x); }
 inline double tanh_of(double x) { return tanh(x); }
+inline float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 
 // Largest relative errors, none below what the PTX ISA manual states for ex2.approx.ftz.f32, tanh.approx.f32 and
 // rcp.approx.ftz.f32.

@@ -9,6 +9,7 @@ Sources of the shapes: the models' published configurations, named in each case.
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,12 @@ import torch
 from torch import Tensor
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+#: what is measured of a layer or a loss; of a whole model it is a training step
+PASSES = ("forward", "forward+backward", "double backward")
+STEP = "training step"
+
+OPS = ("rnn", "conv_transpose", "adversarial")
 
 
 @dataclass(frozen=True)
@@ -64,15 +71,39 @@ class RnnCase:
         shape = (self.steps, self.batch, self.input_size) if self.steps else (self.batch, self.input_size)
         return [torch.randn(shape, generator=generator).to(device, dtype)]
 
-    def run(self, module: torch.nn.Module, x: Tensor) -> Tensor:
-        """The tensor whose gradient is taken."""
+    def initial(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> list[Tensor]:
+        """Initial states: h_0, and c_0 for an LSTM."""
+        stacked = (self.layers * (1 + self.bidirectional),) if self.steps else ()
+        shape = (*stacked, self.batch, self.hidden_size)
+        count = 2 if self.mode == "LSTM" else 1
+        return [torch.randn(shape, generator=generator).tanh().to(device, dtype) for _ in range(count)]
+
+    def shrunk(self, batch: int, length: int, width: int) -> RnnCase:
+        """The same layer with at most so many rows, steps and units."""
+        return replace(
+            self,
+            batch=min(self.batch, batch),
+            steps=min(self.steps, length),
+            input_size=min(self.input_size, width),
+            hidden_size=min(self.hidden_size, width),
+        )
+
+    def outputs(self, module: torch.nn.Module, x: Tensor, *state: Tensor) -> dict[str, Tensor]:
+        """output, h_n and c_n of a layer; h and c of a Cell."""
+        hx = (state if len(state) > 1 else state[0]) if state else None
         if not self.steps:
-            y = module(x)
-            return y[0] if isinstance(y, tuple) else y
+            y = module(x, hx)
+            return {"h": y[0], "c": y[1]} if isinstance(y, tuple) else {"h": y}
         if self.packed:
-            packed = torch.nn.utils.rnn.pack_padded_sequence(x, self.lengths())
-            return module(packed)[0].data
-        return module(x)[0]
+            y, last = module(torch.nn.utils.rnn.pack_padded_sequence(x, self.lengths()), hx)
+            y = y.data
+        else:
+            y, last = module(x, hx)
+        return {"output": y, **(dict(zip(("h_n", "c_n"), last, strict=True)) if self.mode == "LSTM" else {"h_n": last})}
+
+    def run(self, module: torch.nn.Module, x: Tensor, *state: Tensor) -> Tensor:
+        """The tensor whose gradient is taken."""
+        return next(iter(self.outputs(module, x, *state).values()))
 
     def work(self, dtype: torch.dtype) -> Work:
         rows = int(self.lengths().sum()) if self.packed else max(self.steps, 1) * self.batch
@@ -139,8 +170,28 @@ class ConvTransposeCase:
         shape = (self.batch, self.in_channels, *self.size)
         return [torch.randn(shape, generator=generator).to(device, dtype)]
 
+    def outputs(self, module: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
+        return {"output": module(x)}
+
     def run(self, module: torch.nn.Module, x: Tensor) -> Tensor:
         return module(x)
+
+    def initial(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> list[Tensor]:
+        """None: a convolution has no state."""
+        return []
+
+    def shrunk(self, batch: int, length: int, width: int) -> ConvTransposeCase:
+        """The same layer with at most so many samples, positions a side and channels; depthwise stays depthwise."""
+        inner, outer = min(self.in_channels, width), min(self.out_channels, width)
+        groups = inner if self.groups == self.in_channels else self.groups
+        return replace(
+            self,
+            batch=min(self.batch, batch),
+            size=tuple(min(side, length) for side in self.size),
+            in_channels=inner,
+            out_channels=outer,
+            groups=groups,
+        )
 
     def out_size(self) -> list[int]:
         return [(side - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding for side in self.size]
@@ -177,9 +228,23 @@ class AdversarialCase:
     def inputs(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> list[Tensor]:
         return [3 * torch.randn(shape, generator=generator).to(device, dtype) for shape in self.shapes * 2]
 
+    def outputs(self, module: Any, *logits: Tensor) -> dict[str, Tensor]:
+        """Both losses."""
+        half = len(logits) // 2
+        return {"discriminator": self.run(module, *logits), "generator": module.generator(logits[half:])}
+
     def run(self, module: Any, *logits: Tensor) -> Tensor:
         half = len(logits) // 2
         return module.discriminator(logits[:half], logits[half:])
+
+    def initial(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> list[Tensor]:
+        """None: a loss has no state."""
+        return []
+
+    def shrunk(self, batch: int, length: int, width: int) -> AdversarialCase:
+        """The same loss of tensors of at most batch x length x width numbers."""
+        most = batch * length * width
+        return replace(self, shapes=tuple((min(math.prod(shape), most),) for shape in self.shapes))
 
     def work(self, dtype: torch.dtype) -> Work:
         return Work(0.0, 2.0 * sum(math.prod(shape) for shape in self.shapes) * dtype.itemsize)
@@ -253,3 +318,65 @@ def cases(op: str | None = None) -> list[Case]:
     """All cases, or those of one op: "rnn", "conv_transpose" or "adversarial"."""
     every: Sequence[Case] = [*_rnn_cases(), *_conv_transpose_cases(), *_adversarial_cases()]
     return [case for case in every if op is None or case.op == op]
+
+
+#: what `mmfast bench` measures unless told otherwise: for each op the kinds of case that differ most
+REPRESENTATIVE = (
+    "article-LSTM-*",
+    "layer-GRU-T128-B64-*",
+    "layer-LSTM-T128-B1-*",
+    "layer-RNN-T128-B8-*",
+    "attngan-LSTM-*",
+    "speech-GRU-*",
+    "cell-LSTM-cell-B1-*",
+    "dcgan-512to256-*",
+    "dcgan-64to3-*",
+    "cyclegan-*",
+    "hifigan-v1-512to256-*",
+    "encodec-64to32-*",
+    "mimi-*",
+    "unet3d-*",
+    "dcgan-non-saturating-*",
+    "patchgan-hinge-*",
+    "large-lsgan-*",
+    "hifigan-lsgan-*",
+)
+
+
+def modes(case: Any) -> tuple[str, ...]:
+    """What is measured of a case: every pass that applies, or a model's own modes."""
+    if not isinstance(case, AdversarialCase):
+        return getattr(case, "modes", PASSES)
+    # the others' second derivative is zero
+    return PASSES if case.mode in ("non-saturating", "lsgan") else PASSES[:2]
+
+
+def usual_modes(case: Any) -> tuple[str, ...]:
+    """`modes`, but double backward of a few only, for the sake of time."""
+    twice = ("cell-LSTM-", "dcgan-512to256-", "dcgan-non-saturating-")
+    return tuple(mode for mode in modes(case) if mode != PASSES[2] or case.name.startswith(twice))
+
+
+def matching(patterns: Sequence[str], op: str | None = None) -> list[Case]:
+    """The cases whose name fits any of the shell patterns."""
+    return [case for case in cases(op) if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)]
+
+
+def from_shape(text: str) -> list[RnnCase]:
+    """An RNN, a GRU and an LSTM of the shape `T128,B64,I128,H128`, with `L2` of two layers; ValueError otherwise."""
+    sizes = {part[:1]: part[1:] for part in text.split(",")}
+    if not {"T", "B", "I", "H"} <= sizes.keys() <= {"T", "B", "I", "H", "L"} or not all(
+        size.isdigit() and int(size) > 0 for size in sizes.values()
+    ):
+        raise ValueError(f"shape {text!r}; expected steps, batch, input and hidden size: T128,B64,I128,H128 (and L2)")
+    steps, batch, wide, hidden, layers = (int(sizes.get(name, 1)) for name in "TBIHL")
+    return [RnnCase("shape", mode, steps, batch, wide, hidden, layers) for mode in GATES]
+
+
+def scaling() -> list[RnnCase]:
+    """One LSTM whose steps, batch and hidden size vary, one at a time."""
+    base = RnnCase("scaling", "LSTM", 64, 16, 128, 128)
+    points: list[RnnCase] = [replace(base, steps=steps) for steps in (16, 32, 64, 128, 256)]
+    points += [replace(base, batch=batch) for batch in (1, 4, 64)]
+    points += [replace(base, hidden_size=hidden) for hidden in (32, 64, 256)]
+    return points

@@ -11,11 +11,12 @@ the same `state_dict` keys and shapes, so weights move freely between them.
 from mmfast.models.adversaries import ConditionalDiscriminator, ConditionalGenerator
 from mmfast.models.article import Decoder, Discriminator, Encoder, Generator
 from mmfast.models.image import ImageDecoder, ImageEncoder
-from mmfast.models.multimodal import Multimodal, Output, combine
+from mmfast.models.multimodal import MODALITIES, Multimodal, Output, combine
 from mmfast.models.speech import SpeechDecoder, SpeechEncoder
 from mmfast.models.text import TextDecoder, TextEncoder
 
 __all__ = [
+    "MODALITIES",
     "ConditionalDiscriminator",
     "ConditionalGenerator",
     "Decoder",

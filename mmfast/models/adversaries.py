@@ -15,7 +15,7 @@ class ConditionalGenerator(torch.nn.Module):
     Source: Radford et al., "Unsupervised Representation Learning with Deep Convolutional GANs" (2016).
     """
 
-    def __init__(self, noise_size: int, code_size: int, size: int, width: int = 64, *, nn: Any = torch.nn) -> None:
+    def __init__(self, noise_size: int, code_size: int, size: int, width: int = 48, *, nn: Any = torch.nn) -> None:
         super().__init__()
         self.noise_size = noise_size
         self.layers = upsampling(noise_size + code_size, size, width, nn)
@@ -35,7 +35,7 @@ class ConditionalDiscriminator(torch.nn.Module):
     for Generative Adversarial Networks" (2018).
     """
 
-    def __init__(self, code_size: int, size: int, width: int = 32, *, nn: Any = torch.nn) -> None:
+    def __init__(self, code_size: int, size: int, width: int = 24, *, nn: Any = torch.nn) -> None:
         super().__init__()
         normalised = nn.utils.parametrizations.spectral_norm
         layers: list[torch.nn.Module] = []

@@ -43,7 +43,7 @@ class ImageEncoder(torch.nn.Module):
     Input `images`: (B, 3, size, size) in [-1, 1]. Output: (B, code_size), each row normalised (LayerNorm).
     """
 
-    def __init__(self, code_size: int, size: int, width: int = 32, *, nn: Any = torch.nn) -> None:
+    def __init__(self, code_size: int, size: int, width: int = 24, *, nn: Any = torch.nn) -> None:
         super().__init__()
         layers: list[torch.nn.Module] = []
         given = 3
@@ -63,7 +63,7 @@ class ImageEncoder(torch.nn.Module):
 class ImageDecoder(torch.nn.Module):
     """Transposed convolutions from a code to an image: (B, code_size) to (B, 3, size, size) in (-1, 1)."""
 
-    def __init__(self, code_size: int, size: int, width: int = 32, *, nn: Any = torch.nn) -> None:
+    def __init__(self, code_size: int, size: int, width: int = 24, *, nn: Any = torch.nn) -> None:
         super().__init__()
         self.layers = upsampling(code_size, size, width, nn)
 

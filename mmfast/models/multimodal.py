@@ -33,7 +33,7 @@ class Output(NamedTuple):
     condition: Tensor  # (B, code_size): the mean of the codes that the generator was given
     picture: Tensor  # (B, 3, size, size): G(noise, condition)
     image: Tensor  # (B, 3, size, size): the image decoder's
-    text: Tensor  # (B, T + 1, 256): the text decoder's logits
+    text: Tensor  # (N, 256): the text decoder's logits of all bytes and ends, caption after caption
     speech: Tensor  # (R, F, mels): the speech decoder's
 
 
@@ -90,6 +90,6 @@ class Multimodal(torch.nn.Module):
             condition=condition,
             picture=self.generator(noise, condition),
             image=self.decode_image(codes[:, 0]),
-            text=self.decode_text(codes[:, 1], batch.text),
+            text=self.decode_text(codes[:, 1], batch.text, batch.text_lengths),
             speech=self.decode_speech(codes[spoken, 2], batch.speech.shape[1]) if len(spoken) else batch.speech[:0],
         )

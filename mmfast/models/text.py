@@ -21,23 +21,35 @@ def pooled_rnn(rnn: torch.nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
     return hidden.amax(1)
 
 
+def written_bytes(text: Tensor, lengths: Tensor) -> Tensor:
+    """The bytes of all captions, caption after caption, each with the 0 that ends it: (N,), N = sum(lengths) + B."""
+    ended = torch.nn.functional.pad(text, (0, 1))
+    return ended[within(lengths.to(text.device) + 1, ended.shape[1])]
+
+
 class TextEncoder(torch.nn.Module):
-    """Bytes to a code: embedding, one convolution over neighbouring bytes, packed bidirectional GRU, maximum over time.
+    """Bytes to a code: embedding, a convolution over neighbouring bytes, packed bidirectional GRU, maximum over time.
+
+    The convolution keeps every `stride`-th place, which makes the recurrence, whose steps cannot run side by side, so
+    many times shorter.
 
     Input `text`: (B, T) int64 bytes, 0-padded; `lengths`: (B,) int64, each >= 1. Output: (B, code_size), each row
     normalised (LayerNorm). The code of a caption does not depend on how far the batch is padded.
     """
 
-    def __init__(self, code_size: int, hidden_size: int = 128, embedding_size: int = 64, *, nn: Any = torch.nn) -> None:
+    def __init__(
+        self, code_size: int, hidden_size: int = 128, embedding_size: int = 64, stride: int = 2, *, nn: Any = torch.nn
+    ) -> None:
         super().__init__()
+        self.stride = stride
         self.embedding = nn.Embedding(BYTES, embedding_size, padding_idx=0)
-        self.neighbours = nn.Sequential(nn.Conv1d(embedding_size, hidden_size, 5, padding=2), nn.ReLU())
+        self.neighbours = nn.Sequential(nn.Conv1d(embedding_size, hidden_size, 5, stride, padding=2), nn.ReLU())
         self.rnn = nn.GRU(hidden_size, hidden_size, batch_first=True, bidirectional=True)
         self.code = nn.Sequential(nn.Linear(2 * hidden_size, code_size), nn.LayerNorm(code_size))
 
     def forward(self, text: Tensor, lengths: Tensor) -> Tensor:
         x = self.neighbours(self.embedding(text).transpose(1, 2)).transpose(1, 2)
-        return self.code(pooled_rnn(self.rnn, x, lengths))
+        return self.code(pooled_rnn(self.rnn, x, -(-lengths // self.stride)))
 
 
 class TextDecoder(torch.nn.Module):
@@ -51,16 +63,16 @@ class TextDecoder(torch.nn.Module):
         self.rnn = nn.GRU(embedding_size, hidden_size, batch_first=True)
         self.byte = nn.Linear(hidden_size, BYTES)
 
-    def forward(self, codes: Tensor, text: Tensor) -> Tensor:
-        """Logits of each byte and of the end, given the true bytes before it.
+    def forward(self, codes: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
+        """Logits of each byte and of the end, given the code and the true bytes before it.
 
-        `codes`: (B, code_size), `text`: (B, T) int64 bytes, 0-padded. Output: (B, T + 1, 256); position t is the guess
-        of byte t, and a caption of length n ends with byte 0 at position n.
+        `codes`: (B, code_size); `text`: (B, T) int64 bytes, 0-padded; `lengths`: (B,) int64. Output: (N, 256), one row
+        for each of `written_bytes`; padding, which is most of a batch, gets none.
         """
         before = torch.nn.functional.pad(text, (1, 0))
         x = self.embedding(before) + self.given(codes)[:, None]
         hidden, _ = self.rnn(x, self.start(codes)[None])
-        return self.byte(hidden)
+        return self.byte(hidden[within(lengths.to(hidden.device) + 1, hidden.shape[1])])
 
     @torch.no_grad()
     def write(self, codes: Tensor, longest: int = 64) -> list[str]:

@@ -38,18 +38,25 @@ class _Sequence(Twin, torch.nn.RNNBase):
     def _flat_weights(self, weights: Any) -> None:
         """RNNBase renews its list here; there is none."""
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Any, Any]:
+        if lengths is not None:
+            self._check_padded(input)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() == 3:
             if hx is not None:
                 self._check_dims(hx, "batched", 3)
-            return self._call(input, hx)
+            return self._call(input, hx, lengths=lengths)
         if input.dim() == 2:
             return self._forward_unbatched(input, hx)
         kind = "tensor instead" if self.mode.startswith("RNN") else "instead"
         name = self.mode.partition("_")[0]
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D {kind}")
+
+    def _check_padded(self, input: Any) -> None:
+        if isinstance(input, PackedSequence) or input.dim() != 3:
+            kind = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D input"
+            raise RuntimeError(f"lengths were given with {kind}; expected padded 3-D input")
 
     def _forward_unbatched(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
         batch_dim = 0 if self.batch_first else 1
@@ -71,7 +78,9 @@ class _Sequence(Twin, torch.nn.RNNBase):
         if hx.dim() != dims:
             raise RuntimeError(f"For {kind} {dims}-D input, hx should also be {dims}-D but got {hx.dim()}-D tensor")
 
-    def _call(self, input: Tensor, hx: Any, batch_sizes: Tensor | None = None) -> tuple[Tensor, Any]:
+    def _call(
+        self, input: Tensor, hx: Any, batch_sizes: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         return _FUNCTIONS[self.mode](
             input,
             hx,
@@ -81,6 +90,7 @@ class _Sequence(Twin, torch.nn.RNNBase):
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
             batch_sizes=batch_sizes,
+            lengths=lengths,
             backend=self.backend,
         )
 
@@ -103,6 +113,7 @@ class RNN(_Sequence):
 
     input: (T, B, I), with batch_first (B, T, I), unbatched (T, I), or a PackedSequence.
     hx: (layers * directions, B, H), unbatched without B; None: zeros.
+    lengths (keyword-only): (B,) integers, the steps of each sequence of a padded batch; `mmfast.functional.rnn`.
     Returns the last layer's output (T, B, directions * H) in the layout of the input, and the final state like hx.
     backend (keyword-only, an attribute): "torch", "cpu", "triton", "cuda" or None (mmfast chooses); not in state_dict.
     Dtypes, differentiability: `mmfast.functional.rnn`.

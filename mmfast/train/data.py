@@ -183,7 +183,7 @@ def prepare(
         return dataset
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{name}.lock", progress):
+        with _locked(root / f".{name}.lock", progress):
             dataset = _opened(root / name)
             if dataset is None:
                 material = emoji_material(limit) if own is None else folder_material(own)
@@ -456,7 +456,7 @@ def _mapped(path: Path) -> Tensor:
 
 
 def _disk_trouble(root: Path, error: OSError) -> str:
-    elsewhere = "or choose another folder with MMFAST_DATA"
+    elsewhere = "or choose another folder with --cache or MMFAST_DATA"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left for the prepared data in {root}; free some (emoji of size 32 take 65 MB) {elsewhere}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

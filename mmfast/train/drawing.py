@@ -23,7 +23,7 @@ INK, PALE, PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 
 @dataclass
 class Entry:
-    """One row of a grid: what was asked for, and pictures (3, S, S) in [-1, 1] under the section's headings."""
+    """What was asked for, and pictures (3, height, width) in [-1, 1] under the section's headings, drawn as squares."""
 
     text: str
     pictures: list[Tensor]

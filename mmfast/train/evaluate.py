@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,10 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 import mmfast
-from mmfast.models import Multimodal
-from mmfast.models.text import within
+from mmfast.models import MODALITIES, Multimodal
+from mmfast.models.text import within, written_bytes
 from mmfast.train import drawing
-from mmfast.train.data import Dataset
+from mmfast.train.data import MAX_BYTES, Dataset
 from mmfast.train.settings import Settings
 from mmfast.train.step import PlainHinge, Step
 
@@ -49,7 +50,8 @@ def held_out_errors(model: Multimodal, dataset: Dataset, settings: Settings, mos
     speech, mean_speech: mean absolute error in standard deviations of log-mel, and that of the mean frame.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    chosen = dataset.held_out[torch.randperm(len(dataset.held_out), generator=generator)[:most]]
+    captions = kept_out(dataset)
+    chosen = captions[torch.randperm(len(captions), generator=generator)[:most]]
     constant = mean_picture(dataset)
     means = Means()
     for captions in chosen.split(settings.batch):
@@ -60,9 +62,8 @@ def held_out_errors(model: Multimodal, dataset: Dataset, settings: Settings, mos
         means.add("mean_image", (constant - true).abs())
         means.add("image", (levels(model.decode_image(codes[:, 0])) - true).abs())
         means.add("picture_of_text", (levels(model.generator(noise, codes[:, 1])) - true).abs())
-        asked = within(batch.text_lengths + 1, batch.text.shape[1] + 1)
-        right = torch.nn.functional.pad(batch.text, (0, 1))[asked]
-        means.add("text", model.decode_text(codes[:, 1], batch.text)[asked].argmax(1) != right)
+        guessed = model.decode_text(codes[:, 1], batch.text, batch.text_lengths).argmax(1)
+        means.add("text", guessed != written_bytes(batch.text, batch.text_lengths))
         heard = present[:, 2]
         if heard.any():
             spoken = batch.speech[heard]
@@ -128,48 +129,75 @@ def compare_speed(
 def draw_samples(model: Multimodal, dataset: Dataset, settings: Settings, path: Path) -> None:
     """The sample grid: pictures of typed and of spoken held-out captions beside the true ones, and reconstructions."""
     generator = torch.Generator().manual_seed(settings.seed)
-    sections = []
-    for modality, how, captions in (
-        (1, "typed", shown(dataset, generator, 12, spoken=False)),
-        (2, "spoken", shown(dataset, generator, 6, spoken=True)),
-    ):
-        if not len(captions):
-            continue
-        batch = dataset.batch(captions)
-        codes, _ = model.encode(batch)
-        noises = torch.randn(3, len(captions), settings.noise_size, generator=generator)
-        drawn = [model.generator(noise, codes[:, modality]) for noise in noises]
-        title = f"{how}, from names that were kept out of training"
-        texts = [dataset.texts[i] for i in captions]
-        sections.append(section(title, ["true", "drawn", "", ""], texts, [batch.images, *drawn]))
-        if modality == 1:
-            texts = [
-                f"{given} \u2192 {made}"
-                for given, made in zip(texts, model.decode_text.write(codes[:, 1]), strict=True)
-            ]
-            decoded = section(
-                "reconstructed: text and picture, each from its own code",
-                ["true", "decoded"],
-                texts,
-                [batch.images, model.decode_image(codes[:, 0])],
-            )
-    drawing.draw_sections(path, [*sections, decoded])
+    typed = shown(dataset, generator, 12, spoken=False)
+    spoken = shown(dataset, generator, 6, spoken=True)
+    noises = torch.randn(3, len(typed), settings.noise_size, generator=generator)
+    sections = [drawn_section(model, dataset, noises, typed, "text", "typed")]
+    if len(spoken):
+        sections.append(drawn_section(model, dataset, noises[:, : len(spoken)], spoken, "speech", "spoken"))
+    sections.append(decoded_section(model, dataset, typed))
+    if len(spoken):
+        sections.append(spectra_section(model, dataset, spoken))
+    drawing.draw_sections(path, sections)
+
+
+def drawn_section(
+    model: Multimodal, dataset: Dataset, noises: Tensor, captions: Tensor, modality: str, how: str
+) -> drawing.Section:
+    """What the generator makes of one modality of the captions, with each of `noises` (N, captions, noise_size)."""
+    batch = dataset.batch(captions)
+    codes = model.encode(batch)[0][:, MODALITIES.index(modality)]
+    drawn = [model.generator(noise, codes) for noise in noises]
+    title = f"{how} names that were {'kept out of' if len(dataset.held_out) else 'in'} the training"
+    headings = ["true", "drawn", *[""] * (len(drawn) - 1)]
+    return section(title, headings, [dataset.texts[i] for i in captions], [batch.images, *drawn])
+
+
+def decoded_section(model: Multimodal, dataset: Dataset, captions: Tensor) -> drawing.Section:
+    """Text and picture of the captions, each decoded from its own code."""
+    batch = dataset.batch(captions)
+    image, text, _ = model.encode(batch)[0].unbind(1)
+    written = model.decode_text.write(text, MAX_BYTES)
+    texts = [f"{dataset.texts[i]} \u2192 {made}" for i, made in zip(captions, written, strict=True)]
+    title = "reconstructed: text and picture, each from its own code"
+    return section(title, ["true", "decoded"], texts, [batch.images, model.decode_image(image)])
+
+
+def spectra_section(model: Multimodal, dataset: Dataset, captions: Tensor) -> drawing.Section:
+    """Log-mel of the spoken captions, time to the right and pitch upwards, and what is decoded from its code."""
+    batch = dataset.batch(captions)
+    made = model.decode_speech(model.encode(batch)[0][:, MODALITIES.index("speech")], batch.speech.shape[1])
+    spectra = [
+        [
+            frames[:length].T.flip(0).expand(3, -1, -1) / 2
+            for frames, length in zip(x, batch.speech_lengths, strict=True)
+        ]
+        for x in (batch.speech, made)
+    ]
+    texts = [dataset.texts[i] for i in captions]
+    return section("reconstructed: speech, from its own code", ["true", "decoded"], texts, spectra)
 
 
 def shown(dataset: Dataset, generator: torch.Generator, count: int, *, spoken: bool) -> Tensor:
-    """Held-out captions to show, (at most count,) int64: of different pictures, short, and drawable by the font."""
+    """Held-out captions to show, (at most count,) int64: of different pictures; short and drawable ones come first."""
+    captions = kept_out(dataset)
+    shuffled = captions[torch.randperm(len(captions), generator=generator)].tolist()
+    candidates = [i for i in shuffled if dataset.has_speech[i] or not spoken]
+    candidates.sort(key=lambda i: len(dataset.texts[i]) > 40 or not drawing.drawable(dataset.texts[i]))
     picked: dict[int, int] = {}
-    held_out = dataset.held_out
-    for i in held_out[torch.randperm(len(held_out), generator=generator)].tolist():
-        text = dataset.texts[i]
-        if (dataset.has_speech[i] or not spoken) and len(text) <= 40 and drawing.drawable(text):
-            picked.setdefault(int(dataset.picture_of[i]), i)
+    for i in candidates:
+        picked.setdefault(int(dataset.picture_of[i]), i)
         if len(picked) == count:
             break
     return torch.tensor(list(picked.values()), dtype=torch.int64)
 
 
-def section(title: str, headings: list[str], texts: list[str], columns: list[Tensor]) -> drawing.Section:
+def kept_out(dataset: Dataset) -> Tensor:
+    """The held-out captions; all captions where the data is too small for any to be held out."""
+    return dataset.held_out if len(dataset.held_out) else dataset.train
+
+
+def section(title: str, headings: list[str], texts: list[str], columns: Sequence[Iterable[Tensor]]) -> drawing.Section:
     entries = [drawing.Entry(text, list(row)) for text, *row in zip(texts, *columns, strict=True)]
     return drawing.Section(title, headings, entries)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import signal
 import tempfile
 import time
@@ -211,7 +212,7 @@ def start(settings: Settings, out: Path | None) -> None:
 
 
 def resume(folder: Path, *, steps: int | None, minutes: float | None, backend: str | None) -> None:
-    """Goes on with a run as if it had never stopped; `steps` and `minutes` replace its limits, counted from its start."""
+    """Goes on with a run as if it had never stopped; `steps` and `minutes`, from its start, replace its limits."""
     settings, config = read_config(folder)
     if steps is not None or minutes is not None:
         settings = replace(settings, steps=steps, minutes=minutes)
@@ -222,11 +223,10 @@ def resume(folder: Path, *, steps: int | None, minutes: float | None, backend: s
         run = Run(folder, settings, prepare(settings))
         run.load()
         if run.finished():
-            raise UserError(
-                f"{folder} has done what it was asked for ({run.step.done} steps, {run.seconds / 60:.1f} minutes): "
-                "give it a larger --steps or --minutes, counted from its start"
-            )
-        write_config(folder, settings, {key: config[key] for key in ("data", "threads") if key in config})
+            print(f"{folder} has done what it was asked for; --steps or --minutes, from its start, let it go on")
+        if config["threads"] != torch.get_num_threads():
+            print(f"begun on {config['threads']} threads, goes on with {torch.get_num_threads()}: rounding will differ")
+        write_config(folder, settings, {key: config[key] for key in ("data", "threads")})
         carry_out(run)
 
 
@@ -301,11 +301,17 @@ def check_writable(folder: Path) -> None:
         pass
 
 
+def unused_name(parent: Path) -> Path:
+    """A folder in `parent` named after date and time, that does not exist yet."""
+    now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    names = (parent / (now if i == 1 else f"{now}-{i}") for i in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
 @contextlib.contextmanager
 def new_folder(out: Path | None) -> Iterator[Path]:
     """A new, empty, writable folder; taken away again where nothing was written into it."""
-    now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    folder = out or Path("runs") / now
+    folder = out or unused_name(Path("runs"))
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with file_errors(folder):

@@ -1,14 +1,26 @@
 """Progress on a terminal as a bar, elsewhere as lines."""
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 LINE_EVERY = 10.0  # seconds, where the output is no terminal
 SHOWN = ("image", "text", "speech", "picture", "generator", "discriminator")
+
+
+class _Bar(RichProgress):
+    """A bar with a line of losses below it."""
+
+    losses = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.losses, style="dim")
 
 
 class Progress:
@@ -16,13 +28,13 @@ class Progress:
 
     def __init__(self) -> None:
         console = Console()
-        self.bar: RichProgress | None = None
-        self.task = None
         self.said = float("-inf")
+        self.bar: _Bar | None = None
         if console.is_terminal:
-            columns = (BarColumn(bar_width=20), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
-            self.bar = RichProgress(*columns, TextColumn("{task.description}"), console=console)
-            self.task = self.bar.add_task("first steps", total=1.0)
+            self.bar = _Bar(
+                BarColumn(), "{task.percentage:3.0f} %", "{task.description}", TimeElapsedColumn(), console=console
+            )
+            self.bar.add_task("first steps", total=1.0)
 
     def __enter__(self) -> "Progress":
         if self.bar is not None:
@@ -37,10 +49,11 @@ class Progress:
 
     def show(self, fraction: float, step: int, losses: dict[str, float], speed: float) -> None:
         """`fraction` of the run done, the step, the mean losses of late, the speed in images a second."""
-        shown = " ".join(f"{name} {losses[name]:.3f}" for name in SHOWN if name in losses)
-        line = f"step {step}  {shown}  {speed:.0f} images/s"
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=fraction, description=line)
+        values = " ".join(f"{name} {losses[name]:.2f}" for name in SHOWN)
+        pace = f"step {step}  {speed:.0f} images/s"
+        if self.bar is not None:
+            self.bar.losses = values
+            self.bar.update(self.bar.task_ids[0], completed=fraction, description=pace)
         elif time.monotonic() - self.said >= LINE_EVERY:
             self.said = time.monotonic()
-            print(f"{100 * fraction:3.0f} %  {line}", flush=True)
+            print(f"{100 * fraction:3.0f} %  {pace}  {values}", flush=True)

@@ -87,6 +87,7 @@ def read_config(run: Path) -> tuple[Settings, dict[str, Any]]:
             f"{mmfast.__version__} reads format {FORMAT}: train anew, or install the mmfast that made it"
         )
     try:
-        return Settings(**config["settings"]), config
+        settings, _, _ = Settings(**config["settings"]), config["threads"], config["data"]
+        return settings, config
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): name another run or train anew") from None

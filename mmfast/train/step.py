@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmfast.models import ConditionalDiscriminator, Multimodal, Output
-from mmfast.models.text import within
+from mmfast.models.text import within, written_bytes
 from mmfast.train.settings import Settings
 
 LOSSES = ("image", "text", "speech", "alignment", "picture", "generator", "discriminator", "gradient")
@@ -33,9 +33,8 @@ def image_loss(made: Tensor, true: Tensor) -> Tensor:
 
 
 def text_loss(logits: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
-    """Nats per byte, the ending byte 0 counted. `logits`: (B, T + 1, 256), `text`: (B, T), `lengths`: (B,)."""
-    asked = within(lengths.to(text.device) + 1, text.shape[1] + 1)
-    return functional.cross_entropy(logits[asked], functional.pad(text, (0, 1))[asked])
+    """Nats per byte, ends counted. `logits`: (N, 256) of TextDecoder, `text`: (B, T), `lengths`: (B,)."""
+    return functional.cross_entropy(logits, written_bytes(text, lengths))
 
 
 def speech_loss(made: Tensor, true: Tensor, lengths: Tensor) -> Tensor:

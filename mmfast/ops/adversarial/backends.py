@@ -163,7 +163,7 @@ class Triton(GpuBackend):
         if kernels is None:
             return [error]
         refusals = []
-        interpreted = not hasattr(kernels.forward_kernel, "warmup")
+        interpreted = kernels.INTERPRETED
         if case.device == "cpu" and not interpreted:
             refusals.append("the logits are on cpu, where Triton needs TRITON_INTERPRET=1, set before it is imported")
         if case.device not in ("cpu", "cuda"):

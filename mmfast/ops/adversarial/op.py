@@ -3,8 +3,8 @@
     mmfast::adversarial_forward(<inputs>, <terms>) -> (Tensor total, Tensor values, Tensor slopes)
     mmfast::adversarial_backward(Tensor dtotal, Tensor slopes, bool[] needed, <inputs>, <terms>) -> Tensor[]
 
-Inputs and terms are those of equations.py; total is without dimensions in the logits' dtype, values (K,) and slopes (K,)
-(without peers (0,)) are in the values' dtype. The backward's gradients are those by the logits, then by the others, of
+Inputs and terms are those of equations.py; total is without dimensions in the logits' dtype, values (K,) and slopes
+(K,) (without peers (0,)) are in the values' dtype. The backward's gradients are those by the logits, then by the others, of
 which `needed` says for each whether it is wanted.
 
 Any order of differentiation in eager: where a gradient of the backward is needed, it is equations.gradient.

@@ -30,6 +30,8 @@ from .equations import Inputs, Terms, columns_of
 
 BLOCK = 2048
 TERMS = 16
+# said outright, because Triton is about to change its default and warns of it
+OPTIONS = {"enable_fp_fusion": True}
 
 _SOFTPLUS = tl.constexpr(equations.SOFTPLUS)
 _SQUARE = tl.constexpr(equations.SQUARE)
@@ -118,12 +120,32 @@ def _argument(x, sign, shift, PHI: tl.constexpr):
 
 
 @triton.jit
-def _difference(logits, other, centre, o_x, m_x, OTHERS: tl.constexpr, CENTRES: tl.constexpr):
-    b_x = tl.load(logits + o_x, mask=m_x, other=0.0).to(tl.float32)
+def _load(p_x, o_x, m_x, left, BLOCK: tl.constexpr):
+    # no mask on a whole chunk: one would keep the loads from being 16 bytes wide, as n is known only at run time
+    if left >= BLOCK:
+        b_x = tl.load(p_x + o_x).to(tl.float32)
+    else:
+        b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def _store(p_x, o_x, m_x, left, b_x, BLOCK: tl.constexpr):
+    if left >= BLOCK:
+        tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty))
+    else:
+        tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def _difference(
+    p_x, p_other, p_centre, o_x, m_x, left, OTHERS: tl.constexpr, CENTRES: tl.constexpr, BLOCK: tl.constexpr
+):
+    b_x = _load(p_x, o_x, m_x, left, BLOCK)
     if OTHERS:
-        b_x -= tl.load(other + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_x -= _load(p_other, o_x, m_x, left, BLOCK)
     if CENTRES:
-        b_x -= tl.load(centre)
+        b_x -= tl.load(p_centre)
     return b_x
 
 
@@ -153,13 +175,17 @@ def forward_kernel(
     for k in tl.static_range(len(PHIS)):
         after = first + tl.cdiv(sizes[k], BLOCK)
         if (i_chunk >= first) & (i_chunk < after):
-            o_x = (i_chunk - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            m_x = o_x < sizes[k]
-            b_x = _difference(logits[k], others[k], centres + PEERS[k], o_x, m_x, OTHERS, CENTRES)
+            start = (i_chunk - first).to(tl.int64) * BLOCK
+            left = sizes[k] - start
+            o_x = tl.arange(0, BLOCK)
+            m_x = o_x < left
+            b_x = _difference(
+                logits[k] + start, others[k] + start, centres + PEERS[k], o_x, m_x, left, OTHERS, CENTRES, BLOCK
+            )
             b_u = _argument(b_x, signs[k], shifts[k], PHIS[k])
             b_y = _phi(b_u, tilts[k], PHIS[k])
             if WEIGHTS:
-                b_w = tl.load(weights[k] + o_x // per_weights[k], mask=m_x, other=0.0)
+                b_w = tl.load(weights[k] + (start + o_x) // per_weights[k], mask=m_x, other=0.0)
                 b_y *= b_w
             tl.store(sums + i_chunk, tl.sum(tl.where(m_x, b_y, 0.0)))
             if SLOPES:
@@ -247,20 +273,28 @@ def backward_kernel(
     for k in tl.static_range(len(PHIS)):
         after = first + tl.cdiv(sizes[k], BLOCK)
         if (i_chunk >= first) & (i_chunk < after):
-            o_x = (i_chunk - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            m_x = o_x < sizes[k]
-            b_x = _difference(logits[k], others[k], centres + PEERS[k], o_x, m_x, OTHERS, CENTRES)
+            start = (i_chunk - first).to(tl.int64) * BLOCK
+            left = sizes[k] - start
+            o_x = tl.arange(0, BLOCK)
+            m_x = o_x < left
+            b_x = _difference(
+                logits[k] + start, others[k] + start, centres + PEERS[k], o_x, m_x, left, OTHERS, CENTRES, BLOCK
+            )
             b_u = _argument(b_x, signs[k], shifts[k], PHIS[k])
             b_dx = _slope(b_u, b_x, tilts[k], PHIS[k]) * (scale * factors[k])
             if WEIGHTS:
-                b_dx *= tl.load(weights[k] + o_x // per_weights[k], mask=m_x, other=0.0)
+                b_dx *= tl.load(weights[k] + (start + o_x) // per_weights[k], mask=m_x, other=0.0)
             if SLOPES:
                 b_dx -= scale * tl.load(slopes + PEERS[k]) / counts[k]
             if NEEDED[k] & 1:
-                tl.store(dlogits[k] + o_x, b_dx.to(dlogits[k].dtype.element_ty), mask=m_x)
+                _store(dlogits[k] + start, o_x, m_x, left, b_dx, BLOCK)
             if NEEDED[k] & 2:
-                tl.store(dothers[k] + o_x, (-b_dx).to(dothers[k].dtype.element_ty), mask=m_x)
+                _store(dothers[k] + start, o_x, m_x, left, -b_dx, BLOCK)
         first = after
+
+
+#: Whether TRITON_INTERPRET=1 made these kernels Python, for CPU tensors.
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 
 def forward(
@@ -275,7 +309,14 @@ def forward(
         slope_sums = torch.empty_like(sums) if wants_slopes else sums
         if group.chunks:
             forward_kernel[(group.chunks,)](
-                *group.tensors, sums, slope_sums, *group.numbers, **group.constants, SLOPES=wants_slopes, BLOCK=BLOCK
+                *group.tensors,
+                sums,
+                slope_sums,
+                *group.numbers,
+                **group.constants,
+                SLOPES=wants_slopes,
+                BLOCK=BLOCK,
+                **OPTIONS,
             )
         finish_kernel[(1,)](
             sums,
@@ -292,6 +333,7 @@ def forward(
             VALUES=values is not None,
             SLOPES=wants_slopes,
             BLOCK=BLOCK,
+            **OPTIONS,
         )
 
 
@@ -324,6 +366,7 @@ def backward(
             NEEDED=tuple((dx is not None) + 2 * (dother is not None) for dx, dother in pairs),
             SLOPES=slopes is not None,
             BLOCK=BLOCK,
+            **OPTIONS,
         )
 
 

@@ -128,10 +128,16 @@ def forward(
     y = convolve(x, weight, bias, geometry)
     u = y
     if epilogue.norm != "none":
+        wide = _wide(y)
         if epilogue.norm != "given":
-            mean, var = moments(y, epilogue.norm)
-        u = _argument(_normalized(y, mean, var, epilogue.eps), norm_weight, norm_bias)
-    return activate(u, epilogue.activation, epilogue.negative_slope), y, mean, var
+            mean, var = moments(wide, epilogue.norm)
+        u = _argument(_normalized(wide, mean, var, epilogue.eps), norm_weight, norm_bias)
+    return activate(u, epilogue.activation, epilogue.negative_slope).to(y.dtype), y, mean, var
+
+
+def _wide(y: Tensor) -> Tensor:
+    """y, or in 16 bits its copy in float32: what norms compute in."""
+    return y.float() if y.dtype.itemsize == 2 else y
 
 
 def _normalized(y: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> Tensor:
@@ -168,10 +174,11 @@ def backward(
         dy = dout * activation_slope(y, epilogue.activation, epilogue.negative_slope)
     else:
         measured = epilogue.norm != "given"
+        wide = _wide(y)
         if measured:
-            mean, var = moments(y, epilogue.norm)
+            mean, var = moments(wide, epilogue.norm)
         assert var is not None
-        normalized = _normalized(y, mean, var, epilogue.eps)
+        normalized = _normalized(wide, mean, var, epilogue.eps)
         u = _argument(normalized, norm_weight, norm_bias)
         du = dout * activation_slope(u, epilogue.activation, epilogue.negative_slope)
         every = [0, *range(2, y.dim())]
@@ -182,5 +189,5 @@ def backward(
             along = (dnormalized * normalized).mean(dims, keepdim=True)
             dnormalized = dnormalized - dnormalized.mean(dims, keepdim=True) - normalized * along
         dy = dnormalized * _spread((var + epilogue.eps).rsqrt(), y)
-    gradients = [*convolve_backward(dy, x, weight, geometry, mask[:3]), dnorm_weight, dnorm_bias]
+    gradients = [*convolve_backward(dy.to(y.dtype), x, weight, geometry, mask[:3]), dnorm_weight, dnorm_bias]
     return [gradient if asked else None for gradient, asked in zip(gradients, mask, strict=True)]

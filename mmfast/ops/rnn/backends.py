@@ -1,12 +1,23 @@
-"""The recurrent op's backends: refusals, preference, and the call."""
+"""The recurrent op's backends: refusals, preference, and the call.
+
+`forward(x, weights, h0, c0, layer, keep)` gives (y, hn, cn, gates, cell), and
+`backward(given, x, weights, h0, c0, layer, saved, need)` the gradients of (x, h0, c0, *weights). Shapes of x, weights
+and states: equations.py; of what is saved, (y, gates, cell): csrc/mmfast.h. Where there is none of it - cn without an
+LSTM, gates and cell of an RNN or without `keep` -, a tensor is empty.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from ...dispatch import Op, TorchBackend
+from ... import native
+from ...dispatch import Backend, Op, TorchBackend
+from . import equations
+from .equations import GATES, MODES, Layer, Weights
 
 
 class Case(NamedTuple):
@@ -20,6 +31,188 @@ class Case(NamedTuple):
     proj_size: int = 0
     bidirectional: bool = False
     packed: bool = False
+    lengths: bool = False
+    #: under torch.compile, torch.export or a torch.func transform, which PyTorch's own layers do not support
+    transformed: bool = False
+    autocast: bool = False
 
 
-OP = Op("rnn", Case, [TorchBackend()])
+class Sizes(NamedTuple):
+    """Of a layer's call: N rows, steps, batch, hidden size."""
+
+    rows: int
+    steps: int
+    batch: int
+    hidden: int
+
+
+def sizes_of(x: Tensor, weights: Sequence[Tensor], layer: Layer) -> Sizes:
+    hidden = weights[1].shape[1]
+    if layer.batch_sizes is not None:
+        return Sizes(x.shape[0], layer.batch_sizes.shape[0], int(layer.batch_sizes[0]), hidden)
+    steps, batch = x.shape[:2]
+    return Sizes(batch * steps, steps, batch, hidden)
+
+
+def empty_outputs(x: Tensor, weights: Sequence[Tensor], layer: Layer, keep: bool, batch: int) -> tuple[Tensor, ...]:
+    """Unwritten (y, hn, cn, gates, cell); also the op's fake. Gates are those of the input side, to be overwritten."""
+    hidden = weights[1].shape[1]
+    y = x.new_empty((*x.shape[:-1], layer.directions * hidden))
+    hn = x.new_empty((layer.directions, batch, hidden))
+    cn = torch.empty_like(hn) if layer.mode == "LSTM" else x.new_empty(0)
+    gated = keep and GATES[layer.mode] > 1
+    rows = y.numel() // y.shape[-1] if y.shape[-1] else 0
+    gates = x.new_empty((rows, layer.directions * weights[1].shape[0]) if gated else 0)
+    cell = x.new_empty((rows, layer.directions * hidden) if gated else 0)
+    return y, hn, cn, gates, cell
+
+
+class Cpu(Backend):
+    """csrc/cpu/rnn.cpp for the walk through time; all products over whole sequences are torch's."""
+
+    name = "cpu"
+
+    def refusals(self, case: Case) -> list[str]:
+        refusals = [] if native.available() else [native.load_error()]
+        if case.device != "cpu":
+            refusals.append(f"the input is on {case.device} (supported: cpu)")
+        if case.dtype not in native.DTYPES:
+            refusals.append(f"the input is {case.dtype} (supported: float32, float64, float16, bfloat16)")
+        if case.proj_size:
+            refusals.append(f"proj_size is {case.proj_size} (supported: 0)")
+        if case.autocast:
+            refusals.append("autocast is on (supported: off)")
+        return refusals
+
+    def reluctance(self, case: Case) -> str:
+        return ""
+
+    def forward(
+        self, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, layer: Layer, keep: bool
+    ) -> tuple[Tensor, ...]:
+        sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
+        gx = _input_side(x.reshape(sizes.rows, x.shape[-1]), parts)
+        y, hn, cn, gates, cell = empty_outputs(x, weights, layer, False, sizes.batch)
+        if keep and GATES[layer.mode] > 1:
+            gates, cell = gx, y.new_empty((sizes.rows, layer.directions * sizes.hidden))
+        row, alive = _native_layer(x.dtype, layer, sizes, parts, h0, c0)
+        native.cpu_rnn_forward(row, gx, gates if keep else None, cell if keep else None, y, hn, cn)
+        del alive
+        return y, hn, cn, gates, cell
+
+    def backward(
+        self,
+        given: Sequence[Tensor | None],
+        x: Tensor,
+        weights: Sequence[Tensor],
+        h0: Tensor | None,
+        c0: Tensor | None,
+        layer: Layer,
+        saved: Sequence[Tensor],
+        need: Sequence[bool],
+    ) -> list[Tensor | None]:
+        sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
+        y = saved[0]
+        width = layer.directions * sizes.hidden
+        dgates = y.new_empty((sizes.rows, layer.directions * weights[1].shape[0]))
+        dm = y.new_empty((sizes.rows, width)) if layer.mode == "GRU" else None
+        shifted = layer.batch_sizes is None and layer.lengths is None
+        each = len(weights) // layer.directions
+        previous = None
+        if not shifted and any(need[4::each]):
+            previous = y.new_empty((sizes.rows, width))
+        dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format) if h0 is not None and need[1] else None
+        dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format) if c0 is not None and need[2] else None
+        row, alive = _native_layer(x.dtype, layer, sizes, parts, h0, c0)
+        dense = [None if d is None else d.contiguous() for d in given]
+        native.cpu_rnn_backward(row, saved, dense, (dgates, dm, previous, dh0, dc0))
+        del alive, dense
+        dx = None
+        if need[0]:
+            w_ih = parts[0].w_ih if layer.directions == 1 else torch.cat([part.w_ih for part in parts])
+            dx = torch.mm(dgates, w_ih).view(x.shape)
+        side = _RecurrentSide(y.view(sizes.rows, width), h0, previous, sizes, dm)
+        x = x.reshape(sizes.rows, x.shape[-1])
+        dweights: list[Tensor | None] = []
+        for d in range(layer.directions):
+            mine = dgates if layer.directions == 1 else dgates.chunk(2, 1)[d]
+            dweights += _weight_gradients(mine, x, side, d, need[3 + d * each : 3 + (d + 1) * each])
+        return [dx, dh0, dc0, *dweights]
+
+
+def _input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:
+    """x W_ih^T + b_ih of all directions: (N, D G H)"""
+    w_ih, b_ih = parts[0].w_ih, parts[0].b_ih
+    if len(parts) == 2:
+        w_ih = torch.cat([w_ih, parts[1].w_ih])
+        b_ih = None if b_ih is None else torch.cat([b_ih, parts[1].b_ih])
+    return torch.mm(x, w_ih.t()) if b_ih is None else torch.addmm(b_ih, x, w_ih.t())
+
+
+def _native_layer(
+    dtype: torch.dtype, layer: Layer, sizes: Sizes, parts: Sequence[Weights], h0, c0
+) -> tuple[tuple, list]:
+    """mmfast_rnn_layer, and the tensors that have to outlive it."""
+    offsets = lengths = None
+    if layer.batch_sizes is not None:
+        offsets = torch.nn.functional.pad(layer.batch_sizes.cumsum(0), (1, 0))
+    elif layer.lengths is not None:
+        lengths = layer.lengths.to(torch.int64).contiguous()
+    w_hh = [part.w_hh.contiguous() for part in parts]
+    b_hh = [None if part.b_hh is None else part.b_hh.contiguous() for part in parts]
+    h0, c0 = (None if state is None else state.contiguous() for state in (h0, c0))
+    shape = sizes.steps, sizes.batch, sizes.hidden
+    row = native.rnn_layer(dtype, MODES[layer.mode], shape, offsets, lengths, w_hh, b_hh, h0, c0)
+    return row, [offsets, lengths, w_hh, b_hh, h0, c0]
+
+
+class _RecurrentSide(NamedTuple):
+    """What the gradient of W_hh is made of: the states before, or what they are taken from."""
+
+    y: Tensor
+    h0: Tensor | None
+    previous: Tensor | None
+    sizes: Sizes
+    dm: Tensor | None
+
+    def times(self, dgates: Tensor, direction: int, out: Tensor) -> None:
+        """out = dgates^T times the state before each row"""
+        hidden, batch = self.sizes.hidden, self.sizes.batch
+        columns = slice(direction * hidden, (direction + 1) * hidden)
+        if self.previous is not None:
+            torch.mm(dgates.t(), self.previous[:, columns], out=out)
+            return
+        y, rest = self.y[:, columns], self.sizes.rows - batch
+        # time-major and padded: the state before is the output `batch` rows before, or after in the reverse direction
+        if direction == 0:
+            torch.mm(dgates[batch:].t(), y[:rest], out=out)
+            first = dgates[:batch]
+        else:
+            torch.mm(dgates[:rest].t(), y[batch:], out=out)
+            first = dgates[rest:]
+        if self.h0 is not None:
+            out.addmm_(first.t(), self.h0[direction])
+
+
+def _weight_gradients(dgates: Tensor, x: Tensor, side: _RecurrentSide, direction: int, need: Sequence[bool]) -> list:
+    """Of one direction's (W_ih, W_hh[, b_ih, b_hh])."""
+    hidden = side.sizes.hidden
+    gradients: list[Tensor | None] = [torch.mm(dgates.t(), x) if need[0] else None, None]
+    dm = None if side.dm is None else side.dm[:, direction * hidden : (direction + 1) * hidden]
+    if need[1]:
+        dw = gradients[1] = dgates.new_empty((dgates.shape[1], hidden))
+        if dm is None:
+            side.times(dgates, direction, dw)
+        else:
+            side.times(dgates[:, : 2 * hidden], direction, dw[: 2 * hidden])
+            side.times(dm, direction, dw[2 * hidden :])
+    if len(need) == 2:
+        return gradients
+    db = dgates.sum(0) if need[2] or need[3] else None
+    if not need[3]:
+        return [*gradients, db, None]
+    db_hh = db.clone() if dm is None else torch.cat([db[: 2 * hidden], dm.sum(0)])  # type: ignore[union-attr]
+    return [*gradients, db if need[2] else None, db_hh]
+
+
+OP = Op("rnn", Case, [Cpu(), TorchBackend()])

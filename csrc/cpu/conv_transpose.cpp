@@ -1,0 +1,239 @@
+// Columns to image and back: what a transposed convolution needs around its matrix product.
+//
+// Pointers, shapes and the formula: mmfast_columns_args in mmfast.h. Both read and write every element of columns and
+// image once or (taps / stride) times: bound by memory, or by the caches where the caller works in blocks.
+//
+// Along the last dimension a position u = o + before of the output is u = stride * q + r, and tap k * dilation =
+// stride * shift + r reaches, from input position i, the position q = i + shift of phase r. So each phase is a row of its
+// own in which every tap is one contiguous addition; phases are interleaved once, at the end. A channel of one sample is
+// one unit of parallel work, its taps added in order: results do not depend on the number of threads.
+#include <stdlib.h>
+
+#include "cpu/activation.h"
+#include "cpu/half.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "mmfast.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+namespace {
+
+using Args = mmfast_columns_args;
+
+struct Sizes {
+    int64_t taps, positions, in_rows, out_rows, out_positions, phase_length, before;
+
+    Sizes(const Args& a) {
+        taps = a.kernel[0] * a.kernel[1] * a.kernel[2];
+        in_rows = a.in_size[0] * a.in_size[1];
+        positions = in_rows * a.in_size[2];
+        out_rows = a.out_size[0] * a.out_size[1];
+        out_positions = out_rows * a.out_size[2];
+        before = a.before[2];
+        // the phases of u = 0 ... out_size + before - 1, and of all that a tap reaches, so that no tap needs clipping
+        const int64_t reach = a.in_size[2] + (a.kernel[2] - 1) * a.dilation[2] / a.stride[2];
+        const int64_t seen = (a.out_size[2] + before + a.stride[2] - 1) / a.stride[2];
+        phase_length = reach > seen ? reach : seen;
+    }
+};
+
+int threads_for(const Args& args, const Sizes& sizes) {
+    return args.batch * args.channels * sizes.taps * sizes.positions < 32768 ? 1 : args.threads;
+}
+
+// The index along dimension d in the input that tap k brings to o, or -1.
+inline int64_t source_of(const Args& args, int d, int64_t o, int64_t k) {
+    const int64_t reached = o + args.before[d] - k * args.dilation[d];
+    if (reached < 0 || reached % args.stride[d]) return -1;
+    const int64_t i = reached / args.stride[d];
+    return i < args.in_size[d] ? i : -1;
+}
+
+template <typename T>
+inline void add_row(T* sum, const T* row, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) store(sum + i, load(sum + i) + load(row + i));
+    if (i < n) store_float(sum + i, load_float(sum + i, int(n - i)) + load_float(row + i, int(n - i)), int(n - i));
+}
+
+template <typename T>
+inline void copy_row(T* to, const T* from, int64_t n) {
+    memcpy(to, from, size_t(n) * sizeof(T));
+}
+
+// row[stride * q + r] = phases[r][q]
+template <typename T>
+inline void interleave(T* row, const T* phases, int64_t stride, int64_t length) {
+    if (stride == 2) {
+        for (int64_t q = 0; q < length; ++q) {
+            row[2 * q] = phases[q];
+            row[2 * q + 1] = phases[length + q];
+        }
+        return;
+    }
+    for (int64_t r = 0; r < stride; ++r)
+        for (int64_t q = 0; q < length; ++q) row[stride * q + r] = phases[r * length + q];
+}
+
+template <typename T>
+inline void deinterleave(T* phases, const T* row, int64_t stride, int64_t length) {
+    if (stride == 2) {
+        for (int64_t q = 0; q < length; ++q) {
+            phases[q] = row[2 * q];
+            phases[length + q] = row[2 * q + 1];
+        }
+        return;
+    }
+    for (int64_t r = 0; r < stride; ++r)
+        for (int64_t q = 0; q < length; ++q) phases[r * length + q] = row[stride * q + r];
+}
+
+// phases += every tap of the last dimension, for one row of one tap of the others
+template <typename T>
+inline void add_taps(const Args& args, const Sizes& sizes, T* phases, const T* columns) {
+    for (int64_t k = 0; k < args.kernel[2]; ++k) {
+        const int64_t reached = k * args.dilation[2];
+        T* phase = phases + reached % args.stride[2] * sizes.phase_length + reached / args.stride[2];
+        add_row(phase, columns + k * sizes.positions, args.in_size[2]);
+    }
+}
+
+// One row of the image, act(bias + row), where positions are `step` apart.
+template <typename T, typename Activation>
+inline void finish_row(T* row, int64_t n, T bias, const Activation& activation, T* image, int64_t step) {
+    T* target = step == 1 ? image : row;
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+        const int width = n - i < kLanes<T> ? int(n - i) : kLanes<T>;
+        store_float(target + i, activation.value(load_float(row + i, width) + bias), width);
+    }
+    if (step != 1)
+        for (int64_t i = 0; i < n; ++i) image[i * step] = row[i];
+}
+
+template <typename T>
+T* image_at(const Args& args, const Sizes& sizes, int64_t n, int64_t c) {
+    T* image = static_cast<T*>(args.image);
+    return args.image_channels_last ? image + n * sizes.out_positions * args.channels + c
+                                    : image + (n * args.channels + c) * sizes.out_positions;
+}
+
+template <typename T>
+int to_image(const Args& args) {
+    const Sizes sizes(args);
+    const int64_t padded = args.stride[2] * sizes.phase_length;
+    const int64_t step = args.image_channels_last ? args.channels : 1;
+    int status = MMFAST_OK;
+    const int bad = with_activation<T>(args.activation, args.negative_slope, [&](const auto& activation) {
+        parallel_for(threads_for(args, sizes), args.batch * args.channels, [&](int64_t unit) {
+            T* phases = static_cast<T*>(malloc(size_t(2 * padded) * sizeof(T)));
+            if (!phases) {
+                __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
+                return;
+            }
+            T* row = phases + padded;
+            const int64_t c = unit % args.channels;
+            const T* columns = static_cast<const T*>(args.columns) + unit * sizes.taps * sizes.positions;
+            T* image = image_at<T>(args, sizes, unit / args.channels, c);
+            const T bias = args.bias ? static_cast<const T*>(args.bias)[c] : T(0);
+            for (int64_t out_row = 0; out_row < sizes.out_rows; ++out_row) {
+                memset(phases, 0, size_t(padded) * sizeof(T));
+                for (int64_t kd = 0; kd < args.kernel[0]; ++kd) {
+                    const int64_t d = source_of(args, 0, out_row / args.out_size[1], kd);
+                    for (int64_t kh = 0; d >= 0 && kh < args.kernel[1]; ++kh) {
+                        const int64_t h = source_of(args, 1, out_row % args.out_size[1], kh);
+                        if (h < 0) continue;
+                        const int64_t tap = (kd * args.kernel[1] + kh) * args.kernel[2];
+                        const int64_t position = (d * args.in_size[1] + h) * args.in_size[2];
+                        add_taps(args, sizes, phases, columns + tap * sizes.positions + position);
+                    }
+                }
+                if (args.stride[2] == 1)
+                    copy_row(row, phases, padded);
+                else
+                    interleave(row, phases, args.stride[2], sizes.phase_length);
+                T* target = image + out_row * args.out_size[2] * step;
+                finish_row(row + sizes.before, args.out_size[2], bias, activation, target, step);
+            }
+            free(phases);
+        });
+        return MMFAST_OK;
+    });
+    return bad ? bad : status;
+}
+
+// phases (out_rows, stride, phase_length) of one channel of one sample, zero where the image does not reach
+template <typename T>
+void split_phases(const Args& args, const Sizes& sizes, const T* image, int64_t step, T* row, T* phases) {
+    const int64_t padded = args.stride[2] * sizes.phase_length;
+    memset(row, 0, size_t(padded) * sizeof(T));
+    for (int64_t r = 0; r < sizes.out_rows; ++r) {
+        const T* source = image + r * args.out_size[2] * step;
+        if (step == 1)
+            copy_row(row + sizes.before, source, args.out_size[2]);
+        else
+            for (int64_t i = 0; i < args.out_size[2]; ++i) row[sizes.before + i] = source[i * step];
+        deinterleave(phases + r * padded, row, args.stride[2], sizes.phase_length);
+    }
+}
+
+template <typename T>
+int to_columns(const Args& args) {
+    const Sizes sizes(args);
+    const int64_t padded = args.stride[2] * sizes.phase_length;
+    const int64_t step = args.image_channels_last ? args.channels : 1;
+    int status = MMFAST_OK;
+    parallel_for(threads_for(args, sizes), args.batch * args.channels, [&](int64_t unit) {
+        T* phases = static_cast<T*>(malloc(size_t((sizes.out_rows + 1) * padded) * sizeof(T)));
+        if (!phases) {
+            __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
+            return;
+        }
+        const T* image = image_at<T>(args, sizes, unit / args.channels, unit % args.channels);
+        split_phases(args, sizes, image, step, phases + sizes.out_rows * padded, phases);
+        T* columns = static_cast<T*>(args.columns) + unit * sizes.taps * sizes.positions;
+        for (int64_t tap = 0; tap < sizes.taps; ++tap, columns += sizes.positions) {
+            const int64_t reached = tap % args.kernel[2] * args.dilation[2];
+            const int64_t kh = tap / args.kernel[2] % args.kernel[1], kd = tap / args.kernel[2] / args.kernel[1];
+            const int64_t offset = reached % args.stride[2] * sizes.phase_length + reached / args.stride[2];
+            for (int64_t in_row = 0; in_row < sizes.in_rows; ++in_row) {
+                const int64_t d = in_row / args.in_size[1] * args.stride[0] + kd * args.dilation[0] - args.before[0];
+                const int64_t h = in_row % args.in_size[1] * args.stride[1] + kh * args.dilation[1] - args.before[1];
+                T* target = columns + in_row * args.in_size[2];
+                if (d < 0 || d >= args.out_size[0] || h < 0 || h >= args.out_size[1])
+                    memset(target, 0, size_t(args.in_size[2]) * sizeof(T));
+                else
+                    copy_row(target, phases + (d * args.out_size[1] + h) * padded + offset, args.in_size[2]);
+            }
+        }
+        free(phases);
+    });
+    return status;
+}
+
+}  // namespace
+
+int columns_to_image(const mmfast_columns_args& args) {
+    switch (args.dtype) {
+        case MMFAST_FLOAT32:
+            return to_image<float>(args);
+        case MMFAST_FLOAT64:
+            return to_image<double>(args);
+        default:
+            return MMFAST_INVALID_ARGUMENT;
+    }
+}
+
+int image_to_columns(const mmfast_columns_args& args) {
+    switch (args.dtype) {
+        case MMFAST_FLOAT32:
+            return to_columns<float>(args);
+        case MMFAST_FLOAT64:
+            return to_columns<double>(args);
+        default:
+            return MMFAST_INVALID_ARGUMENT;
+    }
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

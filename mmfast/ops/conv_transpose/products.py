@@ -1,0 +1,158 @@
+"""The transposed convolution as matrix products of torch: an input of one position, and columns.
+
+One position: y is x (N, Cin) times the window of weight (Cin, Cout * taps) that is not cropped away; nothing is summed.
+
+Columns: `weight^T x` holds, for each input position, what it adds to each output channel through each tap; the native
+library adds up what lands on one output position (and back: copies it to where it came from, for the two gradients).
+Samples go in blocks whose columns stay in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import native
+from .equations import Geometry
+
+#: Elements of columns worked on at a time: with x and y within a second-level cache of 1 MiB in float32.
+_BLOCK = 1 << 18
+
+
+def is_one_position(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether x has one position and the output is a window of the taps."""
+    if x.shape[2:].numel() != 1 or geometry.groups != 1 or max(geometry.dilation) > 1 or not x.shape[0]:
+        return False
+    sizes = geometry.out_size(x.shape[2:], weight.shape[2:])
+    if weight.is_contiguous() and sizes != list(weight.shape[2:]):
+        # a window of a contiguous weight is picked element by element, which takes longer than it saves
+        return False
+    return all(
+        before + size <= taps for before, size, taps in zip(_before(geometry), sizes, weight.shape[2:], strict=True)
+    )
+
+
+def _before(geometry: Geometry) -> list[int]:
+    return [padding + begin for padding, begin in zip(geometry.padding, geometry.crop[::2], strict=True)]
+
+
+def _window(weight: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """The taps (Cin, Cout, *out_size), a view of weight, that one position reaches the output through."""
+    for dim, (before, size) in enumerate(
+        zip(_before(geometry), geometry.out_size(x.shape[2:], weight.shape[2:]), strict=True), start=2
+    ):
+        if size != weight.shape[dim]:
+            weight = weight.narrow(dim, before, size)
+    return weight
+
+
+def _as_matrix(tensor: Tensor, out: Tensor) -> Tensor:
+    """tensor (rows, Cout, *size) as a matrix whose columns are in the order of out's memory; out is dense."""
+    if out.is_contiguous():
+        return tensor.reshape(tensor.shape[0], -1)
+    return tensor.movedim(1, -1).reshape(tensor.shape[0], -1)
+
+
+def one_position_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, y: Tensor) -> Tensor:
+    """Fills y, (N, Cout, *size) and dense, and returns it."""
+    matrix = x.reshape(x.shape[:2])
+    torch.mm(matrix, _as_matrix(_window(weight, x, geometry), y), out=_as_matrix(y, y))
+    return y if bias is None else y.add_(bias.view(-1, *[1] * (y.dim() - 2)))
+
+
+def one_position_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `one_position_forward` that mask asks for; dy is dense."""
+    dx = dweight = None
+    flat = _as_matrix(dy, dy)
+    window = _window(weight, x, geometry)
+    if mask[0]:
+        dx = torch.empty_like(x)
+        torch.mm(flat, _as_matrix(window, dy).t(), out=dx.view(dx.shape[:2]))
+    if mask[1]:
+        product = torch.mm(x.reshape(x.shape[:2]).t(), flat)
+        if dy.is_contiguous():
+            product = product.view(window.shape)
+        else:
+            product = product.view(window.shape[0], *window.shape[2:], window.shape[1]).movedim(-1, 1)
+        dweight = product
+        if window.shape != weight.shape or product.stride() != weight.stride():
+            dweight = torch.empty_like(weight) if window.shape == weight.shape else torch.zeros_like(weight)
+            _window(dweight, x, geometry).copy_(product)
+    return dx, dweight, _sum_positions(dy) if mask[2] else None
+
+
+def _sum_positions(dy: Tensor) -> Tensor:
+    return dy.sum([0, *range(2, dy.dim())])
+
+
+def _native_window(x: Tensor, weight: Tensor, geometry: Geometry) -> native.Window:
+    size, kernel = x.shape[2:], weight.shape[2:]
+    lead = 3 - len(size)
+    parts = (size, geometry.out_size(size, kernel), kernel, geometry.stride, geometry.dilation)
+    ones = [(1,) * lead + tuple(part) for part in parts]
+    return *ones, (0,) * lead + tuple(_before(geometry))  # type: ignore[return-value]
+
+
+def _as_samples(x: Tensor) -> Tensor:
+    """x (N, C, *size) as (N, C, positions): a view where x is contiguous or channels last."""
+    if x.is_contiguous():
+        return x.view(*x.shape[:2], -1)
+    return x.movedim(1, -1).reshape(x.shape[0], -1, x.shape[1]).transpose(1, 2)
+
+
+def _blocks(x: Tensor, rows: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Memory for the columns (samples, rows, positions) of a block, and each block's first and last sample."""
+    positions = x.shape[2:].numel()
+    samples = min(max(1, _BLOCK // (rows * positions)), x.shape[0])
+    blocks = [(n, min(n + samples, x.shape[0])) for n in range(0, x.shape[0], samples)]
+    return x.new_empty(samples, rows, positions), blocks
+
+
+def columns_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    y: Tensor,
+    activation: tuple[int, float],
+) -> Tensor:
+    """Fills y, (N, Cout, *size) and dense, with activation(conv_transpose(x) + bias), and returns it. groups is 1."""
+    window = _native_window(x, weight, geometry)
+    samples = _as_samples(x)
+    matrix = weight.reshape(weight.shape[0], -1).t()
+    columns, blocks = _blocks(x, matrix.shape[0])
+    for begin, end in blocks:
+        block = columns[: end - begin]
+        torch.bmm(matrix.expand(end - begin, -1, -1), samples[begin:end], out=block)
+        native.cpu_columns_to_image(window, block, y[begin:end], bias, activation)
+    return y
+
+
+def columns_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the convolution in `columns_forward` that mask asks for; dy is dense."""
+    window = _native_window(x, weight, geometry)
+    matrix = weight.reshape(weight.shape[0], -1)
+    columns, blocks = _blocks(x, matrix.shape[1])
+    samples = _as_samples(x)
+    dx = torch.empty_like(x) if mask[0] else None
+    dx_samples = None if dx is None else _as_samples(dx)
+    dmatrix = torch.zeros_like(matrix) if mask[1] else None
+    for begin, end in blocks if mask[0] or mask[1] else []:
+        block = columns[: end - begin]
+        native.cpu_image_to_columns(window, dy[begin:end], block)
+        if dx_samples is not None:
+            torch.bmm(matrix.expand(end - begin, -1, -1), block, out=dx_samples[begin:end])
+        if dmatrix is not None:
+            dmatrix.addbmm_(samples[begin:end], block.transpose(1, 2))
+    dweight = None
+    if dmatrix is not None:
+        dweight = dmatrix.view(weight.shape)
+        if not weight.is_contiguous():
+            dweight = torch.empty_like(weight).copy_(dweight)
+    return dx, dweight, _sum_positions(dy) if mask[2] else None

@@ -1,0 +1,171 @@
+"""The recurrent op: schema, fake, autograd. One node a layer, both directions.
+
+    mmfast::rnn_forward(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes,
+                        str mode, int directions, bool keep, str backend)
+        -> (Tensor y, Tensor hn, Tensor cn, Tensor gates, Tensor cell)
+    mmfast::rnn_backward(Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0,
+                         Tensor y, Tensor gates, Tensor cell, <lengths ... directions>, bool[] need, str backend)
+        -> Tensor[]: the gradients that are needed, of (x, h0, c0, *weights)
+
+Shapes: equations.py; what is saved (y, gates, cell): csrc/mmfast.h. Any order of differentiation in eager: where a
+gradient of the backward is needed, it is that of equations.sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dispatch import is_plain
+from ..library import below_autograd, define, needs_gradient
+from . import equations
+from .backends import OP, empty_outputs
+from .equations import Layer
+
+_LAYER = "Tensor? lengths, Tensor? batch_sizes, str mode, int directions"
+
+
+def sequence(
+    x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, layer: Layer, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, hn, cn) of a layer, as `equations.sequence`; cn is empty but for an LSTM."""
+    _check(x, weights, h0, c0, layer)
+    tensors = [x, *weights, *(state for state in (h0, c0) if state is not None)]
+    if not is_plain(tensors):
+        keep = needs_gradient(tensors)
+        return forward_op(x, list(weights), h0, c0, *_columns(layer), keep, backend)[:3]
+    if needs_gradient(tensors):
+        return RnnSequence.apply(True, layer, backend, x, h0, c0, *weights)[:3]
+    return OP.backends[backend].forward(x, weights, h0, c0, layer, False)[:3]
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, layer: Layer) -> None:
+    """RuntimeError where dtypes or devices differ, or packed sizes do not fit: a kernel would read past an end.
+
+    Shapes of weights and states are checked before, by mmfast.functional.
+    """
+    for tensor in (*weights, h0, c0):
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            facts = f"{tensor.dtype} on {tensor.device}"
+            raise RuntimeError(f"a weight or a state is {facts}; expected the input's {x.dtype} on {x.device}")
+    sizes = layer.batch_sizes
+    if sizes is None:
+        return
+    if sizes.device.type != "cpu" or sizes.dtype != torch.int64 or sizes.dim() != 1 or not sizes.numel():
+        raise RuntimeError(f"batch_sizes are {sizes.dtype} on {sizes.device}; expected int64 on cpu, one for each step")
+    each = sizes.tolist()
+    if each != sorted(each, reverse=True) or each[-1] <= 0 or sum(each) != x.shape[0]:
+        raise RuntimeError(
+            f"batch_sizes go from {each[0]} to {each[-1]} and add up to {sum(each)}; expected sizes of at least 1 "
+            f"that never rise and add up to the input's {x.shape[0]} rows"
+        )
+
+
+class RnnSequence(torch.autograd.Function):
+    """A layer. direct: eager, so the backend is called without the dispatcher between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        direct: bool,
+        layer: Layer,
+        backend: str,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor,
+    ):
+        ctx.set_materialize_grads(False)
+        ctx.direct, ctx.layer, ctx.backend = direct, layer, backend
+        if direct:
+            y, hn, cn, gates, cell = OP.backends[backend].forward(x, weights, h0, c0, layer, True)
+        else:
+            out = below_autograd(forward_op, x, list(weights), h0, c0, *_columns(layer), True, backend)
+            y, hn, cn, gates, cell = out
+        ctx.save_for_backward(x, h0, c0, y, gates, cell, *weights)
+        ctx.mark_non_differentiable(gates, cell)
+        return y, hn, cn, gates, cell
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, _dgates: Any, _dcell: Any):
+        x, h0, c0, y, gates, cell, *weights = ctx.saved_tensors
+        if ctx.layer.mode != "LSTM":
+            dcn = None
+        need = ctx.needs_input_grad[3:]
+        given, layer = (dy, dhn, dcn), ctx.layer
+        if dy is None and dhn is None and dcn is None:
+            return None, None, None, *(None for _ in need)
+        if ctx.direct and not torch.is_grad_enabled():
+            backend = OP.backends[ctx.backend]
+            gradients = backend.backward(given, x, weights, h0, c0, layer, (y, gates, cell), need)
+        else:
+            saved = x, weights, h0, c0, y, gates, cell
+            some = iter(backward_op(*given, *saved, *_columns(layer), list(need), ctx.backend))
+            gradients = [next(some) if wanted else None for wanted in need]
+        return None, None, None, *gradients
+
+
+def _columns(layer: Layer) -> tuple:
+    return layer.lengths, layer.batch_sizes, layer.mode, layer.directions
+
+
+def _layer(lengths, batch_sizes, mode, directions) -> Layer:
+    return Layer(mode, directions, batch_sizes, lengths)
+
+
+def _forward_kernel(x, weights, h0, c0, lengths, batch_sizes, mode, directions, keep, backend):
+    layer = _layer(lengths, batch_sizes, mode, directions)
+    return OP.backends[backend].forward(x, weights, h0, c0, layer, keep)
+
+
+def _forward_fake(x, weights, h0, c0, lengths, batch_sizes, mode, directions, keep, backend):
+    layer = _layer(lengths, batch_sizes, mode, directions)
+    batch = x.shape[1] if batch_sizes is None else batch_sizes[0].item()
+    return empty_outputs(x, weights, layer, keep, batch)
+
+
+def _forward_differentiable(x, weights, h0, c0, lengths, batch_sizes, mode, directions, keep, backend):
+    layer = _layer(lengths, batch_sizes, mode, directions)
+    return RnnSequence.apply(False, layer, backend, x, h0, c0, *weights)
+
+
+def _backward_kernel(
+    dy, dhn, dcn, x, weights, h0, c0, y, gates, cell, lengths, batch_sizes, mode, directions, need, backend
+):
+    layer = _layer(lengths, batch_sizes, mode, directions)
+    given, saved = (dy, dhn, dcn), (y, gates, cell)
+    gradients = OP.backends[backend].backward(given, x, weights, h0, c0, layer, saved, need)
+    return [gradient for gradient, wanted in zip(gradients, need, strict=True) if wanted]
+
+
+def _backward_fake(
+    dy, dhn, dcn, x, weights, h0, c0, y, gates, cell, lengths, batch_sizes, mode, directions, need, backend
+):
+    of = zip((x, h0, c0, *weights), need, strict=True)
+    return [torch.empty_like(a, memory_format=torch.contiguous_format) for a, wanted in of if wanted]
+
+
+def _backward_differentiable(
+    dy, dhn, dcn, x, weights, h0, c0, y, gates, cell, lengths, batch_sizes, mode, directions, need, backend
+):
+    layer = _layer(lengths, batch_sizes, mode, directions)
+    return equations.gradient((dy, dhn, dcn), x, weights, h0, c0, layer, need)
+
+
+forward_op = define(
+    f"rnn_forward(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, {_LAYER}, bool keep, str backend)"
+    " -> (Tensor y, Tensor hn, Tensor cn, Tensor gates, Tensor cell)",
+    _forward_kernel,
+    _forward_fake,
+    _forward_differentiable,
+)
+backward_op = define(
+    "rnn_backward(Tensor? dy, Tensor? dhn, Tensor? dcn, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0,"
+    f" Tensor y, Tensor gates, Tensor cell, {_LAYER}, bool[] need, str backend) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
+    _backward_differentiable,
+)

@@ -1,0 +1,223 @@
+"""Every GPU kernel compiled without a GPU: registers, spills and shared memory in a table; what the machine code holds.
+
+Triton's kernels for compute capability 8.0, 9.0 and 10.0, the .cu files by nvcc for the same where it is found. A spill
+fails; so do loads narrower than 16 bytes where a kernel is bound by memory. cuobjdump comes with Triton.
+"""
+
+import concurrent.futures
+import functools
+import pathlib
+import re
+import shutil
+import subprocess
+from typing import NamedTuple
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mmfast.ops.adversarial import triton_kernels as adversarial
+
+CSRC = pathlib.Path(__file__).resolve().parent.parent / "csrc"
+CUDA_SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+NVCC = shutil.which("nvcc")
+#: The architectures that CMakeLists.txt builds for.
+ARCHITECTURES = ["80", "90a", "100"]
+
+
+class Resources(NamedTuple):
+    kernel: str
+    target: str
+    registers: int
+    stack: int
+    local_accesses: int
+    shared: int
+    sass: str
+
+    def row(self) -> str:
+        numbers = (self.registers, self.stack, self.local_accesses, self.shared)
+        return f"{self.kernel:40} {self.target:>6} " + "{:5} {:6} {:7} {:7}".format(*numbers)
+
+
+HEAD = f"{'kernel':40} {'target':>6} {'regs':>5} {'stack':>6} {'spills':>7} {'shared':>7}"
+
+
+def _cuobjdump(option: str, cubin: pathlib.Path) -> str:
+    return subprocess.run([CUOBJDUMP, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: pathlib.Path, target: str) -> list[Resources]:
+    """One entry for each kernel of a cubin, from its header and its disassembly."""
+    sass = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\t\tFunction :|\Z)", _cuobjdump("-sass", cubin), re.DOTALL))
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", _cuobjdump("-res-usage", cubin))
+    return [
+        Resources(
+            _readable(name),
+            target,
+            int(registers),
+            int(stack),
+            len(re.findall(r"\b(?:LDL|STL)\b", sass[name])),
+            int(shared),
+            sass[name],
+        )
+        for name, registers, stack, shared in usage
+    ]
+
+
+def _readable(name: str) -> str:
+    """Forward<float> of a mangled instantiation of device.h's run()."""
+    match = re.search(r"\d(Forward|Backward|Finish|[A-Z][a-z]+)I(?:NS\w*?\d(Bf16|Half)E|(f)|(d))E", name)
+    if not match:
+        return name
+    stem, half, single, _ = match.groups()
+    return f"{stem}<{half or ('float' if single else 'double')}>"
+
+
+# ---- Triton
+
+TRITON = {
+    "adversarial.forward": (adversarial.forward_kernel, ("logits", "sums")),
+    "adversarial.backward": (adversarial.backward_kernel, ("dtotal", "logits", "dlogits")),
+    "adversarial.finish": (adversarial.finish_kernel, ("sums", "values", "total", "running_total")),
+}
+# a list of four tensors, one of each phi
+K = 4
+ADVERSARIAL_TYPES = {
+    **dict.fromkeys(("sums", "values"), "*fp32"),
+    "running_total": "*fp64",
+    **dict.fromkeys(("sizes",), ("i32",) * K),
+    "firsts": ("i32",) * (K + 1),
+    **dict.fromkeys(("signs", "shifts", "scales", "factors"), ("fp32",) * K),
+}
+ADVERSARIAL_CONSTANTS = {"PHIS": (0, 1, 2, 3), "BLOCK": adversarial.BLOCK, "FIRST": True, "K": K}
+
+
+def _source(name: str, dtype: str) -> ASTSource:
+    """The kernel with pointers aligned to 16 bytes, as the just-in-time compiler finds those of torch's allocator."""
+    kernel, pointers = TRITON[name]
+    signature, constants, aligned = {}, {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in ADVERSARIAL_CONSTANTS:
+            signature[argument] = "constexpr"
+            constants[argument] = ADVERSARIAL_CONSTANTS[argument]
+            continue
+        listed = argument in ("logits", "dlogits")
+        default = (f"*{dtype}",) * K if listed else f"*{dtype}"
+        signature[argument] = ADVERSARIAL_TYPES.get(argument, default)
+        if argument in pointers:
+            for path in [(i, k) for k in range(K)] if listed else [(i,)]:
+                aligned[path] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, aligned)
+
+
+CASES = [(name, dtype, 90) for name in TRITON for dtype in ("fp32", "fp16", "bf16")]
+CASES += [(name, "bf16", capability) for name in TRITON for capability in (80, 100)]
+
+
+@pytest.mark.parametrize(("name", "dtype", "capability"), CASES, ids=[f"{n}-{d}-sm{c}" for n, d, c in CASES])
+def test_triton(tmp_path, capsys, name, dtype, capability):
+    compiled = triton.compile(
+        _source(name, dtype), target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True}
+    )
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    (found,) = resources(cubin, f"sm_{capability}")
+    found = found._replace(kernel=f"{name} {dtype}", shared=compiled.metadata.shared)
+    with capsys.disabled():
+        print(f"\n{HEAD}\n{found.row()}" if (name, dtype, capability) == CASES[0] else f"\n{found.row()}", end="")
+    check(found)
+    if not name.endswith("finish"):
+        assert "LDG.E.128" in found.sass, "the logits are not loaded 16 bytes at a time"
+    if name.endswith("backward"):
+        assert "STG.E.128" in found.sass, "the gradients are not stored 16 bytes at a time"
+
+
+def check(found: Resources) -> None:
+    """No spill, no stack, no float atomics, registers for at least two blocks of 256 threads a multiprocessor."""
+    assert found.stack == 0, f"{found.kernel} uses {found.stack} bytes of stack"
+    assert found.local_accesses == 0, f"{found.kernel} spills: {found.local_accesses} local memory instructions"
+    assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED)\.\S*(F32|F16|F64|ADD\.F)", found.sass)
+    assert found.registers <= 128
+
+
+# ---- CUDA C++
+
+requires_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH, so the .cu files cannot be compiled")
+
+
+@functools.cache
+def compiled_sources(folder: pathlib.Path) -> dict[tuple[str, str], tuple[subprocess.CompletedProcess, pathlib.Path]]:
+    """nvcc's result for every .cu and architecture, each file by itself, as many at once as there are architectures."""
+
+    def compile_one(source: pathlib.Path, architecture: str):
+        cubin = folder / f"{source.stem}-{architecture}.cubin"
+        command = [NVCC, "-std=c++17", "-O3", "-lineinfo", "-Werror=all-warnings", "-I", CSRC, "-cubin"]
+        command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}", source, "-o", cubin]
+        return subprocess.run(command, capture_output=True, text=True), cubin
+
+    keys = [(source, architecture) for source in CUDA_SOURCES for architecture in ARCHITECTURES]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        done = list(threads.map(lambda key: compile_one(*key), keys))
+    return {(source.stem, architecture): result for (source, architecture), result in zip(keys, done, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def cuda_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cubins")
+
+
+@requires_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("stem", [source.stem for source in CUDA_SOURCES])
+def test_cuda(cuda_folder, capsys, stem, architecture):
+    done, cubin = compiled_sources(cuda_folder)[stem, architecture]
+    assert done.returncode == 0, done.stderr
+    kernels = resources(cubin, f"sm_{architecture}")
+    with capsys.disabled():
+        print(f"\n{stem}.cu\n{HEAD}", *(found.row() for found in kernels), sep="\n", end="")
+    assert kernels
+    for found in kernels:
+        check(found)
+        if found.kernel.startswith(("Forward", "Backward")) and stem == "adversarial":
+            assert "LDG.E.128" in found.sass, f"{found.kernel} does not load 16 bytes at a time"
+        if found.kernel.startswith("Backward") and stem == "adversarial":
+            assert "STG.E.128" in found.sass, f"{found.kernel} does not store 16 bytes at a time"
+
+
+SPILLING = """
+#include "cuda/device.h"
+namespace mmfast {
+namespace device {
+struct Spill {
+    static constexpr int kThreads = 1024;
+    Global<const float> x;
+    Global<float> y;
+    MMFAST_DEVICE void operator()() const {
+        float v[100];
+        MMFAST_UNROLL
+        for (int i = 0; i < 100; ++i) v[i] = load(x, i * 1024 + thread_index());
+        for (int k = 0; k < 9; ++k) {
+            MMFAST_UNROLL
+            for (int i = 0; i < 100; ++i) v[i] = v[i] * v[(i + 37) % 100] + v[(i + 61) % 100];
+        }
+        MMFAST_UNROLL
+        for (int i = 0; i < 100; ++i) store(y, i * 1024 + thread_index(), v[i]);
+    }
+};
+int spill(void* stream) { return launch(Spill{}, 1, 0, stream); }
+}  // namespace device
+}  // namespace mmfast
+"""
+
+
+@requires_nvcc
+def test_a_spill_is_seen(tmp_path):
+    source, cubin = tmp_path / "spill.cu", tmp_path / "spill.cubin"
+    source.write_text(SPILLING)
+    command = [NVCC, "-std=c++17", "-O3", "-I", CSRC, "-cubin", "-arch=sm_80", source, "-o", cubin]
+    subprocess.run(command, check=True, capture_output=True)
+    (found,) = resources(cubin, "sm_80")
+    with pytest.raises(AssertionError, match=r"stack|spills"):
+        check(found)

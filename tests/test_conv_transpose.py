@@ -1,0 +1,479 @@
+"""The transposed-convolution op, its epilogues, and conv_transpose*d_norm_act, on the CPU's kernels."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import mmfast.functional as MF
+from mmfast import native, numerics
+from mmfast.ops.conv_transpose import equations
+from mmfast.ops.conv_transpose.backends import OP, Case, empty_output
+from mmfast.ops.conv_transpose.equations import Epilogue, Geometry
+from mmfast.ops.conv_transpose.op import backward_op, conv_transpose, forward_op
+
+LAYOUTS = {"first": None, "last": torch.channels_last}
+ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid", "silu")
+
+
+@pytest.fixture(params=native.supported_isas())
+def isa(request):
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+def geometry(dims, stride=1, padding=0, output_padding=0, dilation=1, groups=1, crop=()):
+    sizes = [
+        (value,) * dims if isinstance(value, int) else value for value in (stride, padding, output_padding, dilation)
+    ]
+    return Geometry(*sizes, groups, crop or (0,) * (2 * dims))
+
+
+def laid_out(x, layout):
+    return x if layout is None else x.contiguous(memory_format=layout)
+
+
+def outputs(tensors, g, epilogue, backend, layout=None, cotangent_seed=0):
+    """(out, dx, dweight, [dbias, dnorm_weight, dnorm_bias], mean, var): those that there are, in this order."""
+    leaves = [x.detach().clone(memory_format=torch.preserve_format) for x in tensors if x is not None]
+    given = iter(leaves)
+    full = [None if x is None else next(given) for x in tensors]
+    wanted = [x.requires_grad_() for x in full[:5] if x is not None]
+    if backend == "reference":
+        out, _, mean, var = equations.forward(*full, g, epilogue)
+    elif backend == "stock":
+        out, mean, var = stock(full, g, epilogue), None, None
+    else:
+        out, mean, var = conv_transpose(tuple(full), g, epilogue, backend)
+    generator = torch.Generator().manual_seed(cotangent_seed)
+    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    gradients = torch.autograd.grad(out, wanted, laid_out(dout, layout))
+    moments = [] if mean is None or not mean.numel() else [mean, var]
+    return [x.detach() for x in (out, *gradients, *moments)]
+
+
+def stock(tensors, g, epilogue):
+    """What a user of torch.nn.functional writes."""
+    x, weight, bias, norm_weight, norm_bias, mean, var = tensors
+    y = equations.convolve(x, weight, bias, g)
+    if epilogue.norm == "instance":
+        y = F.instance_norm(y, weight=norm_weight, bias=norm_bias, eps=epilogue.eps)
+    elif epilogue.norm != "none":
+        y = F.batch_norm(y, mean, var, norm_weight, norm_bias, epilogue.norm == "batch", eps=epilogue.eps)
+    return equations.activate(y, epilogue.activation, epilogue.negative_slope)
+
+
+def random_tensors(
+    seed, dtype, norm, channels=(5, 64), size=(3, 2), kernel=3, batch=2, bias=True, layout=None, groups=1
+):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = laid_out(normal(batch, channels[0], *size), layout)
+    weight = normal(channels[0], channels[1] // groups, *[kernel] * len(size))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    parameters = [None] * 4
+    if norm != "none":
+        parameters[:2] = [(normal(channels[1]) + 1).to(wide), normal(channels[1]).to(wide)]
+    if norm == "given":
+        parameters[2:] = [normal(channels[1]).to(wide), (normal(channels[1]).square() + 0.1).to(wide)]
+    return [x, weight, normal(channels[1]) if bias else None, *parameters]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("norm", "activation"),
+    [("batch", "relu"), ("batch", "tanh"), ("given", "silu"), ("instance", "leaky_relu"), ("none", "sigmoid")],
+)
+def test_numerics_of_the_epilogue(seed, isa, norm, activation, layout, dtype):
+    g, epilogue = geometry(2, stride=2, padding=1), Epilogue(norm, 1e-5, activation, 0.2)
+
+    def draw(at):
+        tensors = random_tensors(at, dtype, norm, bias=norm == "none", layout=LAYOUTS[layout])
+        exact = [None if x is None else x.double() for x in tensors]
+        runs = [outputs(tensors, g, epilogue, backend, LAYOUTS[layout], at) for backend in ("cpu", "stock")]
+        # moments have no yardstick: the tests of moments are below
+        return dict(zip("0123456", zip(*runs, outputs(exact, g, epilogue, "reference", None, at)), strict=False))
+
+    numerics.assert_pooled(draw, seed)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel", "stride", "padding"),
+    [
+        ((64, 3), (9, 17), 4, 2, 1),
+        ((40, 1), (33,), 5, 3, 0),
+        ((64, 32), (1, 1), 4, 1, 0),
+        ((32, 2), (3, 4, 5), 3, 2, 1),
+    ],
+    ids=["C3-2d", "C1-1d", "position", "C2-3d"],
+)
+def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding, layout):
+    g, epilogue = geometry(len(size), stride, padding), Epilogue(activation="tanh")
+    order = {1: None, 2: torch.channels_last, 3: torch.channels_last_3d}[len(size)] if layout == "last" else None
+
+    def draw(at):
+        shape = {"channels": channels, "size": size, "kernel": kernel, "batch": 3, "layout": order}
+        tensors = random_tensors(at, torch.float32, "none", **shape)
+        exact = [None if x is None else x.double() for x in tensors]
+        runs = [outputs(tensors, g, epilogue, backend, order, at) for backend in ("cpu", "stock")]
+        # dbias is a plain sum that both take with torch
+        return dict(zip("012", zip(*runs, outputs(exact, g, epilogue, "reference", None, at)), strict=False))
+
+    numerics.assert_pooled(draw, seed)
+
+
+GRID = [
+    # dims, stride, padding, output_padding, dilation, groups, crop
+    (1, 2, 1, 0, 1, 1, (0, 0)),
+    (1, 1, 0, 2, 3, 1, (1, 0)),
+    (1, 3, 2, 2, 2, 2, (0, 2)),
+    (2, 2, 1, 1, 1, 1, (0, 0, 0, 0)),
+    (2, (1, 3), (0, 1), (1, 2), (2, 1), 1, (1, 0, 0, 1)),
+    (2, 2, 1, 0, 1, 3, (0, 0, 0, 0)),
+    (3, (2, 1, 2), 1, (1, 0, 0), 1, 1, (0, 0, 0, 0, 1, 0)),
+]
+IDS = ["x".join(map(str, row)).replace(" ", "") for row in GRID]
+
+
+@pytest.mark.parametrize("row", GRID, ids=IDS)
+@pytest.mark.parametrize("out_channels", [3, 6], ids=["C3", "C6"])
+def test_integers_are_exact(seed, isa, row, out_channels):
+    dims, *rest, groups, crop = row
+    g = geometry(dims, *rest, groups, crop)
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(*shape):
+        return torch.randint(-4, 5, shape, generator=generator).float()
+
+    x, weight = (
+        integers(2, 6, *[5, 4, 3][:dims]),
+        integers(6, out_channels // min(groups, out_channels) or 1, *[3] * dims),
+    )
+    tensors = [x, weight, integers(weight.shape[1] * groups), None, None, None, None]
+    ours = outputs(tensors, g, Epilogue(activation="relu"), "cpu")[0]
+    exact = equations.forward(*[None if t is None else t.double() for t in tensors], g, Epilogue(activation="relu"))[0]
+    assert torch.equal(ours.double(), exact)
+
+
+@pytest.mark.parametrize("row", GRID, ids=IDS)
+@pytest.mark.parametrize("norm", ["none", "batch", "given", "instance"])
+def test_gradients_of_both_orders(seed, row, norm):
+    dims, *rest, groups, crop = row
+    g, epilogue = geometry(dims, *rest, groups, crop), Epilogue(norm, 1e-3, "tanh")
+    channels = (2 * groups, groups)
+    shape = {"channels": channels, "size": [2, 2, 2][:dims], "kernel": 2, "groups": groups}
+    tensors = random_tensors(seed, torch.float64, norm, **shape)
+    wanted = [x.requires_grad_() for x in tensors[:5] if x is not None]
+
+    def call(*leaves):
+        given = iter(leaves)
+        full = tuple(next(given) if x is not None else None for x in tensors[:5])
+        return conv_transpose((*full, *tensors[5:]), g, epilogue, "cpu")[0]
+
+    assert torch.autograd.gradcheck(call, wanted, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, wanted, fast_mode=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_gradients_of_every_activation(seed, activation, norm):
+    tensors = random_tensors(seed, torch.float64, norm, channels=(2, 3), size=(2, 2), kernel=2)
+    wanted = [x.requires_grad_() for x in tensors[:5] if x is not None]
+    g, epilogue = geometry(2, 2), Epilogue(norm, 1e-3, activation, 0.2)
+
+    def call(*leaves):
+        return conv_transpose((*leaves, *[None] * (7 - len(leaves))), g, epilogue, "cpu")[0]
+
+    assert torch.autograd.gradcheck(call, wanted, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, wanted, fast_mode=True)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_torchs_own_samples(dims):
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    name = f"nn.functional.conv_transpose{dims}d"
+    (info,) = [op for op in op_db if op.name == name]
+    count = 0
+    for sample in info.sample_inputs("cpu", torch.float64, requires_grad=False):
+        expected = info.op(sample.input, *sample.args, **sample.kwargs)
+        ours = getattr(MF, f"conv_transpose{dims}d")(sample.input, *sample.args, **sample.kwargs, backend="cpu")
+        torch.testing.assert_close(ours, expected)
+        count += 1
+    assert count > 3
+
+
+def test_values_that_are_not_finite(seed, isa):
+    g = geometry(2, 2, 1)
+    for channels, norm, activation in itertools.product([(6, 3), (6, 20)], ["none", "given"], ["relu", "tanh"]):
+        tensors = random_tensors(seed, torch.float32, norm, channels=channels, size=(4, 5))
+        tensors[0][0, 0, 1, 1], tensors[0][1, 2, 3, 2], tensors[1][3, 1, 0, 0] = torch.nan, torch.inf, -torch.inf
+        epilogue = Epilogue(norm, 1e-5, activation)
+        ours, theirs = (conv_transpose(tuple(tensors), g, epilogue, backend)[0] for backend in ("cpu", "torch"))
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        assert ours.isnan().any()
+
+
+def test_nan_spoils_the_moments_of_its_channel_only(seed, isa):
+    for layout in LAYOUTS.values():
+        y = laid_out(torch.randn(3, 20, 6, 6, generator=torch.Generator().manual_seed(seed)), layout)
+        y[1, 4, 2, 2] = torch.nan
+        eye = laid_out(torch.eye(20).reshape(20, 20, 1, 1), layout)
+        # torch's convolution spreads the NaN over all channels of the position: only one channel may be looked at
+        out, mean, var = conv_transpose((y[:, 4:5], eye[:1, :1], *[None] * 5), geometry(2), Epilogue("batch"), "cpu")
+        assert out.isnan().all() and mean.isnan().all() and var.isnan().all()
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e3, -1e4])
+def test_moments_do_not_cancel(seed, isa, shift):
+    generator = torch.Generator().manual_seed(seed)
+    for layout in LAYOUTS.values():
+        x = laid_out(torch.randn(8, 20, 9, 11, generator=generator) + shift, layout)
+        # an outlier where a sum that is shifted by its first element would lose everything
+        x[0, :, 0, 0] = shift + 300
+        eye = torch.eye(20).reshape(20, 20, 1, 1)
+        _, mean, var = conv_transpose((x, eye, *[None] * 5), geometry(2), Epilogue("batch"), "cpu")
+        y = F.conv_transpose2d(x, eye).double()
+        torch.testing.assert_close(mean.double(), y.mean([0, 2, 3]), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(var.double(), y.var([0, 2, 3], correction=0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", ["batch", "instance", "none"])
+def test_threads_do_not_change_bits(seed, layout, norm):
+    tensors = random_tensors(seed, torch.float32, norm, (4, 24), (20, 20), batch=8, bias=False, layout=LAYOUTS[layout])
+    # one dimension's kernel of one tap: torch's own convolution must not depend on the threads either
+    tensors[1] = tensors[1][:, :, :1, :1].contiguous()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(outputs(tensors, geometry(2), Epilogue(norm, 1e-5, "silu"), "cpu", LAYOUTS[layout]))
+    for other in results[1:]:
+        assert torch.equal(other[0], results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(other[3:], results[0][3:], strict=True))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_threads_do_not_change_bits_of_columns(seed, layout, threads):
+    tensors = random_tensors(seed, torch.float32, "none", (8, 3), (24, 24), 4, 6, layout=LAYOUTS[layout])
+    g, epilogue = geometry(2, 2, 1), Epilogue(activation="tanh")
+    expected = conv_transpose(tuple(tensors), g, epilogue, "cpu")[0]
+    torch.set_num_threads(threads)
+    # integers: torch's matrix product may add in another order
+    tensors = [None if x is None else (4 * x).round() for x in tensors]
+    several = conv_transpose(tuple(tensors), g, epilogue, "cpu")[0]
+    torch.set_num_threads(1)
+    assert torch.equal(several, conv_transpose(tuple(tensors), g, epilogue, "cpu")[0])
+    assert several.shape == expected.shape
+
+
+def test_memory_format_is_pytorchs(seed):
+    for channels, x_layout, w_layout in itertools.product([(6, 20), (6, 3)], LAYOUTS.values(), LAYOUTS.values()):
+        tensors = random_tensors(seed, torch.float32, "none", channels, (5, 4), layout=x_layout)
+        tensors[1] = laid_out(tensors[1], w_layout)
+        expected = F.conv_transpose2d(tensors[0], tensors[1])
+        assert empty_output(tensors[0], tensors[1], geometry(2)).stride() == expected.stride()
+        for activation in ("none", "relu", "silu"):
+            out = conv_transpose(tuple(tensors), geometry(2), Epilogue(activation=activation), "cpu")[0]
+            assert out.stride() == expected.stride()
+
+
+def test_strides_of_the_input_do_not_matter(seed):
+    x = torch.randn(2, 12, 9, 10, generator=torch.Generator().manual_seed(seed))[:, ::2, 1:, ::3]
+    for out_channels, norm in itertools.product((3, 20), ("none", "batch")):
+        tensors = random_tensors(seed, torch.float32, norm, (6, out_channels), (8, 4))
+        tensors[0] = x
+        dense = [x.contiguous(), *tensors[1:]]
+        for sliced, expected in zip(
+            *(outputs(t, geometry(2, 2, 1), Epilogue(norm, 1e-5, "relu"), "cpu") for t in (tensors, dense)), strict=True
+        ):
+            torch.testing.assert_close(sliced, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
+def test_batch_norm_as_torchs(seed, backend, training, affine, tracked):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(3, 5, 4, 6, generator=generator), torch.randn(5, 8, 3, 3, generator=generator)
+    norm = torch.nn.BatchNorm2d(8, affine=affine, track_running_stats=tracked, momentum=0.3).train(training)
+    theirs = F.relu(norm(F.conv_transpose2d(x, weight, stride=2)))
+    statistics = [torch.zeros(8), torch.ones(8)] if tracked else [None, None]
+    ours = MF.conv_transpose2d_norm_act(
+        x,
+        weight,
+        stride=2,
+        norm="batch",
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        running_mean=statistics[0],
+        running_var=statistics[1],
+        training=training,
+        momentum=0.3,
+        activation="relu",
+        backend=backend,
+    )
+    torch.testing.assert_close(ours, theirs)
+    if tracked:
+        torch.testing.assert_close(statistics, [norm.running_mean, norm.running_var])
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_instance_norm_and_unbatched_input(seed, backend):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(4, 5, 6, generator=generator), torch.randn(4, 7, 3, 3, generator=generator)
+    theirs = F.leaky_relu(F.instance_norm(F.conv_transpose2d(x[None], weight, padding=1)), 0.3)[0]
+    call = {"padding": 1, "norm": "instance", "activation": "leaky_relu", "negative_slope": 0.3, "backend": backend}
+    torch.testing.assert_close(MF.conv_transpose2d_norm_act(x[None], weight, **call)[0], theirs)
+    if backend == "cpu":
+        torch.testing.assert_close(MF.conv_transpose2d_norm_act(x, weight, **call), theirs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_crop_drops_what_a_codec_slices_away(seed, backend):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(2, 6, 11, generator=generator), torch.randn(6, 4, 8, generator=generator)
+    ours = MF.conv_transpose1d_norm_act(x, weight, stride=4, crop=(1, 3), activation="tanh", backend=backend)
+    torch.testing.assert_close(ours, F.conv_transpose1d(x, weight, stride=4)[:, :, 1:-3].tanh())
+
+
+def test_empty_batch():
+    x = torch.empty(0, 4, 3, 3, requires_grad=True)
+    weight = torch.ones(4, 3, 2, 2, requires_grad=True)
+    for activation in (None, "relu", "silu"):
+        out = MF.conv_transpose2d_norm_act(x, weight, stride=2, activation=activation, backend="cpu")
+        assert out.shape == (0, 3, 6, 6)
+        dx, dweight = torch.autograd.grad(out.sum(), [x, weight])
+        assert dx.shape == x.shape and not dweight.any()
+
+
+def test_errors_are_pytorchs():
+    x, weight = torch.ones(2, 4, 3, 3), torch.ones(4, 2, 3, 3)
+    for arguments in ({"groups": 3}, {"stride": 0}, {"output_padding": 2}, {"bias": torch.ones(3)}, {"padding": 9}):
+        with pytest.raises((RuntimeError, ValueError)) as theirs:
+            F.conv_transpose2d(x, weight, **arguments)
+        with pytest.raises(type(theirs.value)) as ours:
+            MF.conv_transpose2d(x, weight, **arguments, backend="cpu")
+        assert str(ours.value) == str(theirs.value)
+    with pytest.raises(ValueError, match="unknown norm 'layer'; accepted: None, 'batch', 'instance'"):
+        MF.conv_transpose2d_norm_act(x, weight, norm="layer")
+    with pytest.raises(ValueError, match="unknown activation 'cos'; accepted: None, 'relu'"):
+        MF.conv_transpose2d_norm_act(x, weight, activation="cos")
+    with pytest.raises(ValueError, match=r"crop is \(1, -1\)"):
+        MF.conv_transpose2d_norm_act(x, weight, crop=(1, -1))
+    with pytest.raises(RuntimeError, match="the activation is gelu"):
+        MF.conv_transpose2d_norm_act(x, weight, activation="gelu", backend="cpu")
+    for backend in ("torch", "cpu"):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+            MF.conv_transpose2d_norm_act(
+                x[:1, :, :1, :1], weight[..., :1, :1], norm="batch", training=True, backend=backend
+            )
+
+
+def test_preference():
+    plain = Case("cpu", torch.float32, 64, 32, (4, 4), (2, 2), (1, 1), (0, 0), (1, 1), 1)
+    assert OP.explain(plain).backend == "torch"
+    assert OP.explain(plain._replace(out_channels=3)).backend == "cpu"
+    assert OP.explain(plain._replace(norm="batch", activation="relu")).backend == "cpu"
+    assert OP.explain(plain._replace(dtype=torch.bfloat16, norm="batch")).backend == "torch"
+    assert OP.explain(plain._replace(activation="gelu")).backend == "torch"
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "given", "instance"])
+def test_op_is_registered_as_torch_wants_it(seed, norm):
+    tensors = random_tensors(seed, torch.float32, norm, channels=(4, 6), size=(3, 3))
+    for x in tensors[:5]:
+        if x is not None:
+            x.requires_grad_()
+    g = geometry(2, 2, 1)
+    flat = (*map(list, g[:4]), g.groups, list(g.crop), norm, 1e-5, "silu", 0.0)
+    torch.library.opcheck(forward_op, (*tensors, *flat, True, "cpu"))
+    out, saved, mean, var = (x.detach() for x in forward_op(*tensors, *flat, True, "cpu"))
+    moments = tensors[5:] if norm == "given" else (mean, var) if norm != "none" else (None, None)
+    leaves = [None if x is None else x.detach() for x in tensors[:5]]
+    mask = [x is not None for x in leaves]
+    torch.library.opcheck(backward_op, (torch.randn_like(out), *leaves, *moments, saved, *flat, mask, "cpu"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_one_graph(seed, backend):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 5, 4, 4, generator=generator)
+    weight = torch.randn(5, 6, 3, 3, generator=generator).requires_grad_()
+
+    def call(x, weight):
+        return MF.conv_transpose2d_norm_act(
+            x, weight, stride=2, norm="batch", training=True, activation="relu", backend=backend
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    dout = torch.randn(call(x, weight).shape, generator=generator)
+    torch.testing.assert_close(compiled(x, weight), call(x, weight))
+    gradients = (torch.autograd.grad(f(x, weight), weight, dout)[0] for f in (compiled, call))
+    torch.testing.assert_close(*gradients)
+
+
+def test_transforms_and_forward_mode(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(3, 2, 5, generator=generator), torch.randn(2, 3, 3, generator=generator)
+
+    def call(x, backend):
+        return MF.conv_transpose1d_norm_act(x[None], weight, activation="tanh", backend=backend)
+
+    for transform in (torch.vmap, torch.func.jacrev):
+        argument = x if transform is torch.vmap else x[0]
+        ours, theirs = (transform(lambda x, b=b: call(x, b))(argument) for b in ("cpu", "torch"))
+        torch.testing.assert_close(ours, theirs)
+    ours, theirs = (torch.func.jvp(lambda x, b=b: call(x, b), (x[0],), (x[1],)) for b in ("cpu", "torch"))
+    torch.testing.assert_close(ours, theirs)
+
+
+MUTANTS = {
+    "a tap dropped": lambda w, g, e: (w.index_fill(3, torch.tensor([1]), 0), g, e),
+    "padding swapped": lambda w, g, e: (w, g._replace(padding=g.padding[::-1]), e),
+    "phases shifted": lambda w, g, e: (w.roll(1, 3), g, e),
+    "eps twice as large": lambda w, g, e: (w, g, e._replace(eps=2 * e.eps)),
+    "another slope": lambda w, g, e: (w, g, e._replace(negative_slope=0.21)),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_rule_catches(seed, name):
+    tensors = random_tensors(seed, torch.float32, "batch", size=(6, 6), kernel=4)
+    # a small variance, so that eps counts
+    tensors[1] *= 0.02
+    g = geometry(2, 2, (1, 2), crop=(0, 2, 0, 0))
+    g = g._replace(crop=(2, 0, 1, 1))
+    epilogue = Epilogue("batch", 1e-3, "leaky_relu", 0.2)
+    exact = [None if x is None else x.double() for x in tensors]
+    reference = equations.forward(*exact, g, epilogue)[0]
+    yardstick, ours = (conv_transpose(tuple(tensors), g, epilogue, backend)[0] for backend in ("torch", "cpu"))
+    numerics.assert_matches("out", ours, yardstick, reference)
+    weight, *changed = MUTANTS[name](tensors[1], g, epilogue)
+    mutant = conv_transpose((tensors[0], weight, *tensors[2:]), *changed, "cpu")[0]
+    if mutant.shape == reference.shape:
+        with pytest.raises(AssertionError):
+            numerics.assert_matches("out", mutant, yardstick, reference)
+
+
+def test_rule_catches_an_unbiased_variance(seed):
+    tensors = random_tensors(seed, torch.float32, "batch", size=(4, 4), kernel=2)
+    g, epilogue = geometry(2, 2), Epilogue("batch", 1e-5)
+    y = equations.convolve(*tensors[:3], g)
+    unbiased = (*tensors[:5], y.mean([0, 2, 3]), y.var([0, 2, 3]))
+    mutant = conv_transpose(unbiased, g, Epilogue("given", 1e-5), "cpu")[0]
+    reference = equations.forward(*[None if x is None else x.double() for x in tensors], g, epilogue)[0]
+    yardstick, ours = (conv_transpose(tuple(tensors), g, epilogue, backend)[0] for backend in ("torch", "cpu"))
+    numerics.assert_matches("out", ours, yardstick, reference)
+    with pytest.raises(AssertionError):
+        numerics.assert_matches("out", mutant, yardstick, reference)

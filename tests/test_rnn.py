@@ -1,0 +1,569 @@
+"""The recurrent op: the walk through time against float64 by the rule of numerics.py, and everything around it."""
+
+import functools
+import multiprocessing
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import mmfast
+from mmfast import native, numerics
+from mmfast.ops.rnn import equations
+from mmfast.ops.rnn.backends import OP
+from mmfast.ops.rnn.equations import GATES, MODES, Layer
+from mmfast.ops.rnn.op import backward_op, forward_op, sequence
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+per_mode = pytest.mark.parametrize("mode", list(MODES))
+per_directions = pytest.mark.parametrize("directions", [1, 2], ids=["uni", "bi"])
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Problem(NamedTuple):
+    """Inputs of a layer; `scale` multiplies the weights, so large ones saturate and small ones stay near 0."""
+
+    x: Tensor
+    weights: list[Tensor]
+    states: list[Tensor]
+    layer: Layer
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        cast = functools.partial(torch.Tensor.to, dtype=dtype)
+        return Problem(cast(self.x), [cast(w) for w in self.weights], [cast(h) for h in self.states], self.layer)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.x, *self.states, *self.weights]
+
+
+def draw(mode, shape, directions=1, *, seed=0, kind="padded", scale=1.0, bias=True, states=True, dtype=torch.float64):
+    """A problem of shape (T, B, I, H): padded, with "lengths" or "packed", its numbers those of `dtype`."""
+    steps, batch, inputs, hidden = shape
+    generator = torch.Generator().manual_seed(seed)
+    normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    rows, weights = GATES[mode] * hidden, []
+    for _ in range(directions):
+        weights += [normal(rows, inputs) * scale / inputs**0.5, normal(rows, hidden) * scale / hidden**0.5]
+        weights += [normal(rows) * scale * 0.3 for _ in range(2 * bias)]
+    initial = [normal(directions, batch, hidden) * 0.5 for _ in range((1 + (mode == "LSTM")) * states)]
+    x = normal(steps, batch, inputs)
+    layer = Layer(mode, directions)
+    if kind != "padded":
+        lengths = torch.randint(1, steps + 1, (batch,), generator=generator)
+        lengths[0] = steps
+        layer = layer._replace(lengths=lengths)
+        if kind == "packed":
+            packed = pack_padded_sequence(x, lengths.sort(descending=True).values)
+            x, layer = packed.data, Layer(mode, directions, packed.batch_sizes)
+    return Problem(x, weights, initial, layer).to(dtype).to(torch.float64)
+
+
+def results(function, problem: Problem, cotangents: list[Tensor] | None = None) -> dict[str, Tensor]:
+    """Outputs of `function(x, weights, h0, c0, layer)`, and the gradients of sum(output * cotangent)."""
+    inputs = [a.clone().requires_grad_() for a in problem.tensors]
+    x, rest = inputs[0], inputs[1:]
+    states, weights = rest[: len(problem.states)], rest[len(problem.states) :]
+    h0, c0 = (*states, None, None)[:2]
+    outputs = function(x, weights, h0, c0, problem.layer)[: 2 + (problem.layer.mode == "LSTM")]
+    named = dict(zip(("y", "hn", "cn"), outputs, strict=False))
+    if cotangents is None:
+        cotangents = [random_like(out) for out in outputs]
+    gradients = torch.autograd.grad(
+        outputs, inputs, [c.to(out.dtype) for c, out in zip(cotangents, outputs, strict=True)]
+    )
+    labels = ["x", *("h0", "c0")[: len(states)], *(f"w{i}" for i in range(len(weights)))]
+    return {**named, **{f"d{label}": g for label, g in zip(labels, gradients, strict=True)}}
+
+
+def random_like(out: Tensor, seed: int = 1) -> Tensor:
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+cpu = functools.partial(sequence, backend="cpu")
+
+
+def of_torch(x, weights, h0, c0, layer: Layer):
+    """PyTorch's own layer."""
+    batch = x.shape[1] if layer.batch_sizes is None else int(layer.batch_sizes[0])
+    hidden = weights[1].shape[1]
+    states = [x.new_zeros(layer.directions, batch, hidden) if s is None else s for s in (h0, c0)]
+    hx = states if layer.mode == "LSTM" else states[0]
+    options = (weights, len(weights) // layer.directions == 4, 1, 0.0, True, layer.directions == 2)
+    function = getattr(torch._VF, layer.mode.lower())
+    if layer.batch_sizes is not None:
+        return function(x, layer.batch_sizes, hx, *options)
+    return function(x, hx, *options, False)
+
+
+# ---- gate functions
+
+
+@pytest.fixture(params=native.supported_isas())
+def isa(request):
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+def all_magnitudes(dtype: torch.dtype) -> Tensor:
+    """Positive and negative numbers of every exponent, evenly many of each, and what is special."""
+    bits = torch.int32 if dtype == torch.float32 else torch.int64
+    top = torch.tensor(float("inf"), dtype=dtype).view(bits)
+    positive = torch.linspace(0, 1, 1 << 17, dtype=torch.float64).mul(float(top)).to(bits).view(dtype)
+    special = torch.tensor([0.0, 5e-324, 1e-38, 1e-3, 0.1733, 0.3466, 87.3, 88.8, 104.0, float("inf")], dtype=dtype)
+    positive = torch.cat([positive, torch.linspace(0, 110, 1 << 15, dtype=dtype), special])
+    return torch.cat([positive, -positive])
+
+
+@pytest.mark.parametrize("function", ["tanh", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+def test_gate_functions(function, dtype, isa):
+    """At most 2 ulp from the exact value, subnormal results included: h = tanh(x), or z of a GRU with n = 0, h' = 1."""
+    x = all_magnitudes(dtype)
+    if function == "tanh":
+        weights = [torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)]
+        found = cpu(x[None, :, None], weights, None, None, Layer("RNN_TANH"))[0].flatten()
+    else:
+        weights = [torch.tensor([[0.0], [1.0], [0.0]], dtype=dtype), torch.zeros(3, 1, dtype=dtype)]
+        finite = x.isfinite()  # inf times the weight 0 of the other gates is NaN
+        x, state = x[finite], torch.ones(1, int(finite.sum()), 1, dtype=dtype)
+        found = cpu(x[None, :, None], weights, state, None, Layer("GRU"))[0].flatten()
+    exact = getattr(torch, function)(x.double())
+    # torch's sigmoid in float64 underflows to 0 too early
+    exact = torch.where(x.double() < -36, x.double().exp(), exact) if function == "sigmoid" else exact
+    step = numerics._ulps(exact, dtype)
+    off = ((found.double() - exact) / step).abs()
+    # float64's reference is itself a rounded one
+    assert off.max() <= (2 if dtype == torch.float32 else 3), f"{float(off.max())} ulp at {float(x[off.argmax()])}"
+    assert torch.equal(found.signbit(), x.signbit()) or function == "sigmoid"
+
+
+@per_mode
+def test_nan_spreads_as_in_torch(mode, isa):
+    problem = draw(mode, (6, 4, 3, 20), seed=3, dtype=torch.float32).to(torch.float32)
+    problem.x[2, 1, 0] = float("nan")
+    problem.x[4, 3, 1] = float("inf")
+    args = (problem.x, problem.weights, *(*problem.states, None)[:2], problem.layer)
+    found, expected = cpu(*args)[0], of_torch(*args)[0]
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert found.isnan().any() and not found[:2].isnan().any()
+
+
+# ---- numerics
+
+
+SHAPES = {"T1-B5-I3-H1": (1, 5, 3, 1), "T7-B6-I5-H33": (7, 6, 5, 33), "T33-B13-I20-H64": (33, 13, 20, 64)}
+
+
+def triples(problem: Problem, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    reference = results(equations.sequence, problem)
+    narrow = problem.to(dtype)
+    ours, theirs = results(cpu, narrow), results(of_torch, narrow)
+    return {name: (ours[name], theirs[name], reference[name]) for name in reference}
+
+
+@per_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_numerics(mode, dtype, shape, kind, seed):
+    directions = 2 if kind == "packed" else 1
+
+    def one(draw_seed):
+        return triples(draw(mode, shape, directions, seed=draw_seed, kind=kind, dtype=dtype), dtype)
+
+    numerics.assert_pooled(one, first_seed=seed)
+
+
+@per_mode
+@pytest.mark.parametrize(("scale", "steps"), [(8.0, 40), (1e-3, 40), (1.0, 1024)], ids=["saturated", "small", "T1024"])
+def test_numerics_of_extremes(mode, scale, steps, seed):
+    shape = (steps, 3, 4, 16)
+    if mode == "RNN_RELU" and scale > 1:
+        pytest.skip("a relu RNN with large weights overflows in float64 as well")
+
+    def one(draw_seed):
+        return triples(draw(mode, shape, seed=draw_seed, scale=scale, dtype=torch.float32), torch.float32)
+
+    numerics.assert_pooled(one, first_seed=seed)
+
+
+@per_mode
+@pytest.mark.parametrize("lower", native.supported_isas()[:-1])
+def test_instruction_sets(mode, lower):
+    """A lower instruction set differs by rounding only; 33 units have a partial vector under each."""
+    problem = draw(mode, (5, 7, 4, 33), 2, seed=5, kind="packed")
+    best = results(cpu, problem)
+    before = native.isa()
+    native.set_isa(lower)
+    try:
+        found = results(cpu, problem)
+    finally:
+        native.set_isa(before)
+    torch.testing.assert_close(found, best, rtol=1e-11, atol=1e-11)
+
+
+MUTANTS = {
+    "reset before the product": (
+        "GRU",
+        lambda p, s: s._replace(weights=[w * 1.02 if w.dim() > 1 else w for w in p.weights]),
+    ),
+    "h0 ignored": ("RNN_TANH", lambda p, s: s._replace(states=[torch.zeros_like(h) for h in p.states])),
+    "c0 ignored": ("LSTM", lambda p, s: s._replace(states=[p.states[0], torch.zeros_like(p.states[1])])),
+    "last step stale": ("LSTM", lambda p, s: s._replace(x=torch.cat([p.x[:-1], p.x[-2:-1]]))),
+    "b_hh dropped": ("GRU", lambda p, s: s._replace(weights=[*p.weights[:3], torch.zeros_like(p.weights[3])])),
+    "one unit's weights wrong": ("RNN_RELU", lambda p, s: s._replace(weights=[p.weights[0].flip(0), *p.weights[1:]])),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_numerics_catch(mutant, seed):
+    """The same rule fails for a layer with a planted error."""
+    mode, change = MUTANTS[mutant]
+
+    def one(draw_seed):
+        problem = draw(mode, SHAPES["T7-B6-I5-H33"], seed=draw_seed, dtype=torch.bfloat16)
+        wrong = change(problem, problem)
+        reference = results(equations.sequence, problem)
+        ours, theirs = results(cpu, wrong.to(torch.bfloat16)), results(of_torch, problem.to(torch.bfloat16))
+        return {name: (ours[name], theirs[name], reference[name]) for name in ("y", "dx")}
+
+    with pytest.raises(AssertionError):
+        numerics.assert_pooled(one, first_seed=seed)
+
+
+# ---- what must not matter
+
+
+@per_mode
+@per_directions
+@pytest.mark.parametrize("batch", [1, 5])
+def test_threads_do_not_change_a_bit(mode, directions, batch):
+    problem = draw(mode, (40, batch, 8, 129), directions, seed=7, dtype=torch.float32).to(torch.float32)
+    args = (problem.x, problem.weights, *(*problem.states, None)[:2], problem.layer)
+    backend = OP.backends["cpu"]
+    outcomes = []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        y, hn, cn, gates, cell = backend.forward(*args, True)
+        given = [random_like(out).to(out.dtype) for out in (y, hn)], [random_like(cn).to(cn.dtype)] * (mode == "LSTM")
+        dy, dhn, dcn = (*given[0], *given[1], None)[:3]
+        torch.set_num_threads(threads)
+        need = [True] * (3 + len(problem.weights))
+        # dx and the weights' gradients are torch's products; the initial state's is the recurrence's own
+        gradients = backend.backward((dy, dhn, dcn), *args, (y, gates, cell), need)[1 : 2 + (mode == "LSTM")]
+        outcomes.append([y, hn, cn, gates, cell, *gradients])
+    for other in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
+
+
+@per_mode
+def test_a_permuted_batch_gives_the_permuted_result(mode):
+    problem = draw(mode, (9, 11, 4, 20), 2, seed=8, kind="lengths", dtype=torch.float32).to(torch.float32)
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(2))
+    layer = problem.layer._replace(lengths=problem.layer.lengths[order])
+    states = [h[:, order].contiguous() for h in problem.states]
+    permuted = Problem(problem.x[:, order].contiguous(), problem.weights, states, layer)
+    found, expected = results(cpu, permuted)["y"], results(cpu, problem)["y"]
+    torch.testing.assert_close(found, expected[:, order], rtol=1e-6, atol=1e-6)
+
+
+@per_mode
+@per_directions
+def test_packed_is_lengths_is_one_by_one(mode, directions):
+    """Of the same sequences: lengths on padded input, a PackedSequence, and each sequence alone, gradients too."""
+    problem = draw(mode, (8, 5, 3, 18), directions, seed=9, kind="lengths")
+    lengths = problem.layer.lengths
+    cotangent = random_like(torch.empty(8, 5, directions * 18))
+    for b, length in enumerate(lengths.tolist()):
+        cotangent[length:, b] = 5.0  # what is past a length must not matter
+    ends = [random_like(h, seed=3) for h in problem.states]
+
+    def by_lengths(x, weights, h0, c0, layer):
+        return cpu(x, weights, h0, c0, layer)
+
+    def by_packing(x, weights, h0, c0, layer):
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        states = [None if s is None else s[:, packed.sorted_indices] for s in (h0, c0)]
+        y, *last = cpu(packed.data, weights, *states, Layer(mode, directions, packed.batch_sizes))
+        y = PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+        last = [s[:, packed.unsorted_indices] if s.numel() else s for s in last]
+        return pad_packed_sequence(y, total_length=8)[0], *last
+
+    def one_by_one(x, weights, h0, c0, layer):
+        each = []
+        for b, length in enumerate(lengths.tolist()):
+            states = [None if s is None else s[:, b : b + 1].contiguous() for s in (h0, c0)]
+            y, *last = cpu(x[:length, b : b + 1].contiguous(), weights, *states, Layer(mode, directions))
+            each.append([torch.nn.functional.pad(y, (0, 0, 0, 0, 0, 8 - length)), *last])
+        y, hn, cn = zip(*each, strict=True)
+        return torch.cat(y, 1), torch.cat(hn, 1), torch.cat(cn, 1 if mode == "LSTM" else 0)
+
+    ways = [by_lengths, by_packing, one_by_one, equations.sequence]
+    first, *others = [results(way, problem, [cotangent, *ends]) for way in ways]
+    assert not first["y"][int(lengths.min()) :, int(lengths.argmin())].any()
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-10, atol=1e-10)
+
+
+@per_mode
+def test_lengths_of_zero(mode):
+    """As a device's or a compiled graph's lengths may be: outputs 0, the state passes through."""
+    problem = draw(mode, (4, 3, 2, 5), 2, seed=10)
+    problem = problem._replace(layer=problem.layer._replace(lengths=torch.tensor([4, 0, -3])))
+    found, expected = results(cpu, problem), results(equations.sequence, problem)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found["hn"][:, 1:], problem.states[0][:, 1:])
+
+
+# ---- derivatives
+
+
+@per_mode
+@pytest.mark.parametrize("kind", ["padded", "packed", "lengths"])
+@pytest.mark.parametrize("states", [True, False], ids=["h0", "none"])
+def test_gradcheck(mode, kind, states):
+    problem = draw(mode, (4, 3, 2, 3), 2, seed=11, kind=kind, states=states, bias=states)
+    inputs = [a.clone().requires_grad_() for a in problem.tensors]
+
+    def outputs(x, *rest):
+        initial, weights = rest[: len(problem.states)], list(rest[len(problem.states) :])
+        return cpu(x, weights, *(*initial, None, None)[:2], problem.layer)[: 2 + (mode == "LSTM")]
+
+    assert torch.autograd.gradcheck(outputs, inputs)
+    if mode != "RNN_RELU":
+        assert torch.autograd.gradgradcheck(outputs, inputs, atol=1e-4)
+
+
+def test_no_gradient_through_what_the_inputs_were_made_from():
+    """A second derivative where x itself depends on a weight of the layer."""
+    problem = draw("GRU", (3, 2, 4, 4), seed=12)
+    weights = [w.clone().requires_grad_() for w in problem.weights]
+
+    def penalty(function):
+        x = problem.x @ weights[1][:4]
+        y = function(x, weights, *problem.states, None, problem.layer)[0]
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), weights)
+
+    torch.testing.assert_close(penalty(cpu), penalty(equations.sequence))
+
+
+@per_mode
+def test_only_what_is_needed(mode):
+    problem = draw(mode, (3, 2, 4, 5), 2, seed=13)
+    everything = results(cpu, problem)
+    names = [name for name in everything if name.startswith("d")]
+    for wanted in range(len(names)):
+        inputs = [a.clone().requires_grad_(i == wanted) for i, a in enumerate(problem.tensors)]
+        initial, weights = inputs[1 : 1 + len(problem.states)], inputs[1 + len(problem.states) :]
+        outputs = cpu(inputs[0], weights, *(*initial, None)[:2], problem.layer)[: 2 + (mode == "LSTM")]
+        (found,) = torch.autograd.grad(outputs, inputs[wanted], [random_like(out) for out in outputs])
+        torch.testing.assert_close(found, everything[names[wanted]])
+
+
+LAYERS = {"RNN": {}, "GRU": {}, "LSTM": {}, "GRU-bi-L2": {"bidirectional": True, "num_layers": 2}}
+
+
+def layer_of(label: str, nn=mmfast.nn, **options):
+    torch.manual_seed(5)
+    return getattr(nn, label.partition("-")[0])(4, 6, **LAYERS[label], **options)
+
+
+@pytest.mark.parametrize("label", LAYERS)
+def test_transforms(label):
+    """torch.func and forward mode, which torch.nn's own layers do not all serve."""
+    module, x = layer_of(label).double(), torch.randn(5, 3, 4, dtype=torch.float64)
+    tangent = torch.randn_like(x)
+
+    def total(x):
+        return module(x)[0].square().sum()
+
+    expected = torch.autograd.grad(total(leaf := x.clone().requires_grad_()), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(total)(x), expected)
+    _, found = torch.func.jvp(total, (x,), (tangent,))
+    torch.testing.assert_close(found, (expected * tangent).sum())
+    batched = torch.func.vmap(lambda x: module(x)[0])(torch.stack([x, tangent]))
+    torch.testing.assert_close(batched, torch.stack([module(x)[0], module(tangent)[0]]))
+
+
+# ---- the layers
+
+
+@pytest.mark.parametrize("label", LAYERS)
+@pytest.mark.parametrize("batch_first", [False, True], ids=["tbi", "bti"])
+def test_layers_equal_torch(label, batch_first):
+    """The stack, its dropout drawn as PyTorch draws it, and strided input."""
+    with pytest.warns(UserWarning) if "L2" not in label else _quiet():
+        ours = layer_of(label, batch_first=batch_first, dropout=0.4, backend="cpu")
+        theirs = layer_of(label, torch.nn, batch_first=batch_first, dropout=0.4)
+    x = torch.randn(5, 3, 8)[:, :, ::2]
+    outcomes = []
+    for module in (ours, theirs):
+        torch.manual_seed(11)
+        leaf = x.clone().requires_grad_()
+        y, hx = module(leaf)
+        y.mul(torch.arange(1.0, 1 + y.numel()).view(y.shape) / y.numel()).sum().backward()
+        outcomes.append([y, hx, leaf.grad, [p.grad for p in module.parameters()]])
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
+
+
+class _quiet:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+@pytest.mark.parametrize("label", LAYERS)
+def test_lengths_of_a_layer(label):
+    module, x = layer_of(label, backend="cpu"), torch.randn(7, 3, 4)
+    lengths = torch.tensor([3, 7, 1])
+    found = module(x, lengths=lengths)
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    y, hx = module(packed)
+    torch.testing.assert_close(found, (pad_packed_sequence(y, total_length=7)[0], hx))
+    with mmfast.use_backend("torch"):
+        module.backend = None
+        torch.testing.assert_close(module(x, lengths=lengths), found)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        (torch.tensor([0, 3]), "greater than 0"),
+        (torch.tensor([8, 3]), "has only 7 steps"),
+        (torch.tensor([3]), "equal to batch_size"),
+        (torch.tensor([3.0, 2.0]), "expected integers"),
+    ],
+    ids=["zero", "long", "few", "float"],
+)
+def test_wrong_lengths(lengths, words):
+    with pytest.raises(RuntimeError, match=words):
+        layer_of("GRU")(torch.randn(7, 2, 4), lengths=lengths)
+
+
+def test_lengths_need_padded_input():
+    packed = pack_padded_sequence(torch.randn(7, 2, 4), [7, 3])
+    for x in (packed, torch.randn(7, 4)):
+        with pytest.raises(RuntimeError, match="expected padded 3-D input"):
+            layer_of("GRU")(x, lengths=torch.tensor([7, 3]))
+
+
+@pytest.mark.parametrize("sizes", [[3, 3, 1], [1, 2, 3], [3, 3, 0], [6, 1]], ids=str)
+def test_wrong_batch_sizes(sizes):
+    """Nothing is read past an end."""
+    problem = draw("GRU", (2, 3, 4, 5), states=False)
+    layer = Layer("GRU", batch_sizes=torch.tensor(sizes))
+    with pytest.raises(RuntimeError, match="never rise and add up"):
+        cpu(problem.x.view(6, 4), problem.weights, None, None, layer)
+
+
+def test_states_of_another_dtype():
+    problem = draw("LSTM", (2, 3, 4, 5))
+    with pytest.raises(RuntimeError, match=r"torch.float32 on cpu; expected the input's torch.float64"):
+        cpu(problem.x, problem.weights, problem.states[0].float(), problem.states[1], problem.layer)
+
+
+def test_a_parametrized_recurrent_weight_learns():
+    """PyTorch's layers go on with the weight that they flattened when they were made."""
+    module = layer_of("LSTM")
+    torch.nn.utils.parametrizations.spectral_norm(module, "weight_hh_l0")
+    module(torch.randn(5, 3, 4))[0].sum().backward()
+    assert module.parametrizations.weight_hh_l0.original.grad.abs().max() > 0
+
+
+@given(
+    st.sampled_from(list(MODES)),
+    *[st.integers(0, 9)] * 2,
+    st.integers(1, 40),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+    st.sampled_from(["padded", "packed", "lengths"]),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_shape(mode, steps, batch, hidden, directions, bias, kind):
+    steps, batch = max(steps, 1), max(batch, int(kind != "padded"))
+    problem = draw(mode, (steps, batch, 3, hidden), directions, seed=steps, kind=kind, bias=bias)
+    torch.testing.assert_close(results(cpu, problem), results(equations.sequence, problem), rtol=1e-9, atol=1e-9)
+
+
+# ---- graphs
+
+
+@pytest.mark.parametrize("label", LAYERS)
+def test_compile(label):
+    """One graph, compiled once more when T and B change, and never again."""
+    torch._dynamo.reset()
+    module = layer_of(label)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for steps, batch in ((5, 3), (9, 7), (4, 2), (11, 6)):
+        x = torch.randn(steps, batch, 4)
+        outcomes = []
+        for function in (compiled, module):
+            leaf = x.clone().requires_grad_()
+            y, hx = function(leaf)
+            outcomes.append((y, hx, torch.autograd.grad(y.square().sum(), leaf)))
+        torch.testing.assert_close(*outcomes)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("label", LAYERS)
+def test_export(label):
+    module = layer_of(label)
+    steps, batch = torch.export.Dim("steps", min=2), torch.export.Dim("batch", min=2)
+    shapes = {"input": {0: steps, 1: batch}}
+    program = torch.export.export(module, (torch.randn(5, 3, 4),), dynamic_shapes=shapes)
+    nodes = [node for node in program.graph.nodes if node.op == "call_function" and "mmfast" in str(node.target)]
+    assert len(nodes) == module.num_layers
+    x = torch.randn(8, 6, 4)
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM"])
+def test_opcheck(mode):
+    problem = draw(mode, (3, 2, 4, 5), 2, seed=15, kind="lengths")
+    x, weights = problem.x.requires_grad_(), [w.requires_grad_() for w in problem.weights]
+    states = (*problem.states, None)[:2]
+    columns = (problem.layer.lengths, None, mode, 2)
+    torch.library.opcheck(forward_op, (x, weights, *states, *columns, True, "cpu"))
+    with torch.no_grad():
+        y, hn, _, gates, cell = forward_op(x, weights, *states, *columns, True, "cpu")
+    need = [True, *(s is not None for s in states), *[True] * len(weights)]
+    given = torch.randn_like(y), torch.randn_like(hn), None
+    tests = ("test_schema", "test_faketensor")
+    with torch.no_grad():
+        torch.library.opcheck(
+            backward_op, (*given, x, weights, *states, y, gates, cell, *columns, need, "cpu"), test_utils=tests
+        )
+
+
+# ---- processes
+
+
+def _forward_in_a_fork(queue) -> None:
+    problem = draw("GRU", (50, 4, 8, 64), seed=1)
+    queue.put(float(cpu(problem.x, problem.weights, None, None, problem.layer)[0].sum()))
+
+
+def test_fork_after_a_parallel_region():
+    problem = draw("GRU", (50, 4, 8, 64), seed=1)
+    torch.set_num_threads(2)
+    expected = float(cpu(problem.x, problem.weights, None, None, problem.layer)[0].sum())
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_forward_in_a_fork, args=(queue,))
+    process.start()
+    assert queue.get(timeout=60) == pytest.approx(expected, rel=1e-12)
+    process.join()

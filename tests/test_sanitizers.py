@@ -1,0 +1,52 @@
+"""The CUDA kernels under AddressSanitizer and UBSan: an executable of its own, built here, that reads case files."""
+
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+CASES = """\
+adversarial 0 1 0 0:-1:0:1.25:1 2:1:1:0.5:63 1:1:-1:2:129 3:-1:0:1:4097
+adversarial 2 1 7 0:1:0:1.25:4096 1:1:-1:0.5:5 3:-1:0:1:9000
+adversarial 3 0 3 2:-1:1:0.01:4100 0:-1:0:0.01:33
+adversarial 1 0 1 0:1:0:1:0 1:1:0:1:4099
+"""
+# 70 terms are more than one launch takes
+LONG = "adversarial 0 1 5 " + " ".join(f"{k % 4}:1:0.5:1:{k % 9 + 1}" for k in range(70)) + "\n"
+
+
+@pytest.fixture(scope="module")
+def executable(tmp_path_factory):
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not on PATH, so the sanitized executable cannot be built")
+    folder = tmp_path_factory.mktemp("sanitized")
+    for command in (["cmake", "-S", ROOT, "-B", folder, "-DMMFAST_SANITIZE=ON"], ["cmake", "--build", folder, "-j2"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "emulator_sanitized"
+
+
+def run(executable: pathlib.Path, cases: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
+    path = folder / "cases.txt"
+    path.write_text(cases)
+    return subprocess.run([executable, path], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_kernels_are_clean(executable, tmp_path):
+    cases = CASES + LONG
+    done = run(executable, cases, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("passed: ") == cases.count("\n")
+
+
+def test_an_overflow_is_seen(executable, tmp_path):
+    done = run(executable, "overflow\n", tmp_path)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+
+
+def test_an_unknown_case_fails(executable, tmp_path):
+    assert run(executable, "adversarial 9 1 0 0:1:0:1:5\n", tmp_path).returncode == 1
