@@ -181,7 +181,7 @@ def cpu_adversarial_backward(
 ) -> None:
     """Fills the gradients by the logits, then by the others (None: not wanted), each in the layout of its tensor."""
     arguments = _adversarial_inputs(terms, mean, inputs)
-    outputs = dtotal.data_ptr(), _pointer(slopes), [_pointer(g) for g in gradients]
+    outputs = dtotal.data_ptr(), _pointer(slopes), [0 if g is None else g.data_ptr() for g in gradients]
     check(library().cpu_adversarial_backward(*arguments, *outputs, torch.get_num_threads()))
 
 
@@ -227,7 +227,6 @@ def cuda_adversarial_backward(
     arguments = _adversarial_inputs(terms, mean, inputs, "_C" if dtotal.is_cuda else "_emulator")
     outputs = dtotal.data_ptr(), _pointer(slopes), [_pointer(g) for g in gradients]
     _launch("cuda_adversarial_backward", dtotal, *arguments, *outputs)
-
 
 
 def cpu_normalize_forward(

@@ -41,7 +41,7 @@ inline V slope_of(V u, C tilt) {
     if constexpr (kPhi == MMFAST_SQUARE || kPhi == MMFAST_LEAKY_SQUARE) return u + u;
     if constexpr (kPhi == MMFAST_RELU) return u <= 0 ? V{} : one;
     if constexpr (kPhi == MMFAST_RELU_SQUARE) return u <= 0 ? V{} : u + u;
-    if constexpr (kPhi == MMFAST_ABS) return u > 0 ? one : u < 0 ? -one : u * 0;
+    if constexpr (kPhi == MMFAST_ABS) return u > 0 ? one : u < 0 ? -one : V{};
     if constexpr (kPhi == MMFAST_SIGMOID) {
         const V e = exp_of(-abs_of(u));
         return e / ((e + 1) * (e + 1));

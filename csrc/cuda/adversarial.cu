@@ -54,7 +54,7 @@ MMFAST_DEVICE C slope_of(C u, C tilt) {
     if constexpr (kPhi == MMFAST_SQUARE || kPhi == MMFAST_LEAKY_SQUARE) return u + u;
     if constexpr (kPhi == MMFAST_RELU) return u <= 0 ? C(0) : C(1);
     if constexpr (kPhi == MMFAST_RELU_SQUARE) return u <= 0 ? C(0) : u + u;
-    if constexpr (kPhi == MMFAST_ABS) return u > 0 ? C(1) : u < 0 ? C(-1) : u * 0;
+    if constexpr (kPhi == MMFAST_ABS) return u > 0 ? C(1) : u < 0 ? C(-1) : C(0);
     if constexpr (kPhi == MMFAST_SIGMOID) {
         const C e = exp_of(-abs_of(u));
         return divide(e, (C(1) + e) * (C(1) + e));

@@ -47,6 +47,8 @@ def empty_outputs(inputs: Inputs, values_wanted: bool) -> Outputs:
 def empty_gradients(inputs: Inputs, needed: Sequence[bool]) -> list[Tensor | None]:
     """Unwritten gradients by the logits and then by the others; None where one is not needed."""
     tensors = (*inputs.logits, *inputs.others) if inputs.others else inputs.logits
+    if all(needed):
+        return [torch.empty_like(x) for x in tensors]
     return [torch.empty_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
 
 
@@ -95,7 +97,7 @@ class Cpu(Backend):
         inputs = dense(inputs)
         gradients = empty_gradients(inputs, needed)
         native.cpu_adversarial_backward(terms, mean, inputs, dtotal, slopes, gradients)
-        return [g for g in gradients if g is not None]
+        return gradients if all(needed) else [g for g in gradients if g is not None]
 
 
 def unreduced(case: Case) -> list[str]:
@@ -106,6 +108,8 @@ def unreduced(case: Case) -> list[str]:
 def dense(inputs: Inputs) -> Inputs:
     """The inputs, each tensor one block of memory, and tensors that meet elementwise in one order of elements."""
     logits, others, weights, centres, peers = inputs
+    if not others and not weights and centres is None and all([x.is_contiguous() for x in logits]):
+        return inputs
     if others:
         pairs = [_alike(x, other) for x, other in zip(logits, others, strict=True)]
         logits, others = zip(*pairs, strict=True)

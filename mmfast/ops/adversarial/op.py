@@ -3,8 +3,8 @@
     mmfast::adversarial_forward(<inputs>, <terms>) -> (Tensor total, Tensor values, Tensor slopes)
     mmfast::adversarial_backward(Tensor dtotal, Tensor slopes, bool[] needed, <inputs>, <terms>) -> Tensor[]
 
-Inputs and terms are those of equations.py; total is without dimensions in the logits' dtype, values (K,) and slopes (K,)
-(without peers (0,)) are in the values' dtype. The backward's gradients are those by the logits, then by the others, of
+Inputs and terms are those of equations.py; total is without dimensions in the logits' dtype, values (K,) and slopes
+(K,) (without peers (0,)) are in the values' dtype. The backward's gradients are those by the logits, then by the others, of
 which `needed` says for each whether it is wanted.
 
 Any order of differentiation in eager: where a gradient of the backward is needed, it is equations.gradient.
@@ -40,9 +40,21 @@ def loss(
         return forward_op(*_arguments(inputs), *columns_of(terms), mean, backend)[:2]
     if not needs_gradient(tensors):
         return OP.backends[backend].forward(terms, mean, inputs, values_wanted)[:2]
-    values: list[Tensor | None] = []
-    total = AdversarialLoss.apply(terms, mean, inputs, backend, values if values_wanted else None, group, *tensors)
-    return total, values[0] if values else None
+    call = _Call(terms, mean, inputs, backend, values_wanted, group)
+    return AdversarialLoss.apply(call, *tensors), call.values
+
+
+class _Call:
+    """What the eager Function is given besides tensors: one object, for each argument of apply costs time.
+
+    values: an attribute that the forward fills, and no output, of which each would cost its gradient.
+    """
+
+    __slots__ = ("backend", "group", "inputs", "mean", "terms", "values", "values_wanted")
+
+    def __init__(self, terms: Terms, mean: bool, inputs: Inputs, backend: str, values_wanted: bool, group: Any) -> None:
+        self.terms, self.mean, self.inputs, self.backend = terms, mean, inputs, backend
+        self.values_wanted, self.group, self.values = values_wanted, group, None
 
 
 def means_of(terms: Terms, tensors: Sequence[Tensor], backend: str) -> Tensor:
@@ -59,24 +71,22 @@ def is_eager(tensors: Sequence[Tensor]) -> bool:
 
 
 class AdversarialLoss(torch.autograd.Function):
-    """One node for the whole list, in eager: the backend is called without the dispatcher between.
-
-    values: a list to which the values are added, or None. They are no output, of which each would cost its gradient.
-    """
+    """One node for the whole list, in eager: the backend is called without the dispatcher between."""
 
     @staticmethod
-    def forward(ctx: Any, terms: Terms, mean: bool, inputs: Inputs, backend: str, values: Any, group: Any, *_: Tensor):
-        total, numbers, slopes = OP.backends[backend].forward(terms, mean, inputs, values is not None)
-        if values is not None:
-            values.append(numbers)
-        if group is not None:
-            torch.distributed.all_reduce(slopes.div_(group.size()), group=group)
-        _save(ctx, terms, mean, inputs, slopes, backend)
+    def forward(ctx: Any, call: _Call, *_: Tensor):
+        terms, mean, inputs = call.terms, call.mean, call.inputs
+        total, call.values, slopes = OP.backends[call.backend].forward(terms, mean, inputs, call.values_wanted)
+        if call.group is not None:
+            torch.distributed.all_reduce(slopes.div_(call.group.size()), group=call.group)
+        _save(ctx, terms, mean, inputs, slopes, call.backend)
+        # the node of the graph keeps its call; tensors are kept by save_for_backward only
+        call.inputs = None
         return total
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor):
-        return None, None, None, None, None, None, *_gradients(ctx, dtotal, ctx.needs_input_grad[6:])
+        return None, *_gradients(ctx, dtotal, ctx.needs_input_grad[1:])
 
 
 class TracedAdversarialLoss(torch.autograd.Function):
@@ -95,18 +105,22 @@ class TracedAdversarialLoss(torch.autograd.Function):
 
 
 def _save(ctx: Any, terms: Terms, mean: bool, inputs: Inputs, slopes: Tensor | None, backend: str) -> None:
-    ctx.terms, ctx.mean, ctx.backend, ctx.peers = terms, mean, backend, inputs.peers
-    ctx.counts = len(inputs.logits), len(inputs.others), len(inputs.weights)
-    more = (inputs.centres, slopes) if inputs.centres is not None else ()
-    ctx.save_for_backward(*inputs.logits, *inputs.others, *inputs.weights, *more)
+    logits, others, weights, centres, peers = inputs
+    if not others and not weights and centres is None:
+        ctx.static = terms, mean, backend, None, ()
+        ctx.save_for_backward(*logits)
+        return
+    ctx.static = terms, mean, backend, (len(logits), len(others), len(weights)), peers
+    ctx.save_for_backward(*logits, *others, *weights, centres, slopes if peers else None)
 
 
-def _gradients(ctx: Any, dtotal: Tensor, needed: Sequence[bool], direct: bool = True) -> list[Tensor | None]:
-    inputs, slopes = _saved(ctx)
+def _gradients(ctx: Any, dtotal: Tensor, needed: Sequence[bool], direct: bool = True) -> Sequence[Tensor | None]:
+    terms, mean, backend, counts, peers = ctx.static
+    inputs, slopes = _saved(ctx.saved_tensors, counts, peers)
     if direct and not torch.is_grad_enabled():
-        found = OP.backends[ctx.backend].backward(dtotal, ctx.terms, ctx.mean, inputs, slopes, needed)
+        found = OP.backends[backend].backward(dtotal, terms, mean, inputs, slopes, needed)
     else:
-        arguments = (slopes, list(needed), *_arguments(inputs), *columns_of(ctx.terms), ctx.mean, ctx.backend)
+        arguments = (slopes, list(needed), *_arguments(inputs), *columns_of(terms), mean, backend)
         found = backward_op(dtotal, *arguments)
     if len(found) == len(needed):
         return found
@@ -114,16 +128,13 @@ def _gradients(ctx: Any, dtotal: Tensor, needed: Sequence[bool], direct: bool = 
     return [next(rest) if need else None for need in needed]
 
 
-def _saved(ctx: Any) -> tuple[Inputs, Tensor | None]:
-    saved = ctx.saved_tensors
-    logits, others, weights = ctx.counts
-    if logits == len(saved):
+def _saved(
+    saved: Sequence[Tensor], counts: tuple[int, int, int] | None, peers: Sequence[int]
+) -> tuple[Inputs, Tensor | None]:
+    if counts is None:
         return Inputs(saved), None
-    centres, slopes = saved[-2:] if len(saved) > logits + others + weights else (None, None)
-    second, third = logits + others, logits + others + weights
-    return Inputs(
-        saved[:logits], saved[logits:second], saved[second:third], centres, ctx.peers
-    ), slopes if ctx.peers else None
+    second, third = counts[0] + counts[1], sum(counts)
+    return Inputs(saved[: counts[0]], saved[counts[0] : second], saved[second:third], saved[-2], peers), saved[-1]
 
 
 def _arguments(inputs: Inputs) -> tuple:

@@ -103,7 +103,7 @@ def _slope(u, x, tilt, PHI: tl.constexpr):
     elif PHI == _RELU_SQUARE:
         y = tl.where(u <= 0, 0.0, u + u)
     elif PHI == _ABS:
-        y = tl.where(u > 0, 1.0, tl.where(u < 0, -1.0, u * 0.0))
+        y = tl.where(u > 0, 1.0, tl.where(u < 0, -1.0, 0.0))
     elif PHI == _SIGMOID:
         e = tl.exp(-tl.abs(u))
         y = e / ((1.0 + e) * (1.0 + e))
