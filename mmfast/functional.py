@@ -218,7 +218,7 @@ def _recurrent(
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
     dtype = _compute_dtype(device.type, dtype)
     *kind, gradients, many = rest
-    return RnnCase._make((device.type, dtype, mode, *kind, _autocasts(device.type), gradients, many, False))
+    return RnnCase._make((device.type, dtype, mode, *kind, autocasts(device.type), gradients, many, False))
 
 
 def _checked_lengths(lengths: Any, input: Tensor, batch: int, batch_first: bool, batch_sizes: Tensor | None) -> Tensor:
@@ -473,7 +473,7 @@ def _select_cell(mode: str, input: Tensor, weight_hh: Tensor, backend: str | Non
 
 
 def _cell_case(device: torch.device, dtype: torch.dtype, mode: str, input_size: int, hidden_size: int) -> RnnCase:
-    dtype, autocast = _compute_dtype(device.type, dtype), _autocasts(device.type)
+    dtype, autocast = _compute_dtype(device.type, dtype), autocasts(device.type)
     return RnnCase(device.type, dtype, mode, input_size, hidden_size, autocast=autocast, cell=True)
 
 
