@@ -212,7 +212,7 @@ def _recurrent(
 
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
-    return RnnCase(device.type, _compute_dtype(device.type, dtype), mode, *rest, autocast=_autocasts(device.type))
+    return RnnCase(device.type, _compute_dtype(device.type, dtype), mode, *rest, autocast=autocasts(device.type))
 
 
 def _checked_lengths(lengths: Any, input: Tensor, batch: int, batch_first: bool, batch_sizes: Tensor | None) -> Tensor:
