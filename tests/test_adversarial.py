@@ -500,7 +500,7 @@ def test_fork_after_a_parallel_region(tmp_path):
         (
             (torch.ones(2), torch.ones(2), "wgan"),
             ValueError,
-            "unknown mode 'wgan'; accepted: 'non-saturating', 'hinge'",
+            "unknown mode 'wgan'; accepted: 'non-saturating', 'minimax'",
         ),
         (([], []), ValueError, "real_logits is an empty list"),
         (([torch.ones(2)] * 2, torch.ones(2)), ValueError, "2 tensors and fake_logits 1"),

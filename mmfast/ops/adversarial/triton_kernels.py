@@ -67,12 +67,12 @@ def _sigmoid(u):
 
 @triton.jit
 def _phi(u, tilt, PHI: tl.constexpr):
-    if PHI == _SOFTPLUS or PHI == _TILTED:  # noqa: PLR1714 - a constexpr has no `in`
+    if PHI == _SOFTPLUS or PHI == _TILTED:  # noqa: SIM109 - a constexpr has no `in`
         # nothing cancels and nothing overflows
         y = tl.where(u < 0, 0.0, u) + _log1p(tl.exp(-tl.abs(u)))
         if PHI == _TILTED:
             y += u * tilt
-    elif PHI == _SQUARE or PHI == _LEAKY_SQUARE:  # noqa: PLR1714
+    elif PHI == _SQUARE or PHI == _LEAKY_SQUARE:  # noqa: SIM109
         y = u * u
     elif PHI == _RELU:
         y = tl.where(u < 0, 0.0, u)
@@ -122,7 +122,7 @@ def _argument(x, sign, shift, PHI: tl.constexpr):
 @triton.jit
 def _load(p_x, o_x, m_x, left, BLOCK: tl.constexpr):
     # no mask on a whole chunk: one would keep the loads from being 16 bytes wide, as n is known only at run time
-    if left >= BLOCK:
+    if left >= BLOCK:  # noqa: SIM108 - compiled: a branch
         b_x = tl.load(p_x + o_x).to(tl.float32)
     else:
         b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
