@@ -171,8 +171,8 @@ def triples(problem: Problem, dtype: torch.dtype) -> dict[str, tuple[Tensor, Ten
     narrow = problem.to(dtype)
     ours, theirs = results(cpu, narrow), results(of_torch, narrow)
     if problem.layer.mode == "RNN_RELU" and dtype.itemsize == 2:
-        # relu's slope jumps where rounding carries a sum across 0: a few jumps, other ones in each kernel, are the whole
-        # error of a gradient
+        # relu's slope jumps where rounding carries a sum across 0: a few jumps, other ones in each kernel, are the
+        # whole error of a gradient
         reference = {name: reference[name] for name in ("y", "hn")}
     return {
         name: tuple(torch.cat([of[key].flatten() for key in keys]) for of in (ours, theirs, reference))
