@@ -188,6 +188,9 @@ def _recurrent(
     lengths: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
+    if batch_sizes is not None and torch.compiler.is_compiling():
+        options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
+        return _packed_outside_graphs(mode, input, states, weights, *options, backend)
     sizes = _recurrent_sizes(mode, weights, bidirectional)
     _check_recurrent_input(mode, input, weights, sizes, batch_sizes)
     batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
@@ -213,6 +216,10 @@ def _recurrent(
         states = [input.new_zeros(shape) for shape in shapes]
     function = _recurrent_outside_graphs if torch.compiler.is_compiling() else _recurrent_of_torch
     return function(mode, input, states, weights, *options)
+
+
+# Its steps depend on numbers in batch_sizes, which no graph knows; torch.nn's layers run between two graphs, too
+_packed_outside_graphs = _disable_dynamo(_recurrent)
 
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
