@@ -249,13 +249,12 @@ void bind_cpu(py::module_& m) {
     m.def("cpu_rnn_forward", &rnn_forward);
     m.def("cpu_rnn_backward", &rnn_backward);
 
-    m.def("cpu_columns_to_image",
-          [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
-             const std::array<Triple, 6>& geometry, Pointer source, Pointer image, Pointer bias, int activation,
-             double negative_slope, int threads) {
-              return columns(mmfast_cpu_columns_to_image, dtype, image_channels_last, batch, channels, geometry, source,
-                             image, bias, activation, negative_slope, threads);
-          });
+    m.def("cpu_columns_to_image", [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
+                                     const std::array<Triple, 6>& geometry, Pointer source, Pointer image, Pointer bias,
+                                     int activation, double negative_slope, int threads) {
+        return columns(mmfast_cpu_columns_to_image, dtype, image_channels_last, batch, channels, geometry, source,
+                       image, bias, activation, negative_slope, threads);
+    });
     m.def("cpu_image_to_columns",
           [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
              const std::array<Triple, 6>& geometry, Pointer image, Pointer target, int threads) {

@@ -147,7 +147,8 @@ int mmfast_cpu_activation_backward(const mmfast_activation_args* args);
 
 // ---- conv_transpose: columns
 // With columns = weight^T x, one value for each (output channel, tap, input position), a transposed convolution is
-//     image[n, c, o] = act(bias_c + sum of columns[n, c, k, i] over all k, i with i * stride + k * dilation - before = o)
+//     image[n, c, o] = act(bias_c + sum of columns[n, c, k, i] over all k, i with i * stride + k * dilation - before =
+//     o)
 // in each dimension (col2im). Its inverse, for the gradients with respect to x and weight, is
 //     columns[n, c, k, i] = image[n, c, i * stride + k * dilation - before], 0 where that is outside (im2col).
 // Three dimensions, of which the first ones may be 1.
@@ -191,16 +192,16 @@ int mmfast_cpu_image_to_columns(const mmfast_columns_args* args);
 enum mmfast_rnn_mode { MMFAST_RNN_TANH = 0, MMFAST_RNN_RELU = 1, MMFAST_GRU = 2, MMFAST_LSTM = 3 };
 
 typedef struct {
-    int32_t dtype;                      // enum mmfast_dtype
-    int32_t mode;                       // enum mmfast_rnn_mode
-    int32_t directions;                 // 1 or 2
-    int64_t steps, batch, hidden;       // T, B, H
-    const int64_t* offsets;             // (T + 1,) packed only: row of each step's first sequence; else null
-    const int64_t* lengths;             // (B,) or null: T each; clamped to [0, T]; padded only
-    const void* w_hh[2];                // (G * H, H) of each direction
-    const void* b_hh[2];                // (G * H,) of each direction, or null: 0
-    const void *h0, *c0;                // or null: 0
-    int32_t threads;                    // CPU: at least 1
+    int32_t dtype;                 // enum mmfast_dtype
+    int32_t mode;                  // enum mmfast_rnn_mode
+    int32_t directions;            // 1 or 2
+    int64_t steps, batch, hidden;  // T, B, H
+    const int64_t* offsets;        // (T + 1,) packed only: row of each step's first sequence; else null
+    const int64_t* lengths;        // (B,) or null: T each; clamped to [0, T]; padded only
+    const void* w_hh[2];           // (G * H, H) of each direction
+    const void* b_hh[2];           // (G * H,) of each direction, or null: 0
+    const void *h0, *c0;           // or null: 0
+    int32_t threads;               // CPU: at least 1
 } mmfast_rnn_layer;
 
 typedef struct {

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from . import dispatch, nn
 from .dispatch import Op, check_backend
 from .nn.layer import Layer
+from .nn.sequential import has_chain
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -24,6 +25,7 @@ _LAYERS = (
 )
 _OURS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in _LAYERS}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_THEIRS[nn.Sequential] = torch.nn.Sequential
 
 
 def accelerate(model: Model, *, backend: str | None = None) -> Model:
@@ -32,7 +34,9 @@ def accelerate(model: Model, *, backend: str | None = None) -> Model:
     Every torch.nn.RNN, GRU, LSTM, RNNCell, GRUCell, LSTMCell and (Lazy)ConvTranspose1d, 2d, 3d becomes mmfast.nn's of
     that name. Only the class of the instance changes: parameters, buffers, hooks, the training flag, and so optimizers,
     DDP buckets and state_dict keys stay what they are. A class that a user derived from one of these is left alone, as
-    is a layer whose forward was replaced on the instance; `explain(model)` names them. `restore(model)` undoes it.
+    is a layer whose forward was replaced on the instance; `explain(model)` names them. A torch.nn.Sequential in which a
+    ConvTranspose is followed by a BatchNorm, an InstanceNorm or an activation becomes mmfast.nn.Sequential, which calls
+    them as one op where nobody listens between them. `restore(model)` undoes it.
 
     backend: "torch", "cpu", "triton" or "cuda" for every layer of mmfast in the model from now on; None: each layer
         keeps its own, at first None (mmfast chooses).
@@ -48,6 +52,9 @@ def accelerate(model: Model, *, backend: str | None = None) -> Model:
             module.__dict__.pop("_flat_weights", None)
         if backend is not None and isinstance(module, Layer):
             module.backend = backend
+    for module in model.modules():
+        if type(module) is torch.nn.Sequential and "forward" not in vars(module) and has_chain(module):
+            _become(module, nn.Sequential)
     return model
 
 

@@ -36,6 +36,7 @@ from .ops.conv_transpose.equations import Epilogue as ConvTransposeEpilogue
 from .ops.conv_transpose.equations import Geometry as ConvTransposeGeometry
 from .ops.conv_transpose.op import conv_transpose as conv_transpose_op
 from .ops.rnn import equations as rnn_equations
+from .ops.rnn.backends import MANY
 from .ops.rnn.backends import OP as RNN
 from .ops.rnn.backends import Case as RnnCase
 from .ops.rnn.equations import GATES
@@ -199,12 +200,15 @@ def _recurrent(
         lengths = _checked_lengths(lengths, input, batch, batch_first, batch_sizes)
     formula = needs_formula([input, *(states or ()), *(weight for layer in weights for weight in layer)])
     transformed = formula or torch.compiler.is_compiling()
-    facts = (input.device, input.dtype, mode, *sizes, bidirectional, batch_sizes is not None, lengths is not None)
-    chosen = RNN.select_by((*facts, transformed), _rnn_case, backend)
+    kind = (bidirectional, batch_sizes is not None, lengths is not None, transformed)
+    # a graph is not compiled anew for another batch
+    many = transformed or batch * sizes.hidden_size > MANY
+    facts = (input.device, input.dtype, mode, *sizes, *kind, torch.is_grad_enabled(), many)
+    chosen = RNN.select_by(facts, _rnn_case, backend)
     options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
     if chosen != "torch":
-        function = rnn_equations.sequence if formula else partial(rnn_sequence, backend=chosen)
-        return _recurrent_by_layers(function, mode, input, states or (), weights, *options)
+        one: Any = rnn_equations.sequence if formula else partial(rnn_sequence, backend=chosen)
+        return _recurrent_by_layers(one, mode, input, states or (), weights, *options)
     if states is None:
         states = [input.new_zeros(shape) for shape in shapes]
     function = _recurrent_outside_graphs if torch.compiler.is_compiling() else _recurrent_of_torch
@@ -212,7 +216,9 @@ def _recurrent(
 
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
-    return RnnCase(device.type, _compute_dtype(device.type, dtype), mode, *rest, autocast=autocasts(device.type))
+    dtype = _compute_dtype(device.type, dtype)
+    *kind, gradients, many = rest
+    return RnnCase._make((device.type, dtype, mode, *kind, autocasts(device.type), gradients, many, False))
 
 
 def _checked_lengths(lengths: Any, input: Tensor, batch: int, batch_first: bool, batch_sizes: Tensor | None) -> Tensor:
@@ -367,12 +373,12 @@ def _lengths_of_torch(
 ) -> tuple[Tensor, ...]:
     """By way of a PackedSequence."""
     packed = pack_padded_sequence(input, lengths.cpu(), batch_first, enforce_sorted=False)
-    states = [state.index_select(1, packed.sorted_indices) for state in states]
+    states = [state.index_select(1, packed.sorted_indices) for state in states]  # type: ignore[arg-type]
     options = (dropout, training, bidirectional, False, packed.batch_sizes, None)
     output, *last = _recurrent_of_torch(mode, packed.data, states, weights, *options)
     packed = PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
     output, _ = pad_packed_sequence(packed, batch_first, total_length=input.shape[1 if batch_first else 0])
-    return output, *(state.index_select(1, packed.unsorted_indices) for state in last)
+    return output, *(state.index_select(1, packed.unsorted_indices) for state in last)  # type: ignore[arg-type]
 
 
 # Traced, PyTorch's function would become one graph node per step and gate; it runs between two graphs instead, as
@@ -403,7 +409,9 @@ def rnn_cell(
     if nonlinearity not in ("tanh", "relu"):
         raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
     tanh = nonlinearity == "tanh"
-    _select_cell("RNN_TANH" if tanh else "RNN_RELU", input, weight_hh, backend)
+    mode, weights = "RNN_TANH" if tanh else "RNN_RELU", (weight_ih, weight_hh, bias_ih, bias_hh)
+    if (chosen := _select_cell(mode, input, weight_hh, backend)) != "torch":
+        return _cell(mode, input, None if hx is None else (hx,), weights, chosen)[0]
     hx = _zero_cell_state(input, weight_hh) if hx is None else hx
     function = torch._VF.rnn_tanh_cell if tanh else torch._VF.rnn_relu_cell
     return function(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
@@ -426,7 +434,9 @@ def gru_cell(
     input: (B, I). hx: (B, H); None: zeros. weight_ih: (3 H, I). weight_hh: (3 H, H). bias_ih, bias_hh: (3 H,) or None.
     Returns h', (B, H). All else: `rnn_cell`.
     """
-    _select_cell("GRU", input, weight_hh, backend)
+    if (chosen := _select_cell("GRU", input, weight_hh, backend)) != "torch":
+        weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+        return _cell("GRU", input, None if hx is None else (hx,), weights, chosen)[0]
     hx = _zero_cell_state(input, weight_hh) if hx is None else hx
     return torch._VF.gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
@@ -448,7 +458,9 @@ def lstm_cell(
     input: (B, I). hx: (h, c), (B, H) each; None: zeros. weight_ih: (4 H, I). weight_hh: (4 H, H). bias_ih, bias_hh:
     (4 H,) or None. Returns (h', c'), (B, H) each. All else: `rnn_cell`.
     """
-    _select_cell("LSTM", input, weight_hh, backend)
+    if (chosen := _select_cell("LSTM", input, weight_hh, backend)) != "torch":
+        h, c = _cell("LSTM", input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), chosen)
+        return h, c
     if hx is None:
         zeros = _zero_cell_state(input, weight_hh)
         hx = (zeros, zeros)
@@ -457,7 +469,23 @@ def lstm_cell(
 
 def _select_cell(mode: str, input: Tensor, weight_hh: Tensor, backend: str | None) -> str:
     facts = (input.device, input.dtype, mode, input.shape[-1], weight_hh.shape[1])
-    return RNN.select_by(facts, _rnn_case, backend)
+    return RNN.select_by(facts, _cell_case, backend)
+
+
+def _cell_case(device: torch.device, dtype: torch.dtype, mode: str, input_size: int, hidden_size: int) -> RnnCase:
+    dtype, autocast = _compute_dtype(device.type, dtype), autocasts(device.type)
+    return RnnCase(device.type, dtype, mode, input_size, hidden_size, autocast=autocast, cell=True)
+
+
+def _cell(
+    mode: str, input: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor | None], backend: str
+) -> list[Tensor]:
+    """The state after a sequence of one step."""
+    states = None if states is None else [state.unsqueeze(0) for state in states]
+    given = [weight for weight in weights if weight is not None]
+    options = (0.0, False, False, False, None, None)
+    _, *last = _recurrent(mode, input.unsqueeze(0), states, [given], *options, backend)
+    return [state.squeeze(0) for state in last]
 
 
 def _zero_cell_state(input: Tensor, weight_hh: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,27 @@ def _software() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA that torch was built for": torch.version.cuda or "none",
+        "NVIDIA driver": _driver(),
         "triton": _version("triton"),
         "numpy": _version("numpy"),
         "OpenMP runtimes loaded": ", ".join(_openmp_runtimes()) or "none",
+        "preference table": _preferences(),
     }
+
+
+def _driver() -> str:
+    """The version in the line of /proc/driver/nvidia/version that names the module."""
+    version = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", version.read_text()) if version.exists() else None
+    return found.group() if found else "none"
+
+
+def _preferences() -> str:
+    try:
+        count = table.count("cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        return str(error)
+    return f"{table.path()}: {count} rows for this machine" if count else "none for this machine (mmfast bench --tune)"
 
 
 def _version(package: str) -> str:

@@ -73,6 +73,11 @@ def preferred(op: str, case: Any) -> Preference | None:
     return None if row is None else Preference(row["backend"], row["ratio"])
 
 
+def count(device: str) -> int:
+    """How many rows are true of this machine."""
+    return len(_read(path()).get(machine(device), {}))
+
+
 def save(device: str, rows: Mapping[str, Preference]) -> Path:
     """Adds rows, by their keys, to this machine's part of the table, replacing those of the same key."""
     target = path()

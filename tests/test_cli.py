@@ -298,6 +298,7 @@ def test_samples_depend_on_what_is_asked_for_and_repeat(finished, capsys):
         (["--image", "text.txt"], "text.txt as an image"),
         (["cat", "--out", "cat.gif"], "cat.gif is no PNG"),
         (["cat", "--out", "no/cat.png"], "the folder of --out no/cat.png does not exist"),
+        (["cat", "--out", "/proc/cat.png"], "/proc/cat.png"),
         (["cat", "dog"], "unrecognized arguments: dog"),
     ],
     ids=lambda value: "-".join(value).replace("/", "_") or "nothing" if isinstance(value, list) else None,

@@ -78,55 +78,70 @@ def _readable(name: str) -> str:
 # ---- Triton
 
 TRITON = {
-    "adversarial.forward": (adversarial.forward_kernel, ("logits", "sums")),
-    "adversarial.backward": (adversarial.backward_kernel, ("dtotal", "logits", "dlogits")),
-    "adversarial.finish": (adversarial.finish_kernel, ("sums", "values", "total", "running_total")),
+    "adversarial.forward": adversarial.forward_kernel,
+    "adversarial.backward": adversarial.backward_kernel,
+    "adversarial.finish": adversarial.finish_kernel,
 }
-# a list of four tensors, one of each phi
+# lists of four tensors
 K = 4
-ADVERSARIAL_TYPES = {
-    **dict.fromkeys(("sums", "values"), "*fp32"),
+TYPES = {
+    **dict.fromkeys(("sums", "slope_sums", "values", "out_slopes", "slopes", "centres"), "*fp32"),
     "running_total": "*fp64",
-    **dict.fromkeys(("sizes",), ("i32",) * K),
-    "firsts": ("i32",) * (K + 1),
-    **dict.fromkeys(("signs", "shifts", "scales", "factors"), ("fp32",) * K),
+    **dict.fromkeys(("sizes", "per_weights"), ("i32",) * K),
+    **dict.fromkeys(("signs", "shifts", "tilts", "scales", "slope_scales", "factors", "counts"), ("fp32",) * K),
+    "weights": ("*fp32",) * K,
 }
-ADVERSARIAL_CONSTANTS = {"PHIS": (0, 1, 2, 3), "BLOCK": adversarial.BLOCK, "FIRST": True, "K": K}
+LISTED = ("logits", "others", "dlogits", "dothers")
+PLAIN = {
+    "PHIS": (0, 1, 2, 3),
+    "PEERS": (0, 1, 2, 3),
+    "NEEDED": (1,) * K,
+    **dict.fromkeys(("OTHERS", "WEIGHTS", "CENTRES", "SLOPES"), False),
+    "FIRST": True, "VALUES": True, "K": K, "BLOCK": adversarial.BLOCK,
+}
+FORMS = {
+    "plain": PLAIN,
+    "pairs": {**PLAIN, "PHIS": (4, 5, 6, 8), "NEEDED": (3,) * K, "OTHERS": True},
+    "averages": {**PLAIN, "PHIS": (0, 1, 2, 7), "PEERS": (1, 0, 3, 2), "CENTRES": True, "SLOPES": True},
+}
 
 
-def _source(name: str, dtype: str) -> ASTSource:
+def _source(name: str, dtype: str, form: str) -> ASTSource:
     """The kernel with pointers aligned to 16 bytes, as the just-in-time compiler finds those of torch's allocator."""
-    kernel, pointers = TRITON[name]
+    kernel = TRITON[name]
     signature, constants, aligned = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
-        if argument in ADVERSARIAL_CONSTANTS:
+        if argument in FORMS[form]:
             signature[argument] = "constexpr"
-            constants[argument] = ADVERSARIAL_CONSTANTS[argument]
+            constants[argument] = FORMS[form][argument]
             continue
-        listed = argument in ("logits", "dlogits")
-        default = (f"*{dtype}",) * K if listed else f"*{dtype}"
-        signature[argument] = ADVERSARIAL_TYPES.get(argument, default)
-        if argument in pointers:
-            for path in [(i, k) for k in range(K)] if listed else [(i,)]:
-                aligned[path] = [["tt.divisibility", 16]]
+        kind = TYPES.get(argument, (f"*{dtype}",) * K if argument in LISTED else f"*{dtype}")
+        signature[argument] = kind
+        if isinstance(kind, str):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif kind[0].startswith("*"):
+            aligned.update({(i, k): [["tt.divisibility", 16]] for k in range(K)})
     return ASTSource(kernel, signature, constants, aligned)
 
 
-CASES = [(name, dtype, 90) for name in TRITON for dtype in ("fp32", "fp16", "bf16")]
-CASES += [(name, "bf16", capability) for name in TRITON for capability in (80, 100)]
+CASES = [(name, dtype, 90, "plain") for name in TRITON for dtype in ("fp32", "fp16", "bf16")]
+CASES += [(name, "bf16", capability, "plain") for name in TRITON for capability in (80, 100)]
+CASES += [(name, "bf16", 90, form) for name in list(TRITON)[:2] for form in ("pairs", "averages")]
 
 
-@pytest.mark.parametrize(("name", "dtype", "capability"), CASES, ids=[f"{n}-{d}-sm{c}" for n, d, c in CASES])
-def test_triton(tmp_path, capsys, name, dtype, capability):
+@pytest.mark.parametrize(
+    ("name", "dtype", "capability", "form"), CASES, ids=[f"{n}-{f}-{d}-sm{c}" for n, d, c, f in CASES]
+)
+def test_triton(tmp_path, capsys, name, dtype, capability, form):
     compiled = triton.compile(
-        _source(name, dtype), target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True}
+        _source(name, dtype, form), target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True}
     )
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     (found,) = resources(cubin, f"sm_{capability}")
-    found = found._replace(kernel=f"{name} {dtype}", shared=compiled.metadata.shared)
+    found = found._replace(kernel=f"{name} {form} {dtype}", shared=compiled.metadata.shared)
     with capsys.disabled():
-        print(f"\n{HEAD}\n{found.row()}" if (name, dtype, capability) == CASES[0] else f"\n{found.row()}", end="")
+        print(f"\n{HEAD}\n{found.row()}" if (name, dtype, capability, form) == CASES[0] else f"\n{found.row()}", end="")
     check(found)
     if not name.endswith("finish"):
         assert "LDG.E.128" in found.sass, "the logits are not loaded 16 bytes at a time"

@@ -1,11 +1,13 @@
 """The transposed-convolution op, its epilogues, and conv_transpose*d_norm_act, on the CPU's kernels."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import mmfast
 import mmfast.functional as MF
 from mmfast import native, numerics
 from mmfast.ops.conv_transpose import equations
@@ -66,6 +68,11 @@ def stock(tensors, g, epilogue):
     return equations.activate(y, epilogue.activation, epilogue.negative_slope)
 
 
+def named(ours, yardstick, reference):
+    """{name: (ours, yardstick, reference)} of what all three have."""
+    return {str(i): row for i, row in enumerate(zip(ours, yardstick, reference, strict=False))}
+
+
 def random_tensors(
     seed, dtype, norm, channels=(5, 64), size=(3, 2), kernel=3, batch=2, bias=True, layout=None, groups=1
 ):
@@ -99,7 +106,7 @@ def test_numerics_of_the_epilogue(seed, isa, norm, activation, layout, dtype):
         exact = [None if x is None else x.double() for x in tensors]
         runs = [outputs(tensors, g, epilogue, backend, LAYOUTS[layout], at) for backend in ("cpu", "stock")]
         # moments have no yardstick: the tests of moments are below
-        return dict(zip("0123456", zip(*runs, outputs(exact, g, epilogue, "reference", None, at)), strict=False))
+        return named(*runs, outputs(exact, g, epilogue, "reference", None, at))
 
     numerics.assert_pooled(draw, seed)
 
@@ -125,7 +132,7 @@ def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding
         exact = [None if x is None else x.double() for x in tensors]
         runs = [outputs(tensors, g, epilogue, backend, order, at) for backend in ("cpu", "stock")]
         # dbias is a plain sum that both take with torch
-        return dict(zip("012", zip(*runs, outputs(exact, g, epilogue, "reference", None, at)), strict=False))
+        return named(*(run[:3] for run in (*runs, outputs(exact, g, epilogue, "reference", None, at))))
 
     numerics.assert_pooled(draw, seed)
 
@@ -477,3 +484,95 @@ def test_rule_catches_an_unbiased_variance(seed):
     numerics.assert_matches("out", ours, yardstick, reference)
     with pytest.raises(AssertionError):
         numerics.assert_matches("out", mutant, yardstick, reference)
+
+
+def generator_of(nn, norm=True):
+    inner = nn.Sequential(nn.ConvTranspose2d(6, 8, 4, 2, 1, bias=False), *[nn.BatchNorm2d(8)] * norm, nn.LeakyReLU(0.2))
+    parametrized = torch.nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(8, 5, 3, 2))
+    return nn.Sequential(
+        nn.ConvTranspose2d(4, 6, 4, 1), nn.InstanceNorm2d(6, affine=True), nn.SiLU(), inner, parametrized,
+        nn.BatchNorm2d(5, momentum=None), nn.Tanh(),
+    )  # fmt: skip
+
+
+def watched_calls(monkeypatch):
+    calls = []
+    from mmfast.nn import sequential
+
+    real = sequential._call_fused
+    monkeypatch.setattr(sequential, "_call_fused", lambda modules, x: calls.append(len(modules)) or real(modules, x))
+    return calls
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sequential_is_fused_and_the_same(seed, training, layout, monkeypatch):
+    torch.manual_seed(seed)
+    theirs = generator_of(torch.nn).train(training)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    ours = mmfast.accelerate(copy.deepcopy(theirs))
+    keys = list(theirs.state_dict())
+    assert list(ours.state_dict()) == keys and type(ours) is mmfast.nn.Sequential
+    calls = watched_calls(monkeypatch)
+    for _ in range(2):
+        x = laid_out(torch.randn(3, 4, 2, 2), LAYOUTS[layout])
+        results = []
+        for model in (theirs, ours):
+            leaf = x.clone().requires_grad_()
+            out = model(leaf)
+            dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
+            results.append([out, *torch.autograd.grad(out, [leaf, *model.parameters()], dout)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert calls == [3, 3, 3] * 2
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), rtol=1e-4, atol=1e-5)
+    restored = mmfast.restore(ours)
+    assert type(restored) is torch.nn.Sequential and type(restored[3]) is torch.nn.Sequential
+
+
+def test_sequential_calls_each_module_where_somebody_listens(monkeypatch):
+    model = mmfast.accelerate(generator_of(torch.nn, norm=False))
+    x = torch.randn(2, 4, 2, 2)
+    calls = watched_calls(monkeypatch)
+    model(x)
+    assert calls == [3, 2, 3]
+    for listened, kept in ((model[0], [2, 3]), (model[1], [2, 3]), (model[2], [2, 3]), (model[6], [3, 2])):
+        heard = []
+
+        def hook(*_, heard=heard):
+            heard.append(1)
+
+        for listen in (listened.register_forward_hook, listened.register_forward_pre_hook):
+            calls.clear()
+            handle = listen(hook)
+            model(x)
+            handle.remove()
+            assert calls == kept
+        assert len(heard) == 2
+    calls.clear()
+    model[1].forward = lambda y: y
+    model(x)
+    del model[1].forward
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        model(x)
+    assert calls == [2, 3]
+    calls.clear()
+    model(x)
+    assert calls == [3, 2, 3]
+
+
+def test_sequential_does_not_fuse_other_norms(monkeypatch):
+    calls = watched_calls(monkeypatch)
+    for norm in (
+        torch.nn.SyncBatchNorm(6),
+        torch.nn.GroupNorm(2, 6),
+        torch.nn.InstanceNorm2d(6, track_running_stats=True),
+    ):
+        model = mmfast.nn.Sequential(mmfast.nn.ConvTranspose2d(4, 6, 3), norm.eval(), torch.nn.ReLU())
+        model(torch.randn(2, 4, 2, 2))
+    assert not calls
+    model = mmfast.nn.Sequential(mmfast.nn.ConvTranspose2d(4, 6, 3), torch.nn.Tanh())
+    assert model(torch.randn(4, 2, 2)).shape == (6, 4, 4)
+    assert not calls

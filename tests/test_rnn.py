@@ -144,7 +144,8 @@ def test_gate_functions(function, dtype, isa):
     off = ((found.double() - exact) / step).abs()
     # float64's reference is itself a rounded one
     assert off.max() <= (2 if dtype == torch.float32 else 3), f"{float(off.max())} ulp at {float(x[off.argmax()])}"
-    assert torch.equal(found.signbit(), x.signbit()) or function == "sigmoid"
+    if function == "tanh":
+        assert torch.equal(found.sign(), x.sign())
 
 
 @per_mode

@@ -4,9 +4,9 @@
 // image once or (taps / stride) times: bound by memory, or by the caches where the caller works in blocks.
 //
 // Along the last dimension a position u = o + before of the output is u = stride * q + r, and tap k * dilation =
-// stride * shift + r reaches, from input position i, the position q = i + shift of phase r. So each phase is a row of its
-// own in which every tap is one contiguous addition; phases are interleaved once, at the end. A channel of one sample is
-// one unit of parallel work, its taps added in order: results do not depend on the number of threads.
+// stride * shift + r reaches, from input position i, the position q = i + shift of phase r. So each phase is a row of
+// its own in which every tap is one contiguous addition; phases are interleaved once, at the end. A channel of one
+// sample is one unit of parallel work, its taps added in order: results do not depend on the number of threads.
 #include <stdlib.h>
 
 #include "cpu/activation.h"

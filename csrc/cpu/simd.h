@@ -325,8 +325,10 @@ inline Vec<T> tanh_lanes(Vec<T> x) {
     Vec<T> a = max_of(splat(T(-60)), negative_of(x + x));
     Exponent<T> part = exponent_of(a);
     Vec<T> scale = scale_of(splat(T(1)), part.power);
+    // the sums with 1 are exact, so that each operand is rounded once
     Vec<T> m = part.minus_one * scale + (scale - T(1));
-    return with_sign(abs_of(m / (m + T(2))), x);
+    Vec<T> sum = part.minus_one * scale + (scale + T(1));
+    return with_sign(abs_of(m / sum), x);
 }
 inline Vec<float> tanh_of(Vec<float> x) { return tanh_lanes<float>(x); }
 inline Vec<double> tanh_of(Vec<double> x) { return tanh_lanes<double>(x); }

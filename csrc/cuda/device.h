@@ -17,15 +17,16 @@
 //   thread_index() block_index() block_count() lane_index() warp_index()      where a thread is, along one axis
 //   Global<T>, load, store, load_vector<N>, store_vector, is_aligned<N>        device memory; vectors of N elements are
 //                                                                              one access and must be aligned to it
-//   SharedCursor, shared_array<T>(cursor, n), SharedArray<T>::operator[]       the block's shared memory: arrays are cut
+//   SharedCursor, shared_array<T>(cursor, n), SharedArray<T>::operator[]       the block's shared memory: arrays are
+//   cut
 //                                                                              from it in order; launch gives its bytes
 //   barrier(), warp_barrier(mask)                                              execution and memory order
-//   shuffle, shuffle_xor, shuffle_down, ballot, warp_sum                       among the lanes of mask (default: all 32)
-//   atomic_add, atomic_max                                                     integers only: results stay deterministic
-//   exp_of log1p_of abs_of tanh_of fma_of divide                               accurate
-//   exp2_approx tanh_approx reciprocal_approx                                  one instruction, with its documented error
-//   Half, Bf16, to_float, from_float<T>, Compute<T>                            16-bit storage, float32 arithmetic
-//   Buffers                                                                    host: pointers into Global views
+//   shuffle, shuffle_xor, shuffle_down, ballot, warp_sum                       among the lanes of mask (default: all
+//   32) atomic_add, atomic_max                                                     integers only: results stay
+//   deterministic exp_of log1p_of abs_of tanh_of fma_of divide                               accurate exp2_approx
+//   tanh_approx reciprocal_approx                                  one instruction, with its documented error Half,
+//   Bf16, to_float, from_float<T>, Compute<T>                            16-bit storage, float32 arithmetic Buffers
+//   host: pointers into Global views
 #pragma once
 #include <stdint.h>
 
@@ -293,11 +294,12 @@ int launch(const Kernel& kernel, int64_t blocks, int shared_bytes, void* stream)
     if (blocks == 0) return MMFAST_OK;
     if (blocks > 0x7fffffff) return fail(MMFAST_INVALID_ARGUMENT, "the tensors are too large for one launch");
     if (shared_bytes > 48 * 1024) {
-        const int status = status_of(
-            cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+        const int status =
+            status_of(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
         if (status != MMFAST_OK) return status;
     }
-    run<Kernel><<<unsigned(blocks), Kernel::kThreads, size_t(shared_bytes), static_cast<cudaStream_t>(stream)>>>(kernel);
+    run<Kernel>
+        <<<unsigned(blocks), Kernel::kThreads, size_t(shared_bytes), static_cast<cudaStream_t>(stream)>>>(kernel);
     return status_of(cudaGetLastError());
 }
 

@@ -163,7 +163,7 @@ inline void warp_barrier(uint32_t mask = kAllLanes, Site site = Site::here()) { 
 template <typename T>
 struct Shuffle {
     T value, result;
-    int lane;     // it reads
+    int lane;      // it reads
     bool outside;  // of the mask
     static void combine(void* const* slots, uint32_t mask) {
         for (int lane = 0; lane < 32; ++lane) {
@@ -276,9 +276,7 @@ constexpr float kExp2Error = 0x1p-22f, kTanhError = 0x1p-11f, kReciprocalError =
 inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
 inline float exp2_approx(float x) { return flushed(emulator::perturbed(exp2f(flushed(x)), x, kExp2Error)); }
 inline float tanh_approx(float x) { return emulator::perturbed(tanhf(x), x, kTanhError); }
-inline float reciprocal_approx(float x) {
-    return flushed(emulator::perturbed(1.0f / flushed(x), x, kReciprocalError));
-}
+inline float reciprocal_approx(float x) { return flushed(emulator::perturbed(1.0f / flushed(x), x, kReciprocalError)); }
 
 inline uint32_t bits_of(float x) {
     uint32_t bits;
@@ -393,7 +391,8 @@ class Buffers {
     static int guarded(const Stage& stage) {
         for (size_t i = 0; i < kGuard; ++i) {
             if (stage.begin[-1 - ptrdiff_t(i)] != kGuardByte)
-                return emulator::fail_with("%s was written %zu bytes before its begin", stage.buffer->name.c_str(), i + 1);
+                return emulator::fail_with("%s was written %zu bytes before its begin", stage.buffer->name.c_str(),
+                                           i + 1);
             if (stage.begin[stage.bytes + i] != kGuardByte)
                 return emulator::fail_with("%s was written %zu bytes past its end", stage.buffer->name.c_str(), i + 1);
         }
@@ -428,9 +427,8 @@ const char* kernel_name() {
 template <typename Kernel>
 int launch(const Kernel& kernel, int64_t blocks, int shared_bytes, void*) {
     static_assert(Kernel::kThreads % 32 == 0, "blocks are whole warps");
-    return emulator::run(
-        kernel_name<Kernel>(), &kernel, [](const void* k) { (*static_cast<const Kernel*>(k))(); },
-        {Kernel::kThreads, blocks, shared_bytes});
+    return emulator::run(kernel_name<Kernel>(), &kernel, [](const void* k) { (*static_cast<const Kernel*>(k))(); },
+                         {Kernel::kThreads, blocks, shared_bytes});
 }
 
 }  // namespace device

@@ -309,7 +309,8 @@ void Machine::collective(Combine combine, void* slot, uint32_t mask, Site site, 
         } else if (r.mask & mask) {
             char text[48];
             snprintf(text, sizeof text, "%08x and %08x", mask, r.mask);
-            stop(where() + ": collectives of overlapping masks " + text + " at " + place(site) + " and " + place(r.site));
+            stop(where() + ": collectives of overlapping masks " + text + " at " + place(site) + " and " +
+                 place(r.site));
         }
     }
     if (!mine) {
@@ -376,10 +377,9 @@ void Machine::check_shared(const void* p, int size, Access access, Site site) {
         }
         if (s.read_epoch == epoch_) {
             const bool by_other_warp = (s.reader_warps & ~(1u << warp)) != 0;
-            const bool by_other_lane = s.reader / 32 == warp && s.read_warp_epoch == warp_epoch &&
-                                       (s.reader != self || s.several_readers);
-            if (by_other_warp || by_other_lane)
-                race("writes", p, site, "or another reads", s.reader, s.read_line);
+            const bool by_other_lane =
+                s.reader / 32 == warp && s.read_warp_epoch == warp_epoch && (s.reader != self || s.several_readers);
+            if (by_other_warp || by_other_lane) race("writes", p, site, "or another reads", s.reader, s.read_line);
         }
         s.write_epoch = epoch_, s.write_warp_epoch = warp_epoch, s.writer = self, s.write_line = site.line;
         s.atomic = access == Access::kAtomic, s.written = true;

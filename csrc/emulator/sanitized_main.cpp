@@ -133,7 +133,8 @@ bool run_adversarial(std::istringstream& line) {
     std::vector<Term> terms;
     for (std::string text; line >> text;) {
         Term term;
-        if (sscanf(text.c_str(), "%d:%lf:%lf:%lf:%ld", &term.phi, &term.sign, &term.shift, &term.weight, &term.size) != 5)
+        if (sscanf(text.c_str(), "%d:%lf:%lf:%lf:%ld", &term.phi, &term.sign, &term.shift, &term.weight, &term.size) !=
+            5)
             return false;
         terms.push_back(term);
     }

@@ -215,9 +215,8 @@ def _conclude(plan: Plan, args: argparse.Namespace, base: Sequence[Row] | None, 
     if args.tune and plan.rows:
         path, found = tune.save(plan.rows, plan.device)
         ours = sum(preference.backend != "torch" for preference in found.values())
-        out.print(
-            f"{path}: {len(found)} kinds of case, {ours} of them served by mmfast's kernels from now on", markup=False
-        )
+        out.print(f"From now on mmfast's kernels serve {ours} of these {len(found)} kinds of case, by the table in")
+        out.print(str(path), markup=False)
     fine = not any(name.startswith("mmfast") for row in plan.rows for name in row.wrong)
     if base is not None:
         lines, kept = report.compare(plan.rows, base, args.slowdown)

@@ -355,6 +355,10 @@ class Emoji(torch.nn.Module):
         """One update: the losses, then every gradient. rest: which picture each row shows, the noise, what is given."""
         from ..train.data import Batch
 
+        for name, vector in self.discriminator.named_buffers():
+            if name.endswith(("_u", "_v")):
+                # the power iterations of spectral_norm begin anew, so that every step can be compared with any other
+                vector.fill_(vector.numel() ** -0.5)
         losses = self.whole(Batch(images, text, text_lengths, heard, heard_lengths), *rest)
         weights = (*self.model.parameters(), *self.discriminator.parameters())
         return [losses, *(w.grad for w in weights if w.grad is not None)]

@@ -166,6 +166,8 @@ def size(amount: float | None) -> str:
     """Three digits and a unit of bytes; "-" for None."""
     if amount is None:
         return "-"
+    if amount < 999.5:
+        return f"{amount:.0f} B"
     for unit, scale in (("kB", 1e3), ("MB", 1e6)):
         if amount < 999.5 * scale:
             return f"{_three(amount / scale)} {unit}"

@@ -50,7 +50,10 @@ class SpeechDecoder(torch.nn.Module):
 
     def __init__(self, code_size: int, mels: int, width: int = 64, *, nn: Any = torch.nn) -> None:
         super().__init__()
-        self.start = nn.Sequential(nn.Linear(code_size + self.PLACES, 2 * width), nn.ReLU())
+        # Two layers, for what is said when is no sum of what is said and when.
+        self.start = nn.Sequential(
+            nn.Linear(code_size + self.PLACES, 4 * width), nn.ReLU(), nn.Linear(4 * width, 2 * width), nn.ReLU()
+        )
         layers: list[torch.nn.Module] = []
         for given, made in ((2 * width, 2 * width), (2 * width, width), (width, width)):
             layers += [

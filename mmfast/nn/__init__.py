@@ -17,6 +17,7 @@ from .conv_transpose import (
     LazyConvTranspose3d,
 )
 from .rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .sequential import Sequential
 
 __all__ = [
     "GRU",
@@ -35,6 +36,7 @@ __all__ = [
     "LeCam",
     "LossBalancer",
     "RNNCell",
+    "Sequential",
 ]
 __all__ += [name for name in dir(torch.nn) if not name.startswith("_") and name not in __all__]
 

@@ -205,7 +205,7 @@ class _Cell(Twin):
 
     def _case(self: Any, mode: str) -> tuple[Op, Any]:
         parameter = next(self.parameters())
-        return OP, Case(parameter.device.type, parameter.dtype, mode, self.input_size, self.hidden_size)
+        return OP, Case(parameter.device.type, parameter.dtype, mode, self.input_size, self.hidden_size, cell=True)
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):

@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 # Raised whenever the files below change their meaning.
-FORMAT = 1
+FORMAT = 2
 INDEX = "dataset.json"
 MAX_BYTES = 96
 MIN_SIZE = 8
@@ -226,9 +226,6 @@ def _to_float(images: np.ndarray) -> np.ndarray:
     return images * np.float32(1 / 127.5) - np.float32(1)
 
 
-# ---- ragged arrays
-
-
 class _Ragged:
     """Rows of different lengths, one behind the other: values (N, ...) uint8, start (rows + 1,) int64."""
 
@@ -262,9 +259,6 @@ def _ragged(parts: Sequence[np.ndarray], empty: np.ndarray) -> tuple[np.ndarray,
     return np.concatenate([*parts, empty] if start[-1] == 0 else list(parts)), start
 
 
-# ---- what is held out
-
-
 def split(captions: Sequence[Caption]) -> tuple[list[int], list[int]]:
     """Indices of the captions to train on and of those held out.
 
@@ -274,7 +268,8 @@ def split(captions: Sequence[Caption]) -> tuple[list[int], list[int]]:
     codes = [_encoded(c.text) for c in captions]
     groups = _grouped(captions, codes)
     pairs = {root: len({(captions[i].base, codes[i]) for i in members}) for root, members in groups.items()}
-    ordered = sorted(groups, key=lambda root: min(digest(codes[i]) for i in groups[root]))
+    # The hash of one string each: the least of all its strings' hashes would favour large groups.
+    ordered = sorted(groups, key=lambda root: digest(min(codes[i] for i in groups[root])))
     target = round(HELD_OUT * sum(pairs.values()))
     held: set[int] = set()
     for root in ordered:
@@ -301,9 +296,6 @@ def _grouped(captions: Sequence[Caption], codes: Sequence[bytes]) -> dict[Any, l
     for i, code in enumerate(codes):
         groups.setdefault(root(("code", code)), []).append(i)
     return groups
-
-
-# ---- the cache
 
 
 def _cache_root() -> Path:

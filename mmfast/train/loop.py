@@ -109,7 +109,7 @@ class Run:
         self.captions = Captions(dataset.train, settings.batch, settings.seed)
         self.seconds = 0.0  # trained so far, in all sittings
         torch.manual_seed(settings.seed)
-        self.step = Step(settings, mmfast.nn, mmfast.nn.AdversarialLoss("hinge"))
+        self.step = new_step(settings)
 
     def load(self) -> None:
         """Goes back to the last checkpoint."""
@@ -202,12 +202,12 @@ def stop_signals() -> Iterator[list[int]]:
 
 def start(settings: Settings, out: Path | None) -> None:
     """A new run: checks everything cheap first, then prepares the data, trains and reports."""
-    settings.check()
+    settings = replace(settings, mels=data.MELS).check()
     check_packages()
-    with new_folder(out) as folder, chosen_backend(settings.backend):
+    with new_folder(out) as folder, chosen_backend(settings):
         dataset = prepare(settings)
-        run = Run(folder, replace(settings, mels=data.MELS), dataset)
-        write_config(folder, run.settings, facts(dataset))
+        run = Run(folder, settings, dataset)
+        write_config(folder, settings, facts(dataset))
         carry_out(run)
 
 
@@ -219,7 +219,7 @@ def resume(folder: Path, *, steps: int | None, minutes: float | None, backend: s
     settings = replace(settings, backend=backend or settings.backend).check()
     check_packages()
     check_writable(folder)
-    with chosen_backend(settings.backend):
+    with chosen_backend(settings):
         run = Run(folder, settings, prepare(settings))
         run.load()
         if run.finished():
@@ -236,7 +236,8 @@ def carry_out(run: Run) -> None:
     settings = run.settings
     limits = [f"{settings.steps} steps"] if settings.steps else []
     limits += [f"{settings.minutes:g} minutes"] if settings.minutes else []
-    print(f"training in {run.folder} from step {run.step.done} to {' or '.join(limits)}", flush=True)
+    if not run.finished():
+        print(f"training in {run.folder} from step {run.step.done} to {' or '.join(limits)}", flush=True)
     if not run.train():
         print(f"stopped at step {run.step.done}; go on with: mmfast train --resume {run.folder}")
         raise SystemExit(130)
@@ -273,26 +274,37 @@ def check_packages() -> None:
 
 
 @contextlib.contextmanager
-def chosen_backend(name: str | None) -> Iterator[None]:
-    """The backend asked for, while the context lasts; UserError at its start where it is unknown or cannot run."""
-    if name is None:
+def chosen_backend(settings: Settings) -> Iterator[None]:
+    """The backend asked for, while the context lasts; UserError at its start where it is unknown or cannot train."""
+    if settings.backend is None:
         yield
         return
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(mmfast.use_backend(name))
-            try_layers()
+            stack.enter_context(mmfast.use_backend(settings.backend))
+            try_step(settings)
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"--backend {name} cannot train here: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--backend {settings.backend} cannot train here: {reason}") from None
         yield
 
 
-def try_layers() -> None:
-    """One small step through each kind of layer that a backend may refuse."""
-    hidden, _ = mmfast.nn.GRU(4, 4, batch_first=True, bidirectional=True)(torch.randn(2, 3, 4))
-    image = mmfast.nn.ConvTranspose2d(8, 1, 4, stride=2, padding=1)(hidden.transpose(1, 2)[..., None])
-    frames = mmfast.nn.ConvTranspose1d(8, 1, 4, stride=2, padding=1)(hidden.transpose(1, 2))
-    mmfast.nn.AdversarialLoss("hinge").discriminator(image, frames).backward()
+def try_step(settings: Settings) -> None:
+    """One step of the settings' own models on two made-up captions: raises what any of their layers refuses."""
+    lengths = torch.tensor([5, 3])
+    batch = data.Batch(
+        images=torch.randn(2, 3, settings.size, settings.size),
+        text=torch.full((2, 5), 97),
+        text_lengths=lengths,
+        speech=torch.randn(2, 5, settings.mels),
+        speech_lengths=lengths,
+    )
+    new_step(settings)(batch, torch.arange(2), *draw(settings, 2))
+
+
+def new_step(settings: Settings) -> Step:
+    """The training step of mmfast's layers and loss, with new weights."""
+    return Step(settings, mmfast.nn, mmfast.nn.AdversarialLoss("hinge"))
 
 
 def check_writable(folder: Path) -> None:

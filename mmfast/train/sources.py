@@ -92,8 +92,6 @@ def version(distribution: str) -> str:
         raise UserError(f"the emoji data needs the package {distribution!r}; {INSTALL}") from error
 
 
-# ---- emoji
-
 SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 VARIATION_SELECTOR = "\ufe0f"
 _TONE_NAME = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")
@@ -229,9 +227,6 @@ def render_svg(path: Path, side: int) -> np.ndarray:
     )
     with image_module.open(io.BytesIO(bytes(png))) as image:
         return _channels_first(image.convert("RGB").reduce(2))
-
-
-# ---- a user's own folder
 
 
 def folder_key(folder: Path) -> str:

@@ -116,9 +116,6 @@ def require_espeak() -> None:
         _espeak().say([], voice)
 
 
-# ---- samples to frames
-
-
 def log_mel(waves: Sequence[np.ndarray], rate: int) -> list[Tensor | None]:
     """The log-mel frames of each mono recording of `rate` samples per second, without the silence at its ends.
 
@@ -199,9 +196,6 @@ def _trimmed(wave: np.ndarray) -> np.ndarray:
     return wave[loud[0] : loud[-1] + 1] / peak
 
 
-# ---- wav files
-
-
 def wav_samples(path: str | os.PathLike[str]) -> tuple[int, np.ndarray]:
     """The samples per second of a wav file and its samples, (N,) float32, channels averaged.
 
@@ -230,9 +224,6 @@ def wav_samples(path: str | os.PathLike[str]) -> tuple[int, np.ndarray]:
     if not np.isfinite(samples).all():
         raise UserError(f"{path} holds samples that are not finite numbers; write it again")
     return rate, samples
-
-
-# ---- eSpeak NG, in process
 
 
 class _Espeak:

@@ -172,9 +172,10 @@ def gradient(
     Itself differentiable: the sequence is computed again.
     """
     # views of their own, so that no gradient flows on through what the inputs were made from
-    inputs = [None if a is None else a.view_as(a) for a in (x, h0, c0, *weights)]
-    wanted = [a for a, wanted in zip(inputs, need, strict=True) if wanted]
-    outputs = sequence(inputs[0], inputs[3:], inputs[1], inputs[2], layer)
+    x, *weights = (a.view_as(a) for a in (x, *weights))
+    h0, c0 = (None if state is None else state.view_as(state) for state in (h0, c0))
+    wanted = [a for a, wanted in zip((x, h0, c0, *weights), need, strict=True) if wanted and a is not None]
+    outputs = sequence(x, weights, h0, c0, layer)
     pairs = [(out, d) for out, d in zip(outputs, given, strict=True) if out is not None and d is not None]
     out, d = zip(*pairs, strict=True)
     found = torch.autograd.grad(out, wanted, d, create_graph=True, allow_unused=True)

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell, in one run of at most 9 minutes: build, tests, numerics, CUDA graphs and streams,
+# speed, compute-sanitizer. The most informative parts come first; each part's result is written when it ends, so a run
+# that is cut off leaves what it had; the last thing written is a summary of one page.
+#
+#     OUT=folder benchmarks/gpu_check.sh            on a machine with a GPU; needs no network
+#     OUT=folder benchmarks/gpu_check.sh --cpu      the same parts on a CPU, CUDA kernels in the emulator: tests the script
+#
+# Needs python3 with torch, triton, pybind11, scikit-build-core and pytest, and nvcc, cmake and ninja on PATH.
+# Writes summary.txt, log.txt, numerics.json, speed.json and tests.xml into $OUT. To keep a run, copy what README quotes
+# to benchmarks/results/<device>/<commit>/.
+# Exits with the number of parts that failed.
+set -u
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+out=${OUT:-$repo/runs/gpu_check}
+python=${PYTHON:-python3}
+seconds=${GPU_CHECK_SECONDS:-530}
+architectures=${MMFAST_CUDA_ARCHS:-90a-real}
+device=cuda
+if [ "${1:-}" = --cpu ]; then device=cpu; fi
+
+mkdir -p "$out" || exit 1
+out=$(cd "$out" && pwd)
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+start=$SECONDS
+log=$out/log.txt
+summary=$out/summary.txt
+failed=0
+: >"$log"
+{
+    echo "mmfast GPU check, $(date -u '+%Y-%m-%d %H:%M') UTC, commit $(git -C "$repo" rev-parse --short HEAD 2>/dev/null || echo unknown)"
+    echo
+} >"$summary"
+
+# part NAME SECONDS COMMAND...: runs it for at most so long, and for no longer than is left; logs what it prints, and
+# adds a line to the summary: its verdict, its time and the lines that it marked with "RESULT: ".
+part() {
+    local name=$1 limit=$2
+    shift 2
+    local left=$((seconds - (SECONDS - start)))
+    if [ "$left" -lt 5 ]; then
+        echo "$name: not run, no time left" >>"$summary"
+        failed=$((failed + 1))
+        return 1
+    fi
+    if [ "$limit" -gt "$left" ]; then limit=$left; fi
+    local began=$SECONDS text=$work/part.txt code=0 verdict=ok
+    timeout --kill-after=5 "$limit" "$@" >"$text" 2>&1 || code=$?
+    if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
+        verdict="STOPPED after $limit s"
+    elif [ "$code" -ne 0 ]; then
+        verdict="FAILED ($code)"
+    fi
+    {
+        echo "==== $name: $verdict, $((SECONDS - began)) s"
+        tail -c 60000 "$text"
+        echo
+    } >>"$log"
+    {
+        echo "$name: $verdict, $((SECONDS - began)) s"
+        sed -n 's/^RESULT: /    /p' "$text"
+        if [ "$code" -ne 0 ]; then tail -n 6 "$text" | cut -c1-200 | sed 's/^/    | /'; fi
+    } >>"$summary"
+    if [ "$code" -ne 0 ]; then failed=$((failed + 1)); fi
+    return "$code"
+}
+
+machine() {
+    "$python" --version
+    "$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)' || return 1
+    if [ "$device" = cpu ]; then
+        echo "RESULT: the parts on a CPU"
+        return 0
+    fi
+    nvcc --version | tail -n 2
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | sed 's/^/RESULT: /'
+}
+
+build() {
+    cd "$repo" || return 1
+    "$python" -m pip install --no-build-isolation --no-deps --no-index --quiet --target "$work/site" \
+        -C "build-dir=$work/build" -C cmake.define.MMFAST_CUDA=ON -C "cmake.define.MMFAST_CUDA_ARCHS=$architectures" . || return 1
+    echo "RESULT: built for $architectures"
+}
+
+check() { "$python" "$repo/benchmarks/gpu_check.py" --device "$device" --out "$out" "$@"; }
+
+tests() {
+    cd "$repo" || return 1
+    local only=cuda-cuda
+    if [ "$device" = cpu ]; then only="cuda-cpu and float16 and hinge"; fi
+    "$python" -m pytest -q -p no:cacheprovider --junitxml="$out/tests.xml" "$@" -k "$only or triton-cuda" tests >"$work/tests.txt" 2>&1
+    local code=$?
+    tail -n 60 "$work/tests.txt"
+    echo "RESULT: $(tail -n 1 "$work/tests.txt")"
+    return "$code"
+}
+
+benchmarks() {
+    cd "$work" || return 1
+    "$python" -m mmfast bench --help >/dev/null || return 1
+    "$python" -m pytest -q -p no:cacheprovider --benchmark-disable "$repo/benchmarks" | tail -n 5 | sed 's/^/RESULT: /'
+    return "${PIPESTATUS[0]}"
+}
+
+sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 9 "$python" "$repo/benchmarks/gpu_check.py" --device cuda small; }
+
+export repo out work device python architectures
+export -f machine build check tests benchmarks sanitizer
+export PYTHONUNBUFFERED=1
+# compiled for this run alone
+export TRITON_CACHE_DIR=$work/triton
+
+part machine 30 bash -c machine
+if [ "$device" = cuda ]; then
+    part build 150 bash -c build || { cat "$summary"; exit "$failed"; }
+    export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
+fi
+part correct 60 bash -c 'check small'
+part numerics 90 bash -c 'check numerics'
+if [ "$device" = cuda ]; then part "graphs and streams" 60 bash -c 'check graph'; fi
+part speed 90 bash -c 'check speed'
+part tests 150 bash -c tests
+if [ "$device" = cuda ]; then
+    if command -v compute-sanitizer >/dev/null; then
+        part memcheck 60 bash -c 'sanitizer memcheck'
+        part racecheck 60 bash -c 'sanitizer racecheck'
+    else
+        echo "memcheck, racecheck: not run, compute-sanitizer is not on PATH" >>"$summary"
+    fi
+    part benchmarks 120 bash -c benchmarks
+fi
+
+{
+    echo
+    if [ "$failed" -eq 0 ]; then echo "every part passed"; else echo "$failed parts failed"; fi
+    echo "in $((SECONDS - start)) s"
+} >>"$summary"
+cat "$summary"
+exit "$failed"

@@ -1,0 +1,129 @@
+"""Sequential that calls a transposed convolution, its norm and its activation as one op."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from .. import functional as F
+from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+
+_CONVOLUTIONS: dict[type, tuple[int, Any, type, type]] = {
+    ConvTranspose1d: (1, F.conv_transpose1d_norm_act, torch.nn.BatchNorm1d, torch.nn.InstanceNorm1d),
+    ConvTranspose2d: (2, F.conv_transpose2d_norm_act, torch.nn.BatchNorm2d, torch.nn.InstanceNorm2d),
+    ConvTranspose3d: (3, F.conv_transpose3d_norm_act, torch.nn.BatchNorm3d, torch.nn.InstanceNorm3d),
+}
+
+_ACTIVATIONS: dict[type, str] = {
+    torch.nn.ReLU: "relu",
+    torch.nn.LeakyReLU: "leaky_relu",
+    torch.nn.Tanh: "tanh",
+    torch.nn.Sigmoid: "sigmoid",
+    torch.nn.SiLU: "silu",
+}
+
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+
+
+class Sequential(torch.nn.Sequential):
+    """A chain of modules, in which ConvTranspose -> BatchNorm or InstanceNorm -> activation is one op.
+
+    Equivalent to: `torch.nn.Sequential`, of which it is a subclass; results differ by rounding.
+
+    The norm, the activation, or both may follow an `mmfast.nn.ConvTranspose*d`: BatchNorm and InstanceNorm (without
+    running statistics) of as many dimensions, ReLU, LeakyReLU, Tanh, Sigmoid and SiLU, of torch.nn's own classes. They
+    stay modules of their own, and are called as such where anyone listens between them (a hook, a forward replaced on
+    the instance, a tracer), for unbatched input, and in a compiled graph, where the compiler fuses.
+    """
+
+    def forward(self, input: Any) -> Any:
+        modules: list[Any] = list(self._modules.values())
+        position = 0
+        while position < len(modules):
+            count = self._fused_from(modules, position, input)
+            chain = modules[position : position + max(count, 1)]
+            input = _call_fused(chain, input) if count > 1 else chain[0](input)
+            position += len(chain)
+        return input
+
+    def _fused_from(self, modules: list[Any], position: int, input: Any) -> int:
+        """How many modules from `position` on are one op for this input; 0 or 1: none."""
+        row = _CONVOLUTIONS.get(type_before_parametrizations(modules[position]))
+        if row is None or not isinstance(input, Tensor) or input.dim() != row[0] + 2 or _somebody_listens():
+            return 0
+        following = modules[position + 1 : position + 3]
+        count = 1
+        if following and _is_norm(following[0], *row[2:]):
+            count = 2
+        if len(following) >= count and type(following[count - 1]) in _ACTIVATIONS:
+            count += 1
+        return count if all(_is_unwatched(module) for module in modules[position : position + count]) else 0
+
+
+def has_chain(module: torch.nn.Sequential) -> bool:
+    """Whether a transposed convolution of mmfast is followed, in this Sequential, by what can be fused with it."""
+    modules = list(module)
+    for conv, following in itertools.pairwise(modules):
+        row = _CONVOLUTIONS.get(type_before_parametrizations(conv))
+        if row is not None and (type(following) in _ACTIVATIONS or _is_norm(following, *row[2:])):
+            return True
+    return False
+
+
+def _somebody_listens() -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return any(_GLOBAL_HOOKS)
+
+
+def _is_unwatched(module: torch.nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module)
+
+
+def _is_norm(module: Any, batch_norm: type, instance_norm: type) -> bool:
+    if type(module) is instance_norm:
+        return module.running_mean is None
+    return type(module) is batch_norm
+
+
+def _call_fused(modules: list[Any], input: Tensor) -> Tensor:
+    conv, *following = modules
+    _, function, batch_norm, _ = _CONVOLUTIONS[type_before_parametrizations(conv)]
+    options: dict[str, Any] = {}
+    if type(following[0]) not in _ACTIVATIONS:
+        norm = following.pop(0)
+        options = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+        options |= _batch_norm_options(norm) if type(norm) is batch_norm else {"norm": "instance"}
+    if following:
+        options["activation"] = _ACTIVATIONS[type(following[0])]
+        options["negative_slope"] = getattr(following[0], "negative_slope", 0.01)
+    geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+    return function(input, conv.weight, conv.bias, *geometry, backend=conv.backend, **options)
+
+
+def _batch_norm_options(norm: Any) -> dict[str, Any]:
+    """What torch.nn's batch norms pass on, after they counted the batch."""
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    tracked = not norm.training or norm.track_running_stats
+    return {
+        "norm": "batch",
+        "running_mean": norm.running_mean if tracked else None,
+        "running_var": norm.running_var if tracked else None,
+        "training": norm.training,
+        "momentum": momentum,
+    }
