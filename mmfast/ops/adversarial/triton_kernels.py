@@ -67,12 +67,12 @@ def _sigmoid(u):
 
 @triton.jit
 def _phi(u, tilt, PHI: tl.constexpr):
-    if PHI == _SOFTPLUS or PHI == _TILTED:  # noqa: SIM109 - a constexpr has no `in`
+    if PHI == _SOFTPLUS or PHI == _TILTED:
         # nothing cancels and nothing overflows
         y = tl.where(u < 0, 0.0, u) + _log1p(tl.exp(-tl.abs(u)))
         if PHI == _TILTED:
             y += u * tilt
-    elif PHI == _SQUARE or PHI == _LEAKY_SQUARE:  # noqa: SIM109
+    elif PHI == _SQUARE or PHI == _LEAKY_SQUARE:
         y = u * u
     elif PHI == _RELU:
         y = tl.where(u < 0, 0.0, u)
@@ -122,7 +122,7 @@ def _argument(x, sign, shift, PHI: tl.constexpr):
 @triton.jit
 def _load(p_x, o_x, m_x, left, BLOCK: tl.constexpr):
     # no mask on a whole chunk: one would keep the loads from being 16 bytes wide, as n is known only at run time
-    if left >= BLOCK:  # noqa: SIM108 - compiled: a branch
+    if left >= BLOCK:
         b_x = tl.load(p_x + o_x).to(tl.float32)
     else:
         b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
@@ -223,7 +223,7 @@ def finish_kernel(
     SLOPES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    if FIRST:  # noqa: SIM108 - compiled: one branch only
+    if FIRST:
         loss = tl.full((), 0.0, tl.float64)
     else:
         loss = tl.load(running_total)
