@@ -16,5 +16,5 @@ ISA: str | None = os.environ.get("MMFAST_ISA") or None
 #: MMFAST_DATA: where `mmfast train` keeps its prepared data. Empty: the user's cache folder.
 DATA: str | None = os.environ.get("MMFAST_DATA") or None
 
-#: MMFAST_TABLE: the preference table that `mmfast bench --tune` writes. Empty: table.json in the user's configuration folder.
+#: MMFAST_TABLE: the preference table that `mmfast bench --tune` writes. Empty: in the user's configuration folder.
 TABLE: str | None = os.environ.get("MMFAST_TABLE") or None

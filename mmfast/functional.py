@@ -188,6 +188,9 @@ def _recurrent(
     lengths: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
+    if batch_sizes is not None and torch.compiler.is_compiling():
+        options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
+        return _packed_outside_graphs(mode, input, states, weights, *options, backend)
     sizes = _recurrent_sizes(mode, weights, bidirectional)
     _check_recurrent_input(mode, input, weights, sizes, batch_sizes)
     batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
@@ -215,10 +218,14 @@ def _recurrent(
     return function(mode, input, states, weights, *options)
 
 
+# Its steps depend on numbers in batch_sizes, which no graph knows; torch.nn's layers run between two graphs, too
+_packed_outside_graphs = _disable_dynamo(_recurrent)
+
+
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
     dtype = _compute_dtype(device.type, dtype)
     *kind, gradients, many = rest
-    return RnnCase._make((device.type, dtype, mode, *kind, _autocasts(device.type), gradients, many, False))
+    return RnnCase._make((device.type, dtype, mode, *kind, autocasts(device.type), gradients, many, False))
 
 
 def _checked_lengths(lengths: Any, input: Tensor, batch: int, batch_first: bool, batch_sizes: Tensor | None) -> Tensor:
@@ -473,7 +480,7 @@ def _select_cell(mode: str, input: Tensor, weight_hh: Tensor, backend: str | Non
 
 
 def _cell_case(device: torch.device, dtype: torch.dtype, mode: str, input_size: int, hidden_size: int) -> RnnCase:
-    dtype, autocast = _compute_dtype(device.type, dtype), _autocasts(device.type)
+    dtype, autocast = _compute_dtype(device.type, dtype), autocasts(device.type)
     return RnnCase(device.type, dtype, mode, input_size, hidden_size, autocast=autocast, cell=True)
 
 

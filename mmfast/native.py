@@ -148,8 +148,8 @@ def _adversarial_inputs(terms: Terms, mean: bool, inputs: Inputs, name: str = "_
     if others or weights or centres is not None:
         per_weight = [max(n // max(w.numel(), 1), 1) for n, w in zip(sizes, weights, strict=True)] if weights else ()
         centre, width = (0, 0) if centres is None else (centres.data_ptr(), centres.element_size())
-        others, weights = [x.data_ptr() for x in others], [w.data_ptr() for w in weights]
-        more = others, weights, per_weight, centre, list(peers or range(len(sizes))), width
+        meeting = [x.data_ptr() for x in others], [w.data_ptr() for w in weights]
+        more = *meeting, per_weight, centre, list(peers or range(len(sizes))), width
     return _adversarial_terms(terms, name), DTYPES[logits[0].dtype], mean, pointers, sizes, more
 
 

@@ -70,6 +70,25 @@ def fresh_graphs():
         torch._dynamo.reset()
 
 
+# of the largest value in a tensor, or of 1; how accurate a kernel is, the tests of its op judge by numerics' rule
+_ROUNDING = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@pytest.fixture
+def same():
+    """same(found, expected): asserts that two trees of tensors are equal but for rounding."""
+
+    def compare(found, expected):
+        found, expected = _tensors(found), _tensors(expected)
+        assert len(found) == len(expected) > 0
+        for ours, theirs in zip(found, expected, strict=True):
+            largest = theirs.abs().max().item() if theirs.numel() and theirs.is_floating_point() else 0.0
+            tolerance = _ROUNDING.get(theirs.dtype, 0.0) * max(1.0, largest)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+    return compare
+
+
 @pytest.fixture
 def outcome(seed):
     """outcome(function, *inputs): the outputs of function(*inputs), then the gradients, for a random cotangent, of the

@@ -97,7 +97,10 @@ PLAIN = {
     "PEERS": (0, 1, 2, 3),
     "NEEDED": (1,) * K,
     **dict.fromkeys(("OTHERS", "WEIGHTS", "CENTRES", "SLOPES"), False),
-    "FIRST": True, "VALUES": True, "K": K, "BLOCK": adversarial.BLOCK,
+    "FIRST": True,
+    "VALUES": True,
+    "K": K,
+    "BLOCK": adversarial.BLOCK,
 }
 FORMS = {
     "plain": PLAIN,

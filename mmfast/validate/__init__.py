@@ -1,1 +1,1 @@
-"""`mmfast validate`: what this installation computes, held against float64 and PyTorch; the checks, against planted bugs."""
+"""`mmfast validate`: what is computed here against float64 and PyTorch, the checks against planted bugs."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from .. import nn as mmfast_nn
 from ..accelerate import accelerate
@@ -29,7 +30,7 @@ MUTANT, TRAINING = "planted mutant", "training"
 CHECKS = (SAME, NUMERICS, SECOND, GRADCHECK, REPEATED, THREADS, MUTANT, TRAINING)
 
 #: a constant that is rounded once errs alike in all values of a draw, so that one large draw is still one sample
-FEWEST_SEEDS = 8
+FEWEST_SEEDS = 16
 
 #: how a backend runs on a device
 HOW = {
@@ -214,7 +215,7 @@ def refusals(subject: Subject) -> list[str]:
 
 
 def numerics(subject: Subject, seeds: Sequence[int], order: int = 1) -> list[Row]:
-    """A row for each output and gradient, its errors pooled over at least 8 seeds, and until there are 4096 values."""
+    """A row for each output and gradient, its errors pooled over at least 16 seeds, and until there are 4096 values."""
     pools: dict[str, Pool] = {}
     for drawn, seed in enumerate(seeds, 1):
         trial = Trial(subject, seed)
@@ -293,7 +294,7 @@ def gradcheck(subject: Subject, seed: int) -> Row:
     with use_backend(subject.backend):
         try:
             torch.autograd.gradcheck(outputs, (*given, *weights.values()), nondet_tol=0.0)
-        except torch.autograd.gradcheck.GradcheckError as error:  # type: ignore[attr-defined]
+        except GradcheckError as error:
             return _row(subject, GRADCHECK, "all", False, str(error).splitlines()[0])
     return _row(subject, GRADCHECK, "all", True)
 

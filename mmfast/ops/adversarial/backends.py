@@ -1,8 +1,8 @@
 """The adversarial op's backends: refusals, preference, and the call.
 
-`forward(terms, mean, inputs, values_wanted)` gives (total (), values (K,) or None, slopes (K,) or, without peers, None);
-op.py says more. `backward(dtotal, terms, mean, inputs, slopes, needed)` gives the gradients by the logits and then by
-the others that are needed, each in the layout of its tensor.
+`forward(terms, mean, inputs, values_wanted)` gives (total (), values (K,) or None, slopes (K,) or, without peers,
+None); op.py says more. `backward(dtotal, terms, mean, inputs, slopes, needed)` gives the gradients by the logits and
+then by the others that are needed, each in the layout of its tensor.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import types
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +96,7 @@ class Cpu(Backend):
         inputs = dense(inputs)
         gradients = empty_gradients(inputs, needed)
         native.cpu_adversarial_backward(terms, mean, inputs, dtotal, slopes, gradients)
-        return gradients if all(needed) else [g for g in gradients if g is not None]
+        return [g for g in gradients if g is not None]
 
 
 def unreduced(case: Case) -> list[str]:
@@ -108,7 +107,7 @@ def unreduced(case: Case) -> list[str]:
 def dense(inputs: Inputs) -> Inputs:
     """The inputs, each tensor one block of memory, and tensors that meet elementwise in one order of elements."""
     logits, others, weights, centres, peers = inputs
-    if not others and not weights and centres is None and all([x.is_contiguous() for x in logits]):
+    if not others and not weights and centres is None and all(x.is_contiguous() for x in logits):
         return inputs
     if others:
         pairs = [_alike(x, other) for x, other in zip(logits, others, strict=True)]
@@ -195,7 +194,7 @@ class Triton(GpuBackend):
 
 
 @functools.cache
-def _triton_kernels() -> tuple[types.ModuleType, str] | tuple[None, str]:
+def _triton_kernels() -> tuple[Any, str]:
     # only a call that considers Triton imports it: that takes longer than the rest of mmfast
     try:
         return importlib.import_module(".triton_kernels", __package__), ""

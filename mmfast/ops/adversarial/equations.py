@@ -116,10 +116,10 @@ class Inputs(NamedTuple):
     """What K terms are computed of.
 
     logits: K tensors of any shapes, of one floating-point dtype. others: K tensors of the same shapes and dtype, or
-    none. weights: K tensors (in the values' dtype), each number for one of numel(w) equal parts of the logits, in order;
-    or none. centres: (K,) in the values' dtype, or None. peers: for each term, the term of whose logits its centre is
-    the mean, so that a gradient flows there: it is centres[peer], or where there are no centres yet, computed; or none.
-    others and centres exclude each other.
+    none. weights: K tensors (in the values' dtype), each number for one of numel(w) equal parts of the logits, in
+    order; or none. centres: (K,) in the values' dtype, or None. peers: for each term, the term of whose logits its
+    centre is the mean, so that a gradient flows there: it is centres[peer], or where there are no centres yet,
+    computed; or none. others and centres exclude each other.
     """
 
     logits: Sequence[Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...dispatch import autocasts, needs_formula
 from . import equations
 from .backends import OP, Case
-from .equations import IDENTITY, LECAM, LEAKY_SQUARE, MODES, SOFTPLUS, SQUARE, TILTED, Inputs, Mode, Term, Terms
+from .equations import IDENTITY, LEAKY_SQUARE, LECAM, MODES, SOFTPLUS, SQUARE, TILTED, Inputs, Mode, Term, Terms
 from .op import is_eager, loss, means_of
 
 Logits = Any  # a tensor, or a list, nested to any depth, of tensors
@@ -70,11 +70,8 @@ def adversarial_discriminator_loss(
             f"real_logits has {len(real)} tensors and fake_logits {len(fake)}; expected one of each per discriminator"
         )
     recipe = _remembered(_discriminator_recipe, len(real), mode, scale, smoothing, reduction, across)
-    if len(real) == 1:
-        logits = [real[0], fake[0]]
-    else:
-        # real and fake of one discriminator side by side, so that terms are added in the order a user would add them
-        logits = [x for pair in zip(real, fake, strict=True) for x in pair]
+    # real and fake of one discriminator side by side, so that terms are added in the order a user would add them
+    logits = [x for pair in zip(real, fake, strict=True) for x in pair]
     weights = None if real_weight is None and fake_weight is None else (real_weight, fake_weight)
     return _adversarial(recipe, logits, weights, return_values, process_group, backend)
 
@@ -133,7 +130,7 @@ def matching_discriminator_loss(
     return_values: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """The loss of a discriminator that also judges whether a sample fits its condition, of three or five kinds of logits.
+    """The loss of a discriminator that also judges whether a sample fits its condition: three or five kinds of logits.
 
     Equivalent to, with real(x) and fake(x) the mode's two terms: `real(matching) + (fake(fake_logits) +
     fake(mismatched)) / 2`; with unconditional = (r, f): `(real(matching) + real(r)) / 2 + (fake(fake_logits) +
@@ -312,8 +309,10 @@ def _matching_recipe(
     return _recipe(terms, count, scale, reduction, across, "")
 
 
-def _unconditional_matching_recipe(*options: Any) -> Recipe:
-    return _matching_recipe(*options, both=True)
+def _unconditional_matching_recipe(
+    count: int, mode: str, scale: float, smoothing: Smoothing, reduction: str, across: str
+) -> Recipe:
+    return _matching_recipe(count, mode, scale, smoothing, reduction, across, both=True)
 
 
 def _lecam_recipe(count: int, _: str, scale: float, __: float, reduction: str, across: str) -> Recipe:
@@ -418,7 +417,7 @@ def _check_pairs(real: Sequence[Tensor], fake: Sequence[Tensor], what: str) -> N
 
 
 def _alike(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors in one dtype, autocast's choice and then the widest; RuntimeError where they are on several devices."""
+    """The tensors in one dtype, autocast's choice or the widest; RuntimeError where they are on several devices."""
     first = tensors[0]
     dtype, device, same = first.dtype, first.device, True
     for x in tensors:
@@ -481,8 +480,8 @@ def _element_weights(logits: list[Tensor], weights: tuple[Tensor | None, ...] | 
             weight = x.new_ones(1, dtype=dtype)
         elif x.ndim == 0 or weight.shape != x.shape[:1]:
             raise ValueError(
-                f"the weights have shape {tuple(weight.shape)} for logits of shape {tuple(x.shape)}; expected one weight "
-                "for each sample, the logits' first dimension"
+                f"the weights have shape {tuple(weight.shape)} for logits of shape {tuple(x.shape)}; expected one "
+                "weight for each sample, the logits' first dimension"
             )
         found.append(weight.detach().to(x.device, dtype))
     return found
@@ -509,8 +508,10 @@ def _evaluate(recipe: Recipe, inputs: Inputs, return_values: bool, group: Any, b
         return (total, _values(values, recipe)) if return_values else total
     if recipe.pairing == "means":
         inputs = inputs._replace(centres=_centres(inputs, chosen, group))
-    total, values = loss(recipe.terms, recipe.mean, inputs, chosen, return_values, group)
-    return (total, values.view(-1, recipe.kinds) if recipe.kinds > 1 else values) if return_values else total
+    total, found = loss(recipe.terms, recipe.mean, inputs, chosen, return_values, group)
+    if found is None or not return_values:
+        return total
+    return total, found.view(-1, recipe.kinds) if recipe.kinds > 1 else found
 
 
 def _centres(inputs: Inputs, chosen: str, group: Any) -> Tensor:

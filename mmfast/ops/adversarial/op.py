@@ -4,8 +4,8 @@
     mmfast::adversarial_backward(Tensor dtotal, Tensor slopes, bool[] needed, <inputs>, <terms>) -> Tensor[]
 
 Inputs and terms are those of equations.py; total is without dimensions in the logits' dtype, values (K,) and slopes
-(K,) (without peers (0,)) are in the values' dtype. The backward's gradients are those by the logits, then by the others, of
-which `needed` says for each whether it is wanted.
+(K,) (without peers (0,)) are in the values' dtype. The backward's gradients are those by the logits, then by the
+others, of which `needed` says for each whether it is wanted.
 
 Any order of differentiation in eager: where a gradient of the backward is needed, it is equations.gradient.
 """
@@ -81,7 +81,7 @@ class AdversarialLoss(torch.autograd.Function):
             torch.distributed.all_reduce(slopes.div_(call.group.size()), group=call.group)
         _save(ctx, terms, mean, inputs, slopes, call.backend)
         # the node of the graph keeps its call; tensors are kept by save_for_backward only
-        call.inputs = None
+        del call.inputs
         return total
 
     @staticmethod

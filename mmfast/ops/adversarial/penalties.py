@@ -36,7 +36,8 @@ def zero_centered_penalty(
     Equivalent to: `weight * every * torch.autograd.grad(logits.sum(), inputs, create_graph=True)[0].square()
     .flatten(1).sum(1).mean()`.
 
-    logits: a tensor, or a list of tensors, nested to any depth: of all scales, what the discriminator makes of `inputs`.
+    logits: a tensor, or a list of tensors, nested to any depth: of all scales, what the discriminator makes of the
+        inputs.
     inputs: (B, ...) each; they must require grad before the logits are computed from them.
     every: how many steps this one stands for (lazy regularisation).
     scaler: the GradScaler of the training step under float16 autocast: the inner gradient is scaled by it, and unscaled

@@ -67,12 +67,12 @@ def _sigmoid(u):
 
 @triton.jit
 def _phi(u, tilt, PHI: tl.constexpr):
-    if PHI == _SOFTPLUS or PHI == _TILTED:  # noqa: PLR1714 - a constexpr has no `in`
+    if PHI == _SOFTPLUS or PHI == _TILTED:
         # nothing cancels and nothing overflows
         y = tl.where(u < 0, 0.0, u) + _log1p(tl.exp(-tl.abs(u)))
         if PHI == _TILTED:
             y += u * tilt
-    elif PHI == _SQUARE or PHI == _LEAKY_SQUARE:  # noqa: PLR1714
+    elif PHI == _SQUARE or PHI == _LEAKY_SQUARE:
         y = u * u
     elif PHI == _RELU:
         y = tl.where(u < 0, 0.0, u)
@@ -223,7 +223,7 @@ def finish_kernel(
     SLOPES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    if FIRST:  # noqa: SIM108 - compiled: one branch only
+    if FIRST:
         loss = tl.full((), 0.0, tl.float64)
     else:
         loss = tl.load(running_total)

@@ -162,9 +162,9 @@ class Cpu(Backend):
     def reluctance(self, case: Case) -> str:
         if prefers_products(case):
             return ""
-        if case.dtype.itemsize == 2:
-            return f"in {case.dtype} nothing was measured faster than PyTorch"
-        return "nothing follows the convolution" if case.norm == "none" and case.activation == "none" else ""
+        # 128 to 64, k4 s2 p1, at 16 x 16, batch 32, with batch norm and ReLU: forward + backward 92 to 75 ms
+        measured = case.norm == "batch" and case.activation in ("relu", "leaky_relu") and case.dtype == torch.float32
+        return "" if measured else "for this layer nothing was measured faster than PyTorch"
 
     def forward(
         self,

@@ -21,6 +21,10 @@ from .equations import Geometry
 _BLOCK = 1 << 18
 
 
+#: Channels summed in one go: one product over all of them errs 1.8 x as much as PyTorch's convolution.
+_CHANNELS = 32
+
+
 def is_one_position(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether x has one position and the output is a window of the taps."""
     if x.shape[2:].numel() != 1 or geometry.groups != 1 or max(geometry.dilation) > 1 or not x.shape[0]:
@@ -57,8 +61,12 @@ def _as_matrix(tensor: Tensor, out: Tensor) -> Tensor:
 
 def one_position_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, y: Tensor) -> Tensor:
     """Fills y, (N, Cout, *size) and dense, and returns it."""
-    matrix = x.reshape(x.shape[:2])
-    torch.mm(matrix, _as_matrix(_window(weight, x, geometry), y), out=_as_matrix(y, y))
+    matrix, window = x.reshape(x.shape[:2]), _as_matrix(_window(weight, x, geometry), y)
+    flat = _as_matrix(y, y)
+    torch.mm(matrix[:, :_CHANNELS], window[:_CHANNELS], out=flat)
+    for begin in range(_CHANNELS, matrix.shape[1], _CHANNELS):
+        # not addmm, which may go on adding to the same sums
+        flat.add_(torch.mm(matrix[:, begin : begin + _CHANNELS], window[begin : begin + _CHANNELS]))
     return y if bias is None else y.add_(bias.view(-1, *[1] * (y.dim() - 2)))
 
 

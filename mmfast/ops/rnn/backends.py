@@ -128,7 +128,9 @@ class Cpu(Backend):
         gx = _input_side(x.reshape(sizes.rows, x.shape[-1]), parts)
         y, hn, cn, gates, cell = empty_outputs(x, weights, layer, False, sizes.batch)
         if keep and GATES[layer.mode] > 1:
-            gates, cell = gx, y.new_empty((sizes.rows, layer.directions * sizes.hidden))
+            # the kernel leaves out what is past a length
+            empty = y.new_empty if layer.lengths is None else y.new_zeros
+            gates, cell = gx, empty((sizes.rows, layer.directions * sizes.hidden))
         row, alive = _native_layer(x.dtype, layer, sizes, parts, h0, c0)
         native.cpu_rnn_forward(row, gx, gates if keep else None, cell if keep else None, y, hn, cn)
         del alive
