@@ -92,9 +92,10 @@ def _is_unwatched(module: torch.nn.Module) -> bool:
 
 
 def _is_norm(module: Any, batch_norm: type, instance_norm: type) -> bool:
-    if type(module) is instance_norm:
+    cls: type = type(module)
+    if cls is instance_norm:
         return module.running_mean is None
-    return type(module) is batch_norm
+    return cls is batch_norm
 
 
 def _call_fused(modules: list[Any], input: Tensor) -> Tensor:
