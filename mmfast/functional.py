@@ -189,8 +189,8 @@ def _recurrent(
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     if batch_sizes is not None and torch.compiler.is_compiling():
-        options: Any = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
-        return _packed_outside_graphs(mode, input, states, weights, *options, backend)
+        options: Any = (dropout, training, bidirectional, batch_first, batch_sizes, lengths, backend)
+        return _packed_outside_graphs(mode, input, states, weights, *options)
     sizes = _recurrent_sizes(mode, weights, bidirectional)
     _check_recurrent_input(mode, input, weights, sizes, batch_sizes)
     batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
