@@ -121,7 +121,9 @@ constexpr int kPerThread = kChunk / kThreads;
 template <typename T>
 struct Chunk {
     using C = Compute<T>;
-    static constexpr int kWidth = kVector<T>, kVectors = 4, kBatches = kPerThread / (kWidth * kVectors);
+    // sixteen elements at a time, whose code is repeated so often; float64 is rare and need not be fast
+    static constexpr int kWidth = kVector<T>, kVectors = sizeof(T) == 4 ? 4 : 2;
+    static constexpr int kBatches = kPerThread / (kWidth * kVectors);
 
     const Term<T>& term;
     int64_t offset;
@@ -175,6 +177,7 @@ MMFAST_DEVICE Compute<T> thread_sum(const Chunk<T>& chunk) {
     };
     C sum = 0;
     if (chunk.is_whole()) {
+        MMFAST_NO_UNROLL
         for (int batch = 0; batch < Chunk<T>::kBatches; ++batch) {
             typename Chunk<T>::Vectors v;
             chunk.load_batch(v, batch);
@@ -185,6 +188,7 @@ MMFAST_DEVICE Compute<T> thread_sum(const Chunk<T>& chunk) {
         }
         return sum;
     }
+    MMFAST_NO_UNROLL
     for (int i = thread_index(); i < chunk.size; i += kThreads)
         sum += chunk.term.weight(chunk.offset + i) * part(chunk.term, chunk.difference_at(i));
     return sum;
@@ -298,6 +302,7 @@ MMFAST_DEVICE void thread_gradient(const Chunk<T>& chunk, Compute<T> factor, Com
     const bool aligned = (!term.wants_dx || is_aligned<kWidth>(term.dx + chunk.offset)) &&
                          (!term.wants_dother || is_aligned<kWidth>(term.dother + chunk.offset));
     if (chunk.is_whole() && aligned) {
+        MMFAST_NO_UNROLL
         for (int batch = 0; batch < Chunk<T>::kBatches; ++batch) {
             typename Chunk<T>::Vectors v;
             chunk.load_batch(v, batch);
@@ -317,6 +322,7 @@ MMFAST_DEVICE void thread_gradient(const Chunk<T>& chunk, Compute<T> factor, Com
         }
         return;
     }
+    MMFAST_NO_UNROLL
     for (int i = thread_index(); i < chunk.size; i += kThreads) {
         const C d = gradient(chunk.difference_at(i), term.weight(chunk.offset + i));
         if (term.wants_dx) store(term.dx, chunk.offset + i, from_float<T>(d));

@@ -83,6 +83,7 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 #define MMFAST_DEVICE __device__ __forceinline__
 #define MMFAST_HOST_DEVICE __host__ __device__ __forceinline__
 #define MMFAST_UNROLL _Pragma("unroll")
+#define MMFAST_NO_UNROLL _Pragma("unroll 1")
 
 namespace mmfast {
 namespace device {

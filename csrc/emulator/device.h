@@ -14,6 +14,7 @@
 #define MMFAST_DEVICE inline
 #define MMFAST_HOST_DEVICE inline
 #define MMFAST_UNROLL
+#define MMFAST_NO_UNROLL
 
 namespace mmfast {
 namespace device {
