@@ -168,9 +168,7 @@ struct Rows {
 
     explicit Rows(const mmfast_rnn_layer& l) : layer(l) {}
     int64_t count(int64_t t) const { return layer.offsets ? layer.offsets[t + 1] - layer.offsets[t] : layer.batch; }
-    int64_t row(int64_t t, int64_t b) const {
-        return (layer.offsets ? layer.offsets[t] : t * layer.batch) + b;
-    }
+    int64_t row(int64_t t, int64_t b) const { return (layer.offsets ? layer.offsets[t] : t * layer.batch) + b; }
     // rows from a sequence's step t to its step `to`; 0 past the ends
     int64_t distance(int64_t t, int64_t to) const { return to < 0 || to >= layer.steps ? 0 : row(to, 0) - row(t, 0); }
     // whether sequence b has a step t, 0 <= t < T
