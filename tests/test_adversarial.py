@@ -464,7 +464,7 @@ def test_thread_order_does_not_change_a_bit(seed, served, dtype):
     results = []
     for order in (0, 1, 2, seed):
         native.emulator_order(order)
-        results.append(evaluate(served, list(MODES["lsgan"]), True, logits))
+        results.append(evaluate(served, list(MODES["lsgan"][:3]), True, logits))
     for total, values, gradients in results[1:]:
         assert torch.equal(total, results[0][0])
         assert torch.equal(values, results[0][1])

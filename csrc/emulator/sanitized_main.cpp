@@ -83,7 +83,6 @@ bool adversarial(int dtype, bool mean, const std::vector<Term>& terms) {
         for (long i = 0; i < term.size; ++i) x.back()[size_t(i)] = from_float<T>(C(normal(generator)));
         mmfast_adversarial_term row{};
         row.logits = x.back().get();
-        row.dlogits = dx.back().get();
         row.size = term.size;
         row.phi = term.phi;
         row.sign = term.sign;
@@ -104,7 +103,10 @@ bool adversarial(int dtype, bool mean, const std::vector<Term>& terms) {
     args.total = total.get();
     args.dtotal = dtotal.get();
     args.scratch = scratch.get();
-    if (mmfast_cuda_adversarial_forward(&args) != MMFAST_OK || mmfast_cuda_adversarial_backward(&args) != MMFAST_OK) {
+    int status = mmfast_cuda_adversarial_forward(&args);
+    for (size_t k = 0; k < rows.size(); ++k) rows[k].dlogits = dx[k].get();
+    if (status == MMFAST_OK) status = mmfast_cuda_adversarial_backward(&args);
+    if (status != MMFAST_OK) {
         printf("%s\n", mmfast_last_error());
         return false;
     }
