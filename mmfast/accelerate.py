@@ -112,6 +112,7 @@ def explain(model: torch.nn.Module, *example_inputs: Any, **example_kwargs: Any)
     """
     _check_model(model, "explain")
     called = _call(model, example_inputs, example_kwargs) if example_inputs or example_kwargs else Called({}, False)
+    fused = dict(_fused_cases(model))
     explained: list[Row] = []
     for path, module in model.named_modules():
         if reason := _left_alone(module) or _not_yet(module):
@@ -119,7 +120,7 @@ def explain(model: torch.nn.Module, *example_inputs: Any, **example_kwargs: Any)
         if path in called.rows:
             explained += called.rows[path]
         elif isinstance(module, Layer):
-            explained.append(_static_row(path, module, called.completely))
+            explained.append(_static_row(path, module, fused.get(path), called))
     return Explanation(explained)
 
 
@@ -183,11 +184,23 @@ def _row(path: str, module: Any, op: Op, case: Any, explicit: str | None) -> Row
     return Row(path or ".", _class_name(module), op.name, choice.backend, passed_over or choice.reason)
 
 
-def _static_row(path: str, module: Any, called: bool) -> Row:
-    op, case = module.static_case()
-    if called:
-        return Row(path or ".", _class_name(module), op.name, "-", "not called with these inputs")
-    return _row(path, module, op, case, module.backend)
+def _fused_cases(model: torch.nn.Module) -> Iterator[tuple[str, tuple[Op, Any]]]:
+    """The layers that are one op with what follows them in an mmfast.nn.Sequential: path, op and case."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Sequential):
+            for name, op_and_case in module.static_cases().items():
+                yield f"{path}.{name}" if path else name, op_and_case
+
+
+def _static_row(path: str, module: Any, fused: tuple[Op, Any] | None, called: Called) -> Row:
+    op, case = fused or module.static_case()
+    if not called.completely:
+        return _row(path, module, op, case, module.backend)
+    parent = path.rpartition(".")[0]
+    for row in called.rows.get(parent, []) if fused else []:
+        if row.op == op.name:
+            return Row(path, _class_name(module), op.name, row.backend, f"one op with what follows it, see {row.path}")
+    return Row(path or ".", _class_name(module), op.name, "-", "not called with these inputs")
 
 
 class Called(NamedTuple):
@@ -225,9 +238,15 @@ def _entered(model: torch.nn.Module, inside: list[tuple[str, torch.nn.Module]]) 
     """Within this context the last of `inside` is the innermost module that runs, with its path."""
 
     def watch(path: str, module: torch.nn.Module) -> None:
-        enter = module.register_forward_pre_hook(lambda *_: inside.append((path, module)))
-        leave = module.register_forward_hook(lambda *_: inside.pop() and None, always_call=True)
-        handles.extend((enter, leave))
+        def enter(*_: Any) -> None:
+            inside.append((path, module))
+
+        def leave(*_: Any) -> None:
+            inside.pop()
+
+        enter.of_explain = leave.of_explain = True  # type: ignore[attr-defined]
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
 
     handles: list[Any] = []
     try:

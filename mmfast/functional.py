@@ -189,8 +189,8 @@ def _recurrent(
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     if batch_sizes is not None and torch.compiler.is_compiling():
-        options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
-        return _packed_outside_graphs(mode, input, states, weights, *options, backend)
+        options: Any = (dropout, training, bidirectional, batch_first, batch_sizes, lengths, backend)
+        return _packed_outside_graphs(mode, input, states, weights, *options)
     sizes = _recurrent_sizes(mode, weights, bidirectional)
     _check_recurrent_input(mode, input, weights, sizes, batch_sizes)
     batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
@@ -520,10 +520,12 @@ def conv_transpose1d(
     backend: "torch", "cpu", "triton", "cuda" or None (mmfast chooses); ValueError for any other.
     Differentiable to any order.
     """
-    if _select_conv_transpose(1, input, weight, stride, padding, output_padding, groups, dilation, backend) == "torch":
-        return torch.conv_transpose1d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    geometry = (stride, padding, output_padding, groups, dilation)
-    return _conv_transpose(1, input, weight, bias, *geometry, backend)
+    geometry: Any = (stride, padding, output_padding, groups, dilation)
+    chosen = _select_conv_transpose(1, input, weight, *geometry, backend)
+    if chosen == "torch":
+        return torch.conv_transpose1d(input, weight, bias, *geometry)
+    arguments: Any = (1, input, weight, bias, *geometry, chosen)
+    return _conv_transpose(*arguments)
 
 
 def conv_transpose2d(
@@ -544,10 +546,12 @@ def conv_transpose2d(
 
     input: (N, Cin, H, W) or (Cin, H, W). weight: (Cin, Cout / groups, Kh, Kw). All else: `conv_transpose1d`.
     """
-    if _select_conv_transpose(2, input, weight, stride, padding, output_padding, groups, dilation, backend) == "torch":
-        return torch.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    geometry = (stride, padding, output_padding, groups, dilation)
-    return _conv_transpose(2, input, weight, bias, *geometry, backend)
+    geometry: Any = (stride, padding, output_padding, groups, dilation)
+    chosen = _select_conv_transpose(2, input, weight, *geometry, backend)
+    if chosen == "torch":
+        return torch.conv_transpose2d(input, weight, bias, *geometry)
+    arguments: Any = (2, input, weight, bias, *geometry, chosen)
+    return _conv_transpose(*arguments)
 
 
 def conv_transpose3d(
@@ -568,10 +572,12 @@ def conv_transpose3d(
 
     input: (N, Cin, D, H, W) or (Cin, D, H, W). weight: (Cin, Cout / groups, Kd, Kh, Kw). All else: `conv_transpose1d`.
     """
-    if _select_conv_transpose(3, input, weight, stride, padding, output_padding, groups, dilation, backend) == "torch":
-        return torch.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    geometry = (stride, padding, output_padding, groups, dilation)
-    return _conv_transpose(3, input, weight, bias, *geometry, backend)
+    geometry: Any = (stride, padding, output_padding, groups, dilation)
+    chosen = _select_conv_transpose(3, input, weight, *geometry, backend)
+    if chosen == "torch":
+        return torch.conv_transpose3d(input, weight, bias, *geometry)
+    arguments: Any = (3, input, weight, bias, *geometry, chosen)
+    return _conv_transpose(*arguments)
 
 
 def conv_transpose1d_norm_act(
@@ -615,11 +621,11 @@ def conv_transpose1d_norm_act(
     Raises ValueError for an unknown norm, activation or backend, and where a norm that measures has one value per
         channel; RuntimeError for what PyTorch's own functions refuse.
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    statistics = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
-    return _conv_transpose_norm_act(
-        1, input, weight, bias, *geometry, crop, *statistics, activation, negative_slope, backend
-    )
+    geometry: Any = (stride, padding, output_padding, groups, dilation)
+    statistics: Any = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
+    epilogue = (crop, *statistics, activation, negative_slope)
+    arguments: Any = (1, input, weight, bias, *geometry, *epilogue, backend)
+    return _conv_transpose_norm_act(*arguments)
 
 
 def conv_transpose2d_norm_act(
@@ -649,11 +655,11 @@ def conv_transpose2d_norm_act(
 
     Equivalent to: conv_transpose2d, batch_norm or instance_norm, activation. All else: `conv_transpose1d_norm_act`.
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    statistics = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
-    return _conv_transpose_norm_act(
-        2, input, weight, bias, *geometry, crop, *statistics, activation, negative_slope, backend
-    )
+    geometry: Any = (stride, padding, output_padding, groups, dilation)
+    statistics: Any = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
+    epilogue = (crop, *statistics, activation, negative_slope)
+    arguments: Any = (2, input, weight, bias, *geometry, *epilogue, backend)
+    return _conv_transpose_norm_act(*arguments)
 
 
 def conv_transpose3d_norm_act(
@@ -683,11 +689,11 @@ def conv_transpose3d_norm_act(
 
     Equivalent to: conv_transpose3d, batch_norm or instance_norm, activation. All else: `conv_transpose1d_norm_act`.
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    statistics = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
-    return _conv_transpose_norm_act(
-        3, input, weight, bias, *geometry, crop, *statistics, activation, negative_slope, backend
-    )
+    geometry: Any = (stride, padding, output_padding, groups, dilation)
+    statistics: Any = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
+    epilogue = (crop, *statistics, activation, negative_slope)
+    arguments: Any = (3, input, weight, bias, *geometry, *epilogue, backend)
+    return _conv_transpose_norm_act(*arguments)
 
 
 def _conv_transpose(
@@ -782,8 +788,8 @@ _CONV_TRANSPOSE = (
 
 
 def _crop(crop: Sequence[tuple[int, int]] | tuple[int, int], dims: int) -> tuple[int, ...]:
-    pairs = [crop] * dims if isinstance(crop[0], int) else list(crop)
-    flat = tuple(side for pair in pairs for side in pair)  # type: ignore[union-attr]
+    pairs: Any = [crop] * dims if isinstance(crop[0], int) else list(crop)
+    flat = tuple(side for pair in pairs for side in pair)
     if len(pairs) != dims or len(flat) != 2 * dims or min(flat) < 0:
         raise ValueError(f"crop is {crop}; expected (begin, end), both at least 0, or one such pair per dimension")
     return flat
@@ -798,8 +804,8 @@ def _geometry(
     dilation: Size,
     crop: tuple[int, ...] = (),
 ) -> ConvTransposeGeometry:
-    sizes = [_per_dim(size, dims) for size in (stride, padding, output_padding, dilation)]
-    return ConvTransposeGeometry(*sizes, groups, crop or (0,) * (2 * dims))
+    sizes: Any = [_per_dim(size, dims) for size in (stride, padding, output_padding, dilation)]
+    return ConvTransposeGeometry._make((*sizes, groups, crop or (0,) * (2 * dims)))
 
 
 def _select_conv_transpose(
@@ -817,7 +823,7 @@ def _select_conv_transpose(
     # what is no transposed convolution at all, PyTorch refuses, with its own error
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims + 2):
         return "torch"
-    geometry = (stride, padding, output_padding, groups, dilation)
+    geometry: Any = (stride, padding, output_padding, groups, dilation)
     facts = (input.device, input.dtype, weight.shape, *geometry, *epilogue)
     return CONV_TRANSPOSE.select_by(facts, _conv_transpose_case, backend)
 

@@ -48,7 +48,7 @@ class Comparison(NamedTuple):
     rms_bound, max_bound: what the rule allows the output.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]
     dtype: torch.dtype
     ours: Figures
     yardstick: Figures

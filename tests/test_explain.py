@@ -13,9 +13,9 @@ from mmfast import dispatch
 from mmfast.accelerate import Row
 
 SAMPLES = {
-    "RNN": ((5, 4), (3, 2, 5)),
-    "GRU": ((5, 4, 2), (3, 2, 5)),
-    "LSTM": ((5, 4), (3, 2, 5)),
+    "RNN": ((5, 32), (3, 32, 5)),
+    "GRU": ((5, 32, 2), (3, 32, 5)),
+    "LSTM": ((5, 32), (3, 32, 5)),
     "RNNCell": ((5, 4), (2, 5)),
     "GRUCell": ((5, 4), (2, 5)),
     "LSTMCell": ((5, 4), (2, 5)),
@@ -96,11 +96,13 @@ def test_called(gan: Gan, x: Tensor) -> None:
         (".", "conv_transpose"),
         (".", "adversarial"),
         ("encoder", "rnn"),
+        ("decoder", "conv_transpose"),
         ("decoder.0", "conv_transpose"),
         ("unused", "rnn"),
         ("loss", "adversarial"),
     ]
-    assert rows[4][2] == rows[5][2] == "not called with these inputs"
+    assert rows[4][2] == "one op with what follows it, see decoder"
+    assert rows[5][2] == rows[6][2] == "not called with these inputs"
     assert mmfast.explain(gan, x=x) == mmfast.explain(gan, x)
 
 
@@ -132,7 +134,9 @@ def test_forced(gan: Gan, x: Tensor) -> None:
         for explanation in (mmfast.explain(gan), mmfast.explain(gan, x)):
             chosen = [row for row in explanation if row.backend != "-"]
             assert {row.backend for row in chosen} == {"torch"}
-            assert {row.why for row in chosen} == {"backend 'torch' was asked for"}
+            asked = [row.why == "backend 'torch' was asked for" for row in chosen if "see decoder" not in row.why]
+            assert len(asked) >= 4
+            assert all(asked)
 
 
 def test_refused(gan: Gan, x: Tensor) -> None:
@@ -171,6 +175,35 @@ def test_dtypes_and_packed_input() -> None:
     assert (seen[-1].dtype, seen[-1].packed) == (torch.float32, True)
 
 
+@pytest.mark.parametrize("hooked", [False, True], ids=["chain", "listened"])
+def test_chains(hooked: bool) -> None:
+    """The case of a convolution with its norm and activation, as they run: one op, or apart where somebody listens."""
+    norm, activation = torch.nn.BatchNorm2d(64), torch.nn.LeakyReLU(0.3)
+    model = mmfast.accelerate(torch.nn.Sequential(torch.nn.ConvTranspose2d(5, 64, 4, 2, 1), norm, activation))
+    if hooked:
+        norm.register_forward_hook(lambda *_: None)
+    heard = []
+    x = torch.randn(2, 5, 4, 4)
+    dispatch._listeners.append(lambda op, case, explicit: heard.append(case))
+    try:
+        model(x)
+        called = mmfast.explain(model, x)
+        norm.eval()
+        mmfast.explain(model, x)
+    finally:
+        dispatch._listeners.clear()
+    assert [case.norm for case in heard] == (["none"] * 3 if hooked else ["batch", "batch", "given"])
+    assert {case.activation for case in heard} == {"none" if hooked else "leaky_relu"}
+    paths = [row.path for row in called]
+    assert paths == (["0"] if hooked else [".", "0"])
+    cases = model.static_cases()
+    assert list(cases) == ([] if hooked else ["0"])
+    if not hooked:
+        assert cases["0"][1] == heard[-1]
+        (static,) = mmfast.explain(model)
+        assert static.backend == mmfast.explain(model, x)[0].backend
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 def test_lazy() -> None:
     model = mmfast.accelerate(torch.nn.Sequential(torch.nn.LazyConvTranspose1d(4, 3)))
@@ -183,8 +216,11 @@ def test_compiled(gan: Gan, x: Tensor) -> None:
     compiled = torch.compile(gan.decoder, backend="eager")
     image = torch.randn(2, 4, 3)
     compiled(image)
-    (row,) = mmfast.explain(compiled, image)
-    assert (row.layer, row.op) == ("ConvTranspose1d", "conv_transpose")
+    rows = by_path(mmfast.explain(compiled, image))
+    assert {path: (row.layer, row.op) for path, row in rows.items()} == {
+        "_orig_mod": ("Sequential", "conv_transpose"),
+        "_orig_mod.0": ("ConvTranspose1d", "conv_transpose"),
+    }
 
 
 def test_prints_as_a_table(gan: Gan) -> None:

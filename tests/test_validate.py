@@ -154,12 +154,13 @@ class Mine(torch.nn.Module):
         super().__init__()
         self.words = torch.nn.Embedding(20, 12)
         self.encoder = torch.nn.GRU(12, 24, batch_first=True)
-        self.decoder = torch.nn.Sequential(torch.nn.ConvTranspose1d(24, 8, 4, 2, 1), torch.nn.LeakyReLU(0.2))
+        self.up = torch.nn.ConvTranspose1d(24, 16, 4, 2, 1)
+        self.decoder = torch.nn.Sequential(torch.nn.ConvTranspose1d(16, 8, 4, 2, 1), torch.nn.LeakyReLU(0.2))
         self.dropped = torch.nn.Dropout(0.5)
 
     def forward(self, text, noise):
         states, last = self.encoder(self.words(text))
-        return {"sound": self.dropped(self.decoder(states.transpose(1, 2) + noise)), "last": (last,)}
+        return {"sound": self.dropped(self.decoder(self.up(states.transpose(1, 2) + noise))), "last": (last,)}
 
 
 def rivals(seed, module=None) -> model.Rivals:
@@ -183,21 +184,21 @@ def test_the_first_module_that_differs_is_blamed(monkeypatch, seed):
     rows = model.compared(rivals(seed))
     failed = [row for row in rows if not row.passed]
     assert failed
-    assert all("decoder.0 (ConvTranspose1d)" in row.detail for row in failed)
+    assert all("up (ConvTranspose1d)" in row.detail for row in failed)
 
 
 def test_a_container_is_blamed_where_its_parts_alone_are_right(monkeypatch, seed):
-    honest = torch.nn.Sequential.forward
     mine = rivals(seed)
     accelerated = mine.ours.decoder
+    honest = type(accelerated).forward
 
     def forward(self, x):
         return honest(self, x) * (1.001 if self is accelerated else 1)
 
-    monkeypatch.setattr(torch.nn.Sequential, "forward", forward)
+    monkeypatch.setattr(type(accelerated), "forward", forward)
     failed = [row for row in model.compared(mine) if not row.passed]
     assert failed
-    assert all("decoder (Sequential)" in row.detail for row in failed)
+    assert all("decoder (" in row.detail for row in failed)
 
 
 def test_training_curves_agree_and_a_wrong_gradient_is_seen(monkeypatch, seed):

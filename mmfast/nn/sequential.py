@@ -11,6 +11,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .. import functional as F
+from ..dispatch import Op
 from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
 _CONVOLUTIONS: dict[type, tuple[int, Any, type, type]] = {
@@ -61,13 +62,20 @@ class Sequential(torch.nn.Sequential):
         row = _CONVOLUTIONS.get(type_before_parametrizations(modules[position]))
         if row is None or not isinstance(input, Tensor) or input.dim() != row[0] + 2 or _somebody_listens():
             return 0
-        following = modules[position + 1 : position + 3]
-        count = 1
-        if following and _is_norm(following[0], *row[2:]):
-            count = 2
-        if len(following) >= count and type(following[count - 1]) in _ACTIVATIONS:
-            count += 1
-        return count if all(_is_unwatched(module) for module in modules[position : position + count]) else 0
+        return _chain_from(modules, position, row)
+
+    def static_cases(self) -> dict[str, tuple[Op, Any]]:
+        """For each transposed convolution that is one op with what follows it, by its name: that op and its case."""
+        names = list(self._modules)
+        modules: list[Any] = list(self._modules.values())
+        cases = {}
+        for position, conv in enumerate(modules):
+            row = _CONVOLUTIONS.get(type_before_parametrizations(conv))
+            count = 0 if row is None else _chain_from(modules, position, row)
+            if count > 1:
+                op, case = conv.static_case()
+                cases[names[position]] = op, case._replace(**_epilogue(modules[position + 1 : position + count]))
+        return cases
 
 
 def has_chain(module: torch.nn.Sequential) -> bool:
@@ -80,6 +88,31 @@ def has_chain(module: torch.nn.Sequential) -> bool:
     return False
 
 
+def _chain_from(modules: list[Any], position: int, row: tuple[int, Any, type, type]) -> int:
+    """How many modules from the convolution at `position` on may be one op."""
+    following = modules[position + 1 : position + 3]
+    count = 1
+    if following and _is_norm(following[0], *row[2:]):
+        count = 2
+    if len(following) >= count and type(following[count - 1]) in _ACTIVATIONS:
+        count += 1
+    return count if all(_is_unwatched(module) for module in modules[position : position + count]) else 0
+
+
+def _epilogue(following: list[Any]) -> dict[str, Any]:
+    """What a case says of the modules that follow its convolution."""
+    facts: dict[str, Any] = {}
+    for module in following:
+        if type(module) in _ACTIVATIONS:
+            facts["activation"] = _ACTIVATIONS[type(module)]
+            facts["negative_slope"] = getattr(module, "negative_slope", 0.01)
+        elif isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            facts["norm"] = "batch" if module.training or module.running_mean is None else "given"
+        else:
+            facts["norm"] = "instance"
+    return facts
+
+
 def _somebody_listens() -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
@@ -88,13 +121,17 @@ def _somebody_listens() -> bool:
 
 def _is_unwatched(module: torch.nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in vars(module)
+    if "forward" in vars(module):
+        return False
+    # mmfast.explain's own hooks note who runs, and shall not change what runs
+    return not any(hooks) or all(hasattr(hook, "of_explain") for kind in hooks for hook in kind.values())
 
 
 def _is_norm(module: Any, batch_norm: type, instance_norm: type) -> bool:
-    if type(module) is instance_norm:
+    cls: type = type(module)
+    if cls is instance_norm:
         return module.running_mean is None
-    return type(module) is batch_norm
+    return cls is batch_norm
 
 
 def _call_fused(modules: list[Any], input: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Settings:
     mels: int = 40
     code_size: int = 128
     noise_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     discriminator_rate: float = 4e-4
     warmup: int = 100
     half_life: int = 3000  # steps until the learning rate has fallen to one half
@@ -36,7 +36,7 @@ class Settings:
     image_weight: float = 1.0
     text_weight: float = 0.2
     speech_weight: float = 0.3
-    alignment_weight: float = 0.2
+    alignment_weight: float = 0.5
     picture_weight: float = 4.0
     adversarial_weight: float = 0.02
 

@@ -17,6 +17,12 @@ from .checks import NUMERICS, TRAINING, Named, Pool, Row
 
 OP = "model"
 
+#: a module alone is blamed at once beyond so many times what the rule allows, which few values may exceed by chance
+BLAMED = 4.0
+
+#: the most draws that are pooled: a bias has few values, and the rule wants many
+DRAWS = 16
+
 #: steps of training may differ by so many times what one rounding of PyTorch's own weights makes of them
 CHAOS = 4.0
 
@@ -96,17 +102,25 @@ def plan(args: argparse.Namespace) -> list[Any]:
 
 
 def compared(rivals: Rivals) -> list[Row]:
-    """A row per output and gradient; where one fails, the first module whose own result or gradients break the rule."""
-    cotangents = rivals.cotangents()
-    found = zip(
-        rivals.quantities(rivals.ours, cotangents),
-        rivals.quantities(rivals.theirs, cotangents),
-        rivals.quantities(rivals.exact, cotangents, exact=True),
-        strict=True,
-    )
-    rows = []
-    for (name, ours), (_, theirs), (_, exact) in found:
-        rows.append(_judged(rivals, name, ours, theirs, exact.cpu().double()))
+    """A row per output and gradient, pooled over draws of data and directions until there are 4096 values or 16 draws.
+
+    Where one fails, its row names the first module whose own result or gradients break the rule.
+    """
+    pools: dict[str, Pool] = {}
+    for _ in range(DRAWS):
+        cotangents = rivals.cotangents()
+        found = zip(
+            rivals.quantities(rivals.ours, cotangents),
+            rivals.quantities(rivals.theirs, cotangents),
+            rivals.quantities(rivals.exact, cotangents, exact=True),
+            strict=True,
+        )
+        for (name, ours), (_, theirs), (_, exact) in found:
+            pools.setdefault(name, Pool(name)).add(ours, theirs, exact)
+        if all(pool.enough for pool in pools.values()):
+            break
+        rivals.sample = rivals.case.inputs(rivals.generator, rivals.dtype, rivals.device)
+    rows = [pool.fill(_row(rivals, NUMERICS, name)) for name, pool in pools.items()]
     if not all(row.passed for row in rows):
         culprit = blamed(rivals)
         for row in rows:
@@ -150,14 +164,18 @@ def blamed(rivals: Rivals) -> str:
     finally:
         for handle in handles:
             handle.remove()
+    worst, culprit = 1.0, ""
     for path, args, kwargs in calls:
-        if not _alone(rivals, path, args, kwargs):
-            return f"{path} ({type(rivals.ours.get_submodule(path)).__name__})"
-    return ""
+        share = _alone(rivals, path, args, kwargs)
+        if share > worst:
+            worst, culprit = share, f"{path} ({type(rivals.ours.get_submodule(path)).__name__})"
+        if share > BLAMED:
+            break
+    return culprit
 
 
-def _alone(rivals: Rivals, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the module at `path`, called alone, keeps the rule in its outputs and all its gradients."""
+def _alone(rivals: Rivals, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The worst share of what the rule allows, in outputs and gradients of the module at `path`, called alone."""
     results = []
     directions: list[Tensor] = []
     for model, place in (
@@ -182,7 +200,8 @@ def _alone(rivals: Rivals, path: str, args: tuple[Any, ...], kwargs: dict[str, A
         )
         results.append([x.detach() for x in (*outputs, *grads)])
     theirs, ours, exact = results
-    return all(_judged(rivals, path, a, b, c).passed for a, b, c in zip(ours, theirs, exact, strict=True))
+    rows = [_judged(rivals, path, a, b, c) for a, b, c in zip(ours, theirs, exact, strict=True)]
+    return max((math.inf if not row.count and not row.passed else row.share for row in rows), default=0.0)
 
 
 def _detached(value: Any) -> Any:

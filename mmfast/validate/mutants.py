@@ -85,6 +85,10 @@ def _logits(change: Callable[[Tensor], Tensor]) -> Callable[[Kernel], Kernel]:
     return _arguments(lambda call: call._replace(logits=[change(x) for x in call.logits]))
 
 
+def _on_values(change: Callable[[Tensor], Tensor]) -> Callable[[AdversarialCall, Tensor], Tensor]:
+    return lambda _, x: change(x)
+
+
 def _values(change: Callable[[AdversarialCall, Tensor], Tensor]) -> Callable[[Kernel], Kernel]:
     def plant(kernel: Kernel) -> Kernel:
         def mutant(call: AdversarialCall) -> tuple[Tensor, list[Tensor]]:
@@ -151,12 +155,12 @@ _ADVERSARIAL = [
     Mutant("gradient not divided by n", _gradients(lambda c, g: g * g.numel())),
     Mutant("logits rounded to bfloat16", _logits(lambda x: x.bfloat16().to(x.dtype)), dtypes=(torch.float32,)),
     Mutant("sum in the logits' dtype", _values(_sum_in_the_logits_dtype), ("hinge",), _LOW),
-    *(Mutant(f"values {name}", _values(lambda c, v, f=change: f(v))) for name, change in PATTERNS.items()),
+    *(Mutant(f"values {name}", _values(_on_values(change))) for name, change in PATTERNS.items()),
     *(
         # in wasserstein all gradients of a tensor are the same number, so that moving them changes nothing
         Mutant(
             f"gradients {name}",
-            _gradients(lambda c, g, f=change: f(g)),
+            _gradients(_on_values(change)),
             _UNEQUAL if name in _MOVES else ADVERSARIAL_MODES,
         )
         for name, change in PATTERNS.items()

@@ -13,7 +13,7 @@ the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -203,7 +203,7 @@ class Cpu(Backend):
         if y.numel():
             layout = _layout(y, epilogue.norm)
             native.cpu_normalize_forward(layout, activation, measure, epilogue.eps, y, parameters, out)
-        moments = (mean, var) if measure else (nothing(), nothing())
+        moments: Any = (mean, var) if measure else (nothing(), nothing())
         return out, y if keep else nothing(x.dtype), *moments
 
     def backward(

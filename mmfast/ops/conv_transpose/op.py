@@ -87,7 +87,7 @@ def _flat(geometry: Geometry, epilogue: Epilogue) -> tuple:
 
 
 def _unflatten(flat: Sequence[Any]) -> tuple[Geometry, Epilogue]:
-    geometry = Geometry(*(tuple(part) if isinstance(part, list) else part for part in flat[: _NAMES[0]]))
+    geometry = Geometry._make(tuple(part) if isinstance(part, list) else part for part in flat[: _NAMES[0]])
     return geometry, Epilogue(*flat[_NAMES[0] :])
 
 
@@ -128,7 +128,8 @@ def _backward_fake(*args):
 
 def _backward_differentiable(*args):
     tensors, mask = args[:8], args[-2]
-    gradients = equations.backward(*tensors, *_unflatten(args[9:-2]), mask)
+    arguments = (*tensors, *_unflatten(args[9:-2]), mask)
+    gradients = equations.backward(*arguments)
     return [args[0].new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
