@@ -19,7 +19,7 @@ SOURCES = sorted((ROOT / "mmfast").rglob("*.py"))
 
 
 def imported_names(path: Path) -> set[str]:
-    """Every module that a file imports, by statement or by importlib.import_module with a constant."""
+    """Every module that a file imports, by statement or by importlib.import_module."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -28,6 +28,9 @@ def imported_names(path: Path) -> set[str]:
             names |= {f"{node.module or ''}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
             names |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+            # a name of ours that is made at run time may be any library's
+            made = [argument.values[0] for argument in node.args if isinstance(argument, ast.JoinedStr)]
+            names |= {"mmfast._C" for part in made if str(getattr(part, "value", "")).startswith("mmfast.")}
     return names
 
 
