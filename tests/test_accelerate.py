@@ -47,8 +47,8 @@ class Net(torch.nn.Module):
         y, _ = self.lstm(y.transpose(0, 1))
         h = self.cells[1](self.cells[0](y[-1]))
         h, _ = self.cells[2](h)
-        y = self.up["1d"]((y + h).permute(1, 2, 0)).relu()
-        y = self.up["2d"](self.norm(y)[:, :, None])
+        y = self.norm(self.up["1d"]((y + h).permute(1, 2, 0))).relu()
+        y = self.up["2d"](y[:, :, None])
         return self.up["3d"](y[:, :, None])[:, :, 0]
 
 
@@ -313,8 +313,8 @@ def with_hooks(model: Net) -> list:
         layer = model.get_submodule(path)
         layer.register_forward_pre_hook(lambda m, args, path=path: seen.append((path, "pre")))
         layer.register_forward_hook(lambda m, args, out, path=path: seen.append((path, "post")))
-    model.up["1d"].register_full_backward_hook(lambda m, dx, dy: seen.append(("up.1d", dy[0].sum())))
-    model.up["2d"].weight.register_hook(lambda g: seen.append(("up.2d", g.sum())))
+    model.up["1d"].register_full_backward_hook(lambda m, dx, dy: seen.append(("up.1d", dy[0].clone())))
+    model.up["2d"].weight.register_hook(lambda g: seen.append(("up.2d", g.clone())))
     model.up["2d"].register_forward_hook(lambda m, args, out: out * 2)
     return seen
 
