@@ -68,6 +68,7 @@ struct Term {
     Global<const Compute<T>> centre, weights, peer_slope;
     Global<T> dx, dother;  // backward only
     int64_t size, per_weight;
+    double per_weight_inverse;  // a 64-bit division is a call, around which registers would spill
     Compute<T> sign, shift, tilt;
     Compute<T> factor;  // backward only: weight * sign [/ size]
     int phi;
@@ -76,7 +77,11 @@ struct Term {
 
     // the factor of element i
     MMFAST_DEVICE Compute<T> weight(int64_t i) const {
-        return has_weights ? load(weights, per_weight == 1 ? i : i / per_weight) : Compute<T>(1);
+        if (!has_weights) return Compute<T>(1);
+        int64_t k = int64_t(double(i) * per_weight_inverse);
+        if (k * per_weight > i) --k;
+        if ((k + 1) * per_weight <= i) ++k;
+        return load(weights, k);
     }
 
     template <int kPhi>
@@ -373,6 +378,7 @@ Term<T> term_of(const mmfast_adversarial_args& args, const mmfast_adversarial_te
     if (from.dother) term.dother = buffers.output<T>(from.dother, from.size);
     term.size = from.size;
     term.per_weight = from.per_weight;
+    term.per_weight_inverse = from.per_weight ? 1.0 / double(from.per_weight) : 0;
     term.sign = C(from.sign);
     term.shift = C(from.shift);
     term.tilt = C(from.tilt);
