@@ -154,9 +154,10 @@ int rnn_backward(const RnnLayer& layer, Pointer y, Pointer gates, Pointer cell, 
     return run(mmfast_cpu_rnn_backward, args);
 }
 
-int normalize_forward(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
-                      double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
-                      Pointer mean, Pointer var, Pointer out, int threads) {
+// what both passes of a normalisation are given
+mmfast_normalize_args as_normalize(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
+                                   double negative_slope, bool measure, double eps, Pointer y, Pointer weight,
+                                   Pointer bias, Pointer mean, Pointer var, int threads) {
     mmfast_normalize_args args{};
     args.dtype = dtype;
     args.channels_last = channels_last;
@@ -170,8 +171,16 @@ int normalize_forward(int dtype, bool channels_last, const std::array<int64_t, 4
     args.bias = as_pointer(bias);
     args.mean = as_pointer(mean);
     args.var = as_pointer(var);
-    args.out = as_pointer(out);
     args.threads = threads;
+    return args;
+}
+
+int normalize_forward(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
+                      double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
+                      Pointer mean, Pointer var, Pointer out, int threads) {
+    mmfast_normalize_args args = as_normalize(dtype, channels_last, shape, activation, negative_slope, measure, eps, y,
+                                              weight, bias, mean, var, threads);
+    args.out = as_pointer(out);
     return run(mmfast_cpu_normalize_forward, args);
 }
 
@@ -179,24 +188,12 @@ int normalize_backward(int dtype, bool channels_last, const std::array<int64_t, 
                        double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
                        Pointer mean, Pointer var, Pointer dout, Pointer dy, Pointer dweight, Pointer dbias,
                        int threads) {
-    mmfast_normalize_args args{};
-    args.dtype = dtype;
-    args.channels_last = channels_last;
-    args.sets = shape[0], args.batch = shape[1], args.channels = shape[2], args.size = shape[3];
-    args.activation = activation;
-    args.negative_slope = negative_slope;
-    args.measure = measure;
-    args.eps = eps;
-    args.y = as_pointer(y);
-    args.weight = as_pointer(weight);
-    args.bias = as_pointer(bias);
-    args.mean = as_pointer(mean);
-    args.var = as_pointer(var);
+    mmfast_normalize_args args = as_normalize(dtype, channels_last, shape, activation, negative_slope, measure, eps, y,
+                                              weight, bias, mean, var, threads);
     args.dout = as_pointer(dout);
     args.dy = as_pointer(dy);
     args.dweight = as_pointer(dweight);
     args.dbias = as_pointer(dbias);
-    args.threads = threads;
     return run(mmfast_cpu_normalize_backward, args);
 }
 

@@ -71,6 +71,19 @@ def check(status: int, name: str = "_C") -> None:
         raise _STATUS_ERRORS.get(status, RuntimeError)(library(name).last_error())
 
 
+def cpu_refusals(what: str, device: str, dtype: torch.dtype) -> list[str]:
+    """Why the CPU kernels cannot run on `what`, tensors of this device type and dtype, in sentences."""
+    refusals = [] if available() else [load_error()]
+    if device != "cpu":
+        refusals.append(f"{what} on {device} (supported: cpu)")
+    return refusals + dtype_refusals(what, dtype)
+
+
+def dtype_refusals(what: str, dtype: torch.dtype) -> list[str]:
+    """Why the kernels cannot run on `what` of this dtype, in a sentence."""
+    return [] if dtype in DTYPES else [f"{what} {dtype} (supported: float32, float64, float16, bfloat16)"]
+
+
 def cuda_refusals(device: str) -> list[str]:
     """Why the CUDA kernels cannot run on tensors of this device type, in sentences; on "cpu" the emulator runs them."""
     if device == "cpu":

@@ -74,12 +74,7 @@ class Cpu(Backend):
     name = "cpu"
 
     def refusals(self, case: Case) -> list[str]:
-        refusals = [] if native.available() else [native.load_error()]
-        if case.device != "cpu":
-            refusals.append(f"the logits are on {case.device} (supported: cpu)")
-        if case.dtype not in native.DTYPES:
-            refusals.append(f"the logits are {case.dtype} (supported: float32, float64, float16, bfloat16)")
-        return refusals + unreduced(case)
+        return native.cpu_refusals("the logits are", case.device, case.dtype) + unreduced(case)
 
     def reluctance(self, case: Case) -> str:
         return ""
@@ -131,9 +126,7 @@ class Cuda(GpuBackend):
     name = "cuda"
 
     def refusals(self, case: Case) -> list[str]:
-        refusals = native.cuda_refusals(case.device)
-        if case.dtype not in native.DTYPES:
-            refusals.append(f"the logits are {case.dtype} (supported: float32, float64, float16, bfloat16)")
+        refusals = native.cuda_refusals(case.device) + native.dtype_refusals("the logits are", case.dtype)
         return refusals + unreduced(case)
 
     def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:

@@ -148,11 +148,7 @@ class Cpu(Backend):
     name = "cpu"
 
     def refusals(self, case: Case) -> list[str]:
-        refusals = [] if native.available() else [native.load_error()]
-        if case.device != "cpu":
-            refusals.append(f"the input is on {case.device} (supported: cpu)")
-        if case.dtype not in native.DTYPES:
-            refusals.append(f"the input is {case.dtype} (supported: float32, float64, float16, bfloat16)")
+        refusals = native.cpu_refusals("the input is", case.device, case.dtype)
         if case.activation not in _NATIVE_ACTIVATIONS:
             refusals.append(f"the activation is {case.activation} (supported: {', '.join(_NATIVE_ACTIVATIONS)})")
         if case.activation == "leaky_relu" and case.negative_slope < 0:
