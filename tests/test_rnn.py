@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import mmfast
 from mmfast import native, numerics
 from mmfast.ops.rnn import equations
-from mmfast.ops.rnn.backends import OP, _native_layer, sizes_of
+from mmfast.ops.rnn.backends import OP, native_layer, sizes_of
 from mmfast.ops.rnn.equations import GATES, MODES, Layer
 from mmfast.ops.rnn.op import backward_op, forward_op, sequence
 
@@ -520,6 +520,83 @@ def test_any_shape(mode, steps, batch, hidden, directions, bias, kind):
     torch.testing.assert_close(results(cpu, problem), results(equations.sequence, problem), rtol=1e-9, atol=1e-9)
 
 
+# ---- what PyTorch's layers lack
+
+
+def pieces_of(length: int, resets: Tensor) -> list[slice]:
+    """The parts of a sequence of `length` steps that its resets cut it into."""
+    starts = [0, *(t for t in range(1, length) if resets[t])]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], length], strict=True)]
+
+
+@pytest.mark.parametrize("label", LAYERS)
+@pytest.mark.parametrize("kind", ["padded", "lengths", "packed"])
+def test_a_sequence_with_resets_is_its_parts_one_by_one(label, kind):
+    module, x = layer_of(label).double(), torch.randn(9, 4, 4, dtype=torch.float64)
+    lengths = torch.full((4,), 9) if kind == "padded" else torch.tensor([9, 2, 6, 1])
+    resets = torch.rand(9, 4) < 0.3
+    if kind == "packed":
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        rows = pack_padded_sequence(resets, lengths, enforce_sorted=False).data
+        found = pad_packed_sequence(module(packed, reset_mask=rows)[0])[0]
+    else:
+        found = module(x, lengths=lengths if kind == "lengths" else None, reset_mask=resets)[0]
+    for b, length in enumerate(lengths.tolist()):
+        each = [module(x[piece, b])[0] for piece in pieces_of(length, resets[:, b])]
+        torch.testing.assert_close(found[:length, b], torch.cat(each))
+        assert not found[length:, b].any()
+
+
+@pytest.mark.parametrize("label", ["RNN", "GRU", "LSTM"])
+def test_a_reset_at_step_0_keeps_the_initial_state_out(label):
+    module, x = layer_of(label), torch.randn(5, 3, 4)
+    hx = tuple(torch.randn(1, 3, 6) for _ in range(2)) if label == "LSTM" else torch.randn(1, 3, 6)
+    resets = torch.zeros(5, 3, dtype=torch.uint8)
+    torch.testing.assert_close(module(x, hx, reset_mask=resets), module(x, hx))
+    resets[0] = 1
+    torch.testing.assert_close(module(x, hx, reset_mask=resets), module(x))
+
+
+@pytest.mark.parametrize("label", LAYERS)
+def test_zoneout_and_recurrent_dropout(label):
+    """Masks by torch's generator in training, zoneout's mean and no dropout in evaluation."""
+    module, x = layer_of(label, zoneout=0.5, recurrent_dropout=0.5), torch.randn(60, 3, 4)
+    assert "zoneout=0.5, recurrent_dropout=0.5" in repr(module)
+    torch.manual_seed(1)
+    y = module(x)[0]
+    assert not torch.equal(y, module(x)[0])
+    torch.manual_seed(1)
+    assert torch.equal(y, module(x)[0])
+    module.recurrent_dropout = 0.0
+    y = module(x)[0]
+    stayed = (y[1:, :, :6] == y[:-1, :, :6]).double().mean()
+    assert 0.42 < stayed < 0.58
+    module.eval()
+    assert torch.equal(module(x)[0], module(x)[0])
+    module.zoneout, module.recurrent_dropout = 0.0, 0.5
+    torch.testing.assert_close(module(x), layer_of(label).eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (
+            {"reset_mask": torch.zeros(5, 2, dtype=torch.bool)},
+            RuntimeError,
+            r"the shape \(5, 2\); expected .* \(7, 2\)",
+        ),
+        ({"reset_mask": torch.zeros(7, 2)}, RuntimeError, "expected bool or integers"),
+        ({"zoneout": 1.0}, ValueError, "zoneout is 1.0; expected a probability"),
+        ({"recurrent_dropout": -0.1}, ValueError, "recurrent_dropout is -0.1; expected a probability"),
+    ],
+    ids=["shape", "float", "zoneout", "recurrent-dropout"],
+)
+def test_wrong_extras(options, error, words):
+    module = layer_of("GRU", **{name: rate for name, rate in options.items() if name != "reset_mask"})
+    with pytest.raises(error, match=words):
+        module(torch.randn(7, 2, 4), reset_mask=options.get("reset_mask"))
+
+
 # ---- graphs
 
 
@@ -558,7 +635,7 @@ def test_opcheck(mode):
     problem = draw(mode, (3, 2, 4, 5), 2, seed=15, kind="lengths")
     x, weights = problem.x.requires_grad_(), [w.requires_grad_() for w in problem.weights]
     states = (*problem.states, None)[:2]
-    columns = (problem.layer.lengths, None, mode, 2)
+    columns = (problem.layer.lengths, None, None, None, None, 0.0, mode, 2)
     torch.library.opcheck(forward_op, (x, weights, *states, *columns, True, "cpu"))
     with torch.no_grad():
         y, hn, _, gates, cell = forward_op(x, weights, *states, *columns, True, "cpu")
@@ -580,7 +657,7 @@ def test_fork_after_a_parallel_region():
     parts = equations.split(problem.weights, 1)
     gx = problem.x.view(200, 8) @ parts[0].w_ih.T
     torch.set_num_threads(2)
-    row, alive = _native_layer(torch.float64, problem.layer, sizes_of(*problem[:2], problem.layer), parts, None, None)
+    row, alive = native_layer(problem.layer, sizes_of(*problem[:2], problem.layer), parts, None, None)
     y, hn = gx.new_empty(200, 64), gx.new_empty(1, 4, 64)
 
     def total() -> float:

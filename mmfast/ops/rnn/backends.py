@@ -9,6 +9,7 @@ LSTM, gates and cell of an RNN or without `keep` -, a tensor is empty.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,6 +42,15 @@ class Case(NamedTuple):
     #: batch * hidden_size > MANY, where the batch may be looked at: in eager
     many: bool = True
     cell: bool = False
+    resets: bool = False
+    zoneout: bool = False
+    recurrent_dropout: bool = False
+
+    @property
+    def extras(self) -> list[str]:
+        """What is asked for that PyTorch's layers lack, as the parameters are named."""
+        named = {"reset_mask": self.resets, "zoneout": self.zoneout, "recurrent_dropout": self.recurrent_dropout}
+        return [name for name, asked in named.items() if asked]
 
 
 #: Units of all rows of a step, up to which an LSTM's step is so short that PyTorch's overhead decides.
@@ -48,32 +58,35 @@ MANY = 512
 
 
 class Sizes(NamedTuple):
-    """Of a layer's call: N rows, steps, batch, hidden size."""
+    """Of a layer's call: N rows, steps, batch, hidden size, size of h (the projection's or the hidden size)."""
 
     rows: int
     steps: int
     batch: int
     hidden: int
+    output: int
 
 
 def sizes_of(x: Tensor, weights: Sequence[Tensor], layer: Layer) -> Sizes:
-    hidden = weights[1].shape[1]
+    rows, output = weights[1].shape
+    hidden = rows // GATES[layer.mode]
     if layer.batch_sizes is not None:
-        return Sizes(x.shape[0], layer.batch_sizes.shape[0], int(layer.batch_sizes[0]), hidden)
+        return Sizes(x.shape[0], layer.batch_sizes.shape[0], int(layer.batch_sizes[0]), hidden, output)
     steps, batch = x.shape[:2]
-    return Sizes(batch * steps, steps, batch, hidden)
+    return Sizes(batch * steps, steps, batch, hidden, output)
 
 
 def empty_outputs(x: Tensor, weights: Sequence[Tensor], layer: Layer, keep: bool, batch: int) -> tuple[Tensor, ...]:
     """Unwritten (y, hn, cn, gates, cell); also the op's fake. Gates are those of the input side, to be overwritten."""
-    hidden = weights[1].shape[1]
-    y = x.new_empty((*x.shape[:-1], layer.directions * hidden))
-    hn = x.new_empty((layer.directions, batch, hidden))
-    cn = torch.empty_like(hn) if layer.mode == "LSTM" else x.new_empty(0)
+    rows, output = weights[1].shape
+    hidden, D = rows // GATES[layer.mode], layer.directions
+    y = x.new_empty((*x.shape[:-1], D * output))
+    hn = x.new_empty((D, batch, output))
+    cn = x.new_empty((D, batch, hidden) if layer.mode == "LSTM" else 0)
+    steps = math.prod(x.shape[:-1])
     gated = keep and GATES[layer.mode] > 1
-    rows = y.numel() // y.shape[-1] if y.shape[-1] else 0
-    gates = x.new_empty((rows, layer.directions * weights[1].shape[0]) if gated else 0)
-    cell = x.new_empty((rows, layer.directions * hidden) if gated else 0)
+    gates = x.new_empty((steps, D * rows) if gated else 0)
+    cell = x.new_empty((steps, D * hidden) if gated or (keep and layer.zones) else 0)
     return y, hn, cn, gates, cell
 
 
@@ -86,6 +99,7 @@ class Cpu(Backend):
         refusals = native.cpu_refusals("the input is", case.device, case.dtype)
         if case.proj_size:
             refusals.append(f"proj_size is {case.proj_size} (supported: 0)")
+        refusals += [f"{extra} was given (supported: none)" for extra in case.extras]
         if case.autocast:
             refusals.append("autocast is on (supported: off)")
         return refusals
@@ -127,7 +141,7 @@ class Cpu(Backend):
             # the kernel leaves out what is past a length
             empty = y.new_empty if layer.lengths is None else y.new_zeros
             gates, cell = gx, empty((sizes.rows, layer.directions * sizes.hidden))
-        row, alive = _native_layer(x.dtype, layer, sizes, parts, h0, c0)
+        row, alive = native_layer(layer, sizes, parts, h0, c0)
         native.cpu_rnn_forward(row, gx, gates if keep else None, cell if keep else None, y, hn, cn)
         del alive
         return y, hn, cn, gates, cell
@@ -155,9 +169,9 @@ class Cpu(Backend):
             previous = y.new_empty((sizes.rows, width))
         dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format) if h0 is not None and need[1] else None
         dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format) if c0 is not None and need[2] else None
-        row, alive = _native_layer(x.dtype, layer, sizes, parts, h0, c0)
-        dense = [None if d is None else d.contiguous() for d in given]
-        native.cpu_rnn_backward(row, saved, dense, (dgates, dm, previous, dh0, dc0))
+        row, alive = native_layer(layer, sizes, parts, h0, c0)
+        dense = [_dense(d) for d in given]
+        native.cpu_rnn_backward(row, saved, dense, (dgates, dm, None, None, previous, dh0, dc0))
         del alive, dense
         dx = None
         if need[0]:
@@ -180,9 +194,9 @@ def _input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:
     return torch.mm(x, w_ih.t()) if b_ih is None else torch.addmm(b_ih, x, w_ih.t())
 
 
-def _native_layer(
-    dtype: torch.dtype, layer: Layer, sizes: Sizes, parts: Sequence[Weights], h0, c0
-) -> tuple[tuple, list]:
+def native_layer(
+    layer: Layer, sizes: Sizes, parts: Sequence[Weights], h0: Tensor | None, c0: Tensor | None
+) -> tuple[tuple, native.RnnTensors]:
     """mmfast_rnn_layer, and the tensors that have to outlive it."""
     offsets = lengths = None
     if layer.batch_sizes is not None:
@@ -190,12 +204,17 @@ def _native_layer(
         offsets = torch.tensor([0, *itertools.accumulate(layer.batch_sizes.tolist())])
     elif layer.lengths is not None:
         lengths = layer.lengths.to(torch.int64).contiguous()
+    masks = layer.reset_mask, layer.zoneout_mask, layer.dropout_mask
+    reset, zones, drop, h0, c0 = map(_dense, (*masks, h0, c0))
     w_hh = [part.w_hh.contiguous() for part in parts]
-    b_hh = [None if part.b_hh is None else part.b_hh.contiguous() for part in parts]
-    h0, c0 = (None if state is None else state.contiguous() for state in (h0, c0))
-    shape = sizes.steps, sizes.batch, sizes.hidden
-    row = native.rnn_layer(dtype, MODES[layer.mode], shape, offsets, lengths, w_hh, b_hh, h0, c0)
-    return row, [offsets, lengths, w_hh, b_hh, h0, c0]
+    b_hh, w_hr = [_dense(part.b_hh) for part in parts], [_dense(part.w_hr) for part in parts]
+    tensors = native.RnnTensors(offsets, lengths, reset, zones, drop, w_hh, b_hh, w_hr, h0, c0)
+    shape = sizes.steps, sizes.batch, sizes.hidden, 0 if parts[0].w_hr is None else sizes.output
+    return native.rnn_layer(parts[0].w_hh.dtype, MODES[layer.mode], shape, layer.zoneout, tensors), tensors
+
+
+def _dense(a: Tensor | None) -> Tensor | None:
+    return None if a is None else a.contiguous()
 
 
 class _RecurrentSide(NamedTuple):
