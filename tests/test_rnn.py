@@ -39,24 +39,45 @@ class Problem(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "Problem":
         cast = functools.partial(torch.Tensor.to, dtype=dtype)
-        return Problem(cast(self.x), [cast(w) for w in self.weights], [cast(h) for h in self.states], self.layer)
+        drop = self.layer.dropout_mask
+        layer = self.layer._replace(dropout_mask=None if drop is None else cast(drop))
+        return Problem(cast(self.x), [cast(w) for w in self.weights], [cast(h) for h in self.states], layer)
 
     @property
     def tensors(self) -> list[Tensor]:
         return [self.x, *self.states, *self.weights]
 
 
-def draw(mode, shape, directions=1, *, seed=0, kind="padded", scale=1.0, bias=True, states=True, dtype=torch.float64):
-    """A problem of shape (T, B, I, H): padded, with "lengths" or "packed", its numbers those of `dtype`."""
+def draw(
+    mode,
+    shape,
+    directions=1,
+    *,
+    seed=0,
+    kind="padded",
+    scale=1.0,
+    bias=True,
+    states=True,
+    dtype=torch.float64,
+    proj=0,
+    extras=(),
+):
+    """A problem of shape (T, B, I, H): padded, with "lengths" or "packed", its numbers those of `dtype`.
+
+    extras: of "resets", "zoneout" (its mask), "rate" (its mean) and "dropout".
+    """
     steps, batch, inputs, hidden = shape
     generator = torch.Generator().manual_seed(seed)
     normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
     rows, weights = GATES[mode] * hidden, []
     for _ in range(directions):
         # a large W_hh would make the recurrence chaotic: any two roundings of it end far apart
-        weights += [normal(rows, inputs) * scale / inputs**0.5, normal(rows, hidden) * min(scale, 0.6) / hidden**0.5]
+        weights += [normal(rows, inputs) * scale / inputs**0.5]
+        weights += [normal(rows, proj or hidden) * min(scale, 0.6) / hidden**0.5]
         weights += [normal(rows) * scale * 0.3 for _ in range(2 * bias)]
-    initial = [normal(directions, batch, hidden) * 0.5 for _ in range((1 + (mode == "LSTM")) * states)]
+        weights += [normal(proj, hidden) / hidden**0.5] * (proj > 0)
+    sizes = [proj or hidden, hidden][: (1 + (mode == "LSTM")) * states]
+    initial = [normal(directions, batch, size) * 0.5 for size in sizes]
     x = normal(steps, batch, inputs)
     layer = Layer(mode, directions)
     if kind != "padded":
@@ -66,6 +87,17 @@ def draw(mode, shape, directions=1, *, seed=0, kind="padded", scale=1.0, bias=Tr
         if kind == "packed":
             packed = pack_padded_sequence(x, lengths.sort(descending=True).values)
             x, layer = packed.data, Layer(mode, directions, packed.batch_sizes)
+    uniform = functools.partial(torch.rand, generator=generator)
+    width = directions * (proj or hidden)
+    if "resets" in extras:
+        layer = layer._replace(reset_mask=uniform(x.shape[:-1]) < 0.3)
+    if "zoneout" in extras:
+        layer = layer._replace(zoneout_mask=uniform(*x.shape[:-1], width) < 0.4)
+    if "rate" in extras:
+        layer = layer._replace(zoneout=0.3)
+    if "dropout" in extras:
+        mask = (uniform(directions, batch, proj or hidden) < 0.7).double() / 0.7
+        layer = layer._replace(dropout_mask=mask.to(dtype))
     return Problem(x, weights, initial, layer).to(dtype).to(torch.float64)
 
 
@@ -168,10 +200,10 @@ def test_nan_spreads_as_in_torch(mode, isa):
 SHAPES = {"T1-B9-I3-H17": (1, 9, 3, 17), "T7-B6-I5-H33": (7, 6, 5, 33), "T33-B13-I20-H64": (33, 13, 20, 64)}
 
 
-def triples(problem: Problem, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def triples(problem: Problem, dtype: torch.dtype, rival=None) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     reference = results(equations.sequence, problem)
     narrow = problem.to(dtype)
-    ours, theirs = results(cpu, narrow), results(of_torch, narrow)
+    ours, theirs = results(cpu, narrow), results(rival or of_torch, narrow)
     if problem.layer.mode == "RNN_RELU":
         # relu's slope jumps where rounding carries a sum across 0: a few such jumps, other ones in each kernel, are the
         # whole error of a gradient; float64 has none of them, and test_any_shape and gradcheck hold the gradients
@@ -185,8 +217,10 @@ def triples(problem: Problem, dtype: torch.dtype) -> dict[str, tuple[Tensor, Ten
 def grouped(names: Iterable[str]) -> dict[str, list[str]]:
     """What is of one kind, and so of one scale, is pooled: all initial states' gradients, all biases' ..."""
     groups: dict[str, list[str]] = {}
+    # five weights a direction with a projection, four without
+    kinds = "xhbbp" if sum(name.startswith("dw") for name in names) in (5, 10) else "xhbb"
     for name in names:
-        kind = "dw" + "xhbb"[int(name[2:]) % 4] if name.startswith("dw") else name.replace("dc0", "dh0")
+        kind = "dw" + kinds[int(name[2:]) % len(kinds)] if name.startswith("dw") else name.replace("dc0", "dh0")
         groups.setdefault(kind, []).append(name)
     return groups
 
@@ -595,6 +629,43 @@ def test_wrong_extras(options, error, words):
     module = layer_of("GRU", **{name: rate for name, rate in options.items() if name != "reset_mask"})
     with pytest.raises(error, match=words):
         module(torch.randn(7, 2, 4), reset_mask=options.get("reset_mask"))
+
+
+EXTRAS = {
+    "resets": ("resets",),
+    "zoneout": ("zoneout",),
+    "rate": ("rate",),
+    "dropout": ("dropout",),
+    "all": ("resets", "zoneout", "dropout"),
+    "mean": ("resets", "rate", "dropout"),
+    "none": (),
+}
+MODES_AND_PROJECTION = {mode: (mode, 0) for mode in MODES} | {"LSTM-proj": ("LSTM", 7)}
+
+
+@pytest.mark.parametrize(("mode", "proj"), MODES_AND_PROJECTION.values(), ids=MODES_AND_PROJECTION)
+@pytest.mark.parametrize("kind", ["padded", "packed", "lengths"])
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_extras(mode, proj, kind, extras, threads, isa):
+    """The native kernel is the formula, gradients too; one sequence with three threads shares out its units."""
+    for batch in (1, 6):
+        problem = draw(mode, (7, batch, 3, 37), 2, seed=21, kind=kind, proj=proj, extras=extras)
+        torch.set_num_threads(threads)
+        found, expected = results(cpu, problem), results(equations.sequence, problem)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("mode", "proj"), MODES_AND_PROJECTION.values(), ids=MODES_AND_PROJECTION)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=name_of)
+def test_numerics_of_extras(mode, proj, dtype, seed):
+    """By the rule, the yardstick being the formula in torch's operators in this dtype."""
+
+    def one(draw_seed):
+        problem = draw(mode, (9, 8, 5, 24), 2, seed=draw_seed, proj=proj, dtype=dtype, extras=EXTRAS["all"])
+        return triples(problem, dtype, equations.sequence)
+
+    numerics.assert_pooled(one, first_seed=seed)
 
 
 # ---- graphs

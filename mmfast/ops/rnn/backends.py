@@ -97,9 +97,6 @@ class Cpu(Backend):
 
     def refusals(self, case: Case) -> list[str]:
         refusals = native.cpu_refusals("the input is", case.device, case.dtype)
-        if case.proj_size:
-            refusals.append(f"proj_size is {case.proj_size} (supported: 0)")
-        refusals += [f"{extra} was given (supported: none)" for extra in case.extras]
         if case.autocast:
             refusals.append("autocast is on (supported: off)")
         return refusals
@@ -138,9 +135,11 @@ class Cpu(Backend):
         gx = _input_side(x.reshape(sizes.rows, x.shape[-1]), parts)
         y, hn, cn, gates, cell = empty_outputs(x, weights, layer, False, sizes.batch)
         if keep and GATES[layer.mode] > 1:
+            gates = gx
+        if keep and (GATES[layer.mode] > 1 or layer.zones):
             # the kernel leaves out what is past a length
             empty = y.new_empty if layer.lengths is None else y.new_zeros
-            gates, cell = gx, empty((sizes.rows, layer.directions * sizes.hidden))
+            cell = empty((sizes.rows, layer.directions * sizes.hidden))
         row, alive = native_layer(layer, sizes, parts, h0, c0)
         native.cpu_rnn_forward(row, gx, gates if keep else None, cell if keep else None, y, hn, cn)
         del alive
@@ -158,20 +157,22 @@ class Cpu(Backend):
         need: Sequence[bool],
     ) -> list[Tensor | None]:
         sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
-        y = saved[0]
-        width = layer.directions * sizes.hidden
+        y, width = saved[0], layer.directions * sizes.output
         dgates = y.new_empty((sizes.rows, layer.directions * weights[1].shape[0]))
         dm = y.new_empty((sizes.rows, width)) if layer.mode == "GRU" else None
+        dh = u = previous = None
+        if parts[0].w_hr is not None:
+            dh, u = torch.empty_like(y), y.new_empty((sizes.rows, layer.directions * sizes.hidden))
         shifted = layer.batch_sizes is None and layer.lengths is None
+        shifted = shifted and layer.reset_mask is None and layer.dropout_mask is None
         each = len(weights) // layer.directions
-        previous = None
         if not shifted and any(need[4::each]):
             previous = y.new_empty((sizes.rows, width))
         dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format) if h0 is not None and need[1] else None
         dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format) if c0 is not None and need[2] else None
         row, alive = native_layer(layer, sizes, parts, h0, c0)
         dense = [_dense(d) for d in given]
-        native.cpu_rnn_backward(row, saved, dense, (dgates, dm, None, None, previous, dh0, dc0))
+        native.cpu_rnn_backward(row, saved, dense, (dgates, dm, dh, u, previous, dh0, dc0))
         del alive, dense
         dx = None
         if need[0]:
@@ -181,7 +182,10 @@ class Cpu(Backend):
         dweights: list[Tensor | None] = []
         for d in range(layer.directions):
             mine = dgates if layer.directions == 1 else dgates.chunk(2, 1)[d]
-            dweights += _weight_gradients(mine, x, side, d, need[3 + d * each : 3 + (d + 1) * each])
+            wanted = need[3 + d * each : 3 + (d + 1) * each]
+            dweights += _weight_gradients(mine, x, side, d, wanted[: each // 2 * 2])
+            if dh is not None and u is not None:
+                dweights.append(_projection_gradient(dh.view(sizes.rows, width), u, sizes, d) if wanted[-1] else None)
         return [dx, dh0, dc0, *dweights]
 
 
@@ -228,8 +232,8 @@ class _RecurrentSide(NamedTuple):
 
     def times(self, dgates: Tensor, direction: int, out: Tensor) -> None:
         """out = dgates^T times the state before each row"""
-        hidden, batch = self.sizes.hidden, self.sizes.batch
-        columns = slice(direction * hidden, (direction + 1) * hidden)
+        size, batch = self.sizes.output, self.sizes.batch
+        columns = slice(direction * size, (direction + 1) * size)
         if self.previous is not None:
             _sum_over_rows(dgates, self.previous[:, columns], out)
             return
@@ -280,6 +284,13 @@ def _sum_over_rows(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def _projection_gradient(dh: Tensor, u: Tensor, sizes: Sizes, direction: int) -> Tensor:
+    """Of one direction's W_hr: dh^T u"""
+    left = dh[:, direction * sizes.output : (direction + 1) * sizes.output]
+    right = u[:, direction * sizes.hidden : (direction + 1) * sizes.hidden]
+    return _sum_over_rows(left, right, u.new_empty((sizes.output, sizes.hidden)))
+
+
 def _weight_gradients(dgates: Tensor, x: Tensor, side: _RecurrentSide, direction: int, need: Sequence[bool]) -> list:
     """Of one direction's (W_ih, W_hh[, b_ih, b_hh])."""
     hidden = side.sizes.hidden
@@ -288,7 +299,7 @@ def _weight_gradients(dgates: Tensor, x: Tensor, side: _RecurrentSide, direction
         gradients[0] = _sum_over_rows(dgates, x, dgates.new_empty((dgates.shape[1], x.shape[1])))
     dm = None if side.dm is None else side.dm[:, direction * hidden : (direction + 1) * hidden]
     if need[1]:
-        dw = gradients[1] = dgates.new_empty((dgates.shape[1], hidden))
+        dw = gradients[1] = dgates.new_empty((dgates.shape[1], side.sizes.output))
         if dm is None:
             side.times(dgates, direction, dw)
         else:
