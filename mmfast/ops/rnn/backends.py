@@ -157,23 +157,15 @@ class Cpu(Backend):
         need: Sequence[bool],
     ) -> list[Tensor | None]:
         sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
-        y, width = saved[0], layer.directions * sizes.output
-        dgates = y.new_empty((sizes.rows, layer.directions * weights[1].shape[0]))
-        dm = y.new_empty((sizes.rows, width)) if layer.mode == "GRU" else None
-        dh = u = previous = None
-        if parts[0].w_hr is not None:
-            dh, u = torch.empty_like(y), y.new_empty((sizes.rows, layer.directions * sizes.hidden))
+        width, each = layer.directions * sizes.output, len(weights) // layer.directions
         shifted = layer.batch_sizes is None and layer.lengths is None
         shifted = shifted and layer.reset_mask is None and layer.dropout_mask is None
-        each = len(weights) // layer.directions
-        if not shifted and any(need[4::each]):
-            previous = y.new_empty((sizes.rows, width))
-        dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format) if h0 is not None and need[1] else None
-        dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format) if c0 is not None and need[2] else None
-        row, alive = native_layer(layer, sizes, parts, h0, c0)
-        dense = [_dense(d) for d in given]
-        native.cpu_rnn_backward(row, saved, dense, (dgates, dm, dh, u, previous, dh0, dc0))
-        del alive, dense
+        states = h0 if need[1] else None, c0 if need[2] else None
+        walked = self._walk_back(
+            given, weights, h0, c0, layer, saved, sizes, states, not shifted and any(need[4::each])
+        )
+        dgates, dm, dh, u, previous, dh0, dc0 = walked
+        y = saved[0]
         dx = None
         if need[0]:
             dx = _input_gradient(dgates, [part.w_ih for part in parts]).view(x.shape)
@@ -187,6 +179,54 @@ class Cpu(Backend):
             if dh is not None and u is not None:
                 dweights.append(_projection_gradient(dh.view(sizes.rows, width), u, sizes, d) if wanted[-1] else None)
         return [dx, dh0, dc0, *dweights]
+
+    def deltas(
+        self,
+        given: Sequence[Tensor | None],
+        x: Tensor,
+        weights: Sequence[Tensor],
+        h0: Tensor | None,
+        c0: Tensor | None,
+        layer: Layer,
+        saved: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """dgates and dm of csrc/mmfast.h."""
+        sizes = sizes_of(x, weights, layer)
+        dgates, dm, *_ = self._walk_back(given, weights, h0, c0, layer, saved, sizes, (None, None), False)
+        return dgates, dm
+
+    def _walk_back(
+        self,
+        given: Sequence[Tensor | None],
+        weights: Sequence[Tensor],
+        h0: Tensor | None,
+        c0: Tensor | None,
+        layer: Layer,
+        saved: Sequence[Tensor],
+        sizes: Sizes,
+        states: tuple[Tensor | None, Tensor | None],
+        with_previous: bool,
+    ) -> tuple:
+        """(dgates, dm, dh, u, previous, dh0, dc0) of csrc/mmfast.h; the last two of `states` that are not None."""
+        y, width = saved[0], layer.directions * sizes.output
+        parts = equations.split(weights, layer.directions)
+        dgates = y.new_empty((sizes.rows, layer.directions * weights[1].shape[0]))
+        dm = y.new_empty((sizes.rows, width)) if layer.mode == "GRU" else None
+        dh = u = previous = None
+        if parts[0].w_hr is not None:
+            dh, u = torch.empty_like(y), y.new_empty((sizes.rows, layer.directions * sizes.hidden))
+        if with_previous:
+            previous = y.new_empty((sizes.rows, width))
+        dh0, dc0 = (
+            None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
+            for state in states
+        )
+        row, alive = native_layer(layer, sizes, parts, h0, c0)
+        dense = [_dense(d) for d in given]
+        out = dgates, dm, dh, u, previous, dh0, dc0
+        native.cpu_rnn_backward(row, saved, dense, out)
+        del alive, dense
+        return out
 
 
 def _input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...dispatch import is_plain
 from ..library import below_autograd, define, needs_gradient
-from . import equations
+from . import equations, second_order
 from .backends import OP, empty_outputs
 from .equations import Layer
 
@@ -123,11 +123,72 @@ class RnnSequence(torch.autograd.Function):
         if ctx.direct and not torch.is_grad_enabled():
             backend = OP.backends[ctx.backend]
             gradients = backend.backward(given, x, weights, h0, c0, layer, (y, gates, cell), need)
+        elif ctx.direct:
+            gradients = RnnGradient.apply(layer, ctx.backend, need, *given, x, h0, c0, y, gates, cell, *weights)
         else:
             saved = x, weights, h0, c0, y, gates, cell
             some = iter(backward_op(*given, *saved, *_columns(layer), list(need), ctx.backend))
             gradients = [next(some) if wanted else None for wanted in need]
         return None, None, None, *gradients
+
+
+class RnnGradient(torch.autograd.Function):
+    """A layer's backward, eager, itself to be differentiated: once by hand, beyond that by torch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: Layer,
+        backend: str,
+        need: Sequence[bool],
+        dy: Tensor | None,
+        dhn: Tensor | None,
+        dcn: Tensor | None,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        y: Tensor,
+        gates: Tensor,
+        cell: Tensor,
+        *weights: Tensor,
+    ):
+        ctx.set_materialize_grads(False)
+        ctx.layer, ctx.backend, ctx.need = layer, backend, need
+        ctx.save_for_backward(dy, dhn, dcn, x, h0, c0, y, gates, cell, *weights)
+        saved = (y, gates, cell)
+        return tuple(OP.backends[backend].backward((dy, dhn, dcn), x, weights, h0, c0, layer, saved, need))
+
+    @staticmethod
+    def backward(ctx: Any, *v: Tensor | None):
+        dy, dhn, dcn, x, h0, c0, y, gates, cell, *weights = ctx.saved_tensors
+        given, saved, layer = (dy, dhn, dcn), (y, gates, cell), ctx.layer
+        backend, layered = OP.backends[ctx.backend], (x, weights, h0, c0, layer)
+        if all(d is None for d in v):
+            return (None,) * (12 + len(weights))
+        by_hand = not torch.is_grad_enabled() and hasattr(backend, "deltas")
+        if by_hand and second_order.serves(x, weights, layer):
+            deltas = backend.deltas(given, *layered, saved)
+            by_given, by_inputs = second_order.gradient(v, given, *layered, saved, deltas)
+            by_given = [None if d is None else g for d, g in zip(given, by_given, strict=True)]
+        else:
+            by_given, by_inputs = _by_torch(v, given, *layered, ctx.need)
+        return None, None, None, *by_given, *by_inputs[:3], None, None, None, *by_inputs[3:]
+
+
+def _by_torch(v, given, x, weights, h0, c0, layer: Layer, need) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """As second_order.gradient, of any order and any layer."""
+    order, inputs = torch.is_grad_enabled(), [*given, x, h0, c0, *weights]
+    with torch.enable_grad():
+        inputs = [a if a is None or (order and a.requires_grad) else a.detach().requires_grad_() for a in inputs]
+        *given, x, h0, c0 = inputs[:6]
+        found = iter(equations.gradient(given, x, inputs[6:], h0, c0, layer, need))
+        results = [next(found) if wanted else None for wanted in need]
+        pairs = [(r, d) for r, d in zip(results, v, strict=True) if r is not None and d is not None]
+        outputs, cotangents = zip(*pairs, strict=True)
+        some = [a for a in inputs if a is not None]
+        gradients = iter(torch.autograd.grad(outputs, some, cotangents, create_graph=order, allow_unused=True))
+    each = [None if a is None else next(gradients) for a in inputs]
+    return each[:3], each[3:]
 
 
 def _columns(layer: Layer) -> tuple:
