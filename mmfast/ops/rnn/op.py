@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import is_plain
-from ..library import below_autograd, define, needs_gradient
+from ..library import below_autograd, define, needs_gradient, nodes_of, will_run
 from . import equations, second_order
 from .backends import OP, empty_outputs
 from .equations import Layer
@@ -116,7 +116,7 @@ class RnnSequence(torch.autograd.Function):
         x, h0, c0, y, gates, cell, *weights = ctx.saved_tensors
         if ctx.layer.mode != "LSTM":
             dcn = None
-        need = ctx.needs_input_grad[3:]
+        need = _needed(ctx, x, h0, c0, weights) if ctx.direct else ctx.needs_input_grad[3:]
         given, layer = (dy, dhn, dcn), ctx.layer
         if dy is None and dhn is None and dcn is None:
             return None, None, None, *(None for _ in need)
@@ -124,12 +124,27 @@ class RnnSequence(torch.autograd.Function):
             backend = OP.backends[ctx.backend]
             gradients = backend.backward(given, x, weights, h0, c0, layer, (y, gates, cell), need)
         elif ctx.direct:
-            gradients = RnnGradient.apply(layer, ctx.backend, need, *given, x, h0, c0, y, gates, cell, *weights)
+            gradients = RnnGradient.apply(layer, ctx.backend, need, (y, gates, cell), *given, x, h0, c0, *weights)
         else:
             saved = x, weights, h0, c0, y, gates, cell
             some = iter(backward_op(*given, *saved, *_columns(layer), list(need), ctx.backend))
             gradients = [next(some) if wanted else None for wanted in need]
         return None, None, None, *gradients
+
+
+#: Floating-point operations of the input's product from which on it is worth asking which gradients are used.
+ASKED = 1e8
+
+
+def _needed(ctx: Any, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> Sequence[bool]:
+    """Which gradients, of (x, h0, c0, *weights), the running backward uses."""
+    could = ctx.needs_input_grad[-3 - len(weights) :]
+    if 2.0 * x.numel() * weights[0].shape[0] < ASKED:
+        return could
+    nodes = nodes_of(ctx, (x, h0, c0, *weights))
+    used = [will_run(node) for node in nodes[:4]]
+    # where the first weight's is used, the others' mostly are
+    return used + list(could[4:] if used[3] else map(will_run, nodes[4:]))
 
 
 class RnnGradient(torch.autograd.Function):
@@ -141,21 +156,19 @@ class RnnGradient(torch.autograd.Function):
         layer: Layer,
         backend: str,
         need: Sequence[bool],
+        saved: tuple[Tensor, Tensor, Tensor],
         dy: Tensor | None,
         dhn: Tensor | None,
         dcn: Tensor | None,
         x: Tensor,
         h0: Tensor | None,
         c0: Tensor | None,
-        y: Tensor,
-        gates: Tensor,
-        cell: Tensor,
         *weights: Tensor,
     ):
+        y, gates, cell = saved
         ctx.set_materialize_grads(False)
         ctx.layer, ctx.backend, ctx.need = layer, backend, need
         ctx.save_for_backward(dy, dhn, dcn, x, h0, c0, y, gates, cell, *weights)
-        saved = (y, gates, cell)
         return tuple(OP.backends[backend].backward((dy, dhn, dcn), x, weights, h0, c0, layer, saved, need))
 
     @staticmethod
@@ -164,15 +177,16 @@ class RnnGradient(torch.autograd.Function):
         given, saved, layer = (dy, dhn, dcn), (y, gates, cell), ctx.layer
         backend, layered = OP.backends[ctx.backend], (x, weights, h0, c0, layer)
         if all(d is None for d in v):
-            return (None,) * (12 + len(weights))
+            return (None,) * (10 + len(weights))
         by_hand = not torch.is_grad_enabled() and hasattr(backend, "deltas")
         if by_hand and second_order.serves(x, weights, layer):
             deltas = backend.deltas(given, *layered, saved)
-            by_given, by_inputs = second_order.gradient(v, given, *layered, saved, deltas)
+            need = _needed(ctx, x, h0, c0, weights)
+            by_given, by_inputs = second_order.gradient(v, given, *layered, saved, deltas, need)
             by_given = [None if d is None else g for d, g in zip(given, by_given, strict=True)]
         else:
             by_given, by_inputs = _by_torch(v, given, *layered, ctx.need)
-        return None, None, None, *by_given, *by_inputs[:3], None, None, None, *by_inputs[3:]
+        return None, None, None, None, *by_given, *by_inputs
 
 
 def _by_torch(v, given, x, weights, h0, c0, layer: Layer, need) -> tuple[list[Tensor | None], list[Tensor | None]]:

@@ -231,6 +231,7 @@ def gradient(
     layer: Layer,
     saved: Sequence[Tensor],
     deltas: tuple[Tensor, Tensor | None],
+    need: Sequence[bool],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """The gradients by `given`, and by (x, h0, c0, *weights), of <v, the backward's results>.
 
@@ -244,10 +245,13 @@ def gradient(
         torch.stack([each.h[-1] for each in found]),
         torch.stack([each.cn for each in found]) if layer.mode == "LSTM" else None,  # type: ignore[misc]
     ]
-    dx, dweights = torch.zeros_like(x), []
-    for d, (part, each) in enumerate(zip(parts, found, strict=True)):
-        dx += _ordered(_input_gradient(part, each), d)
-        dweights += _weight_gradients(part, each)
+    dweights: list[Tensor | None] = [None] * len(weights)
+    if any(need[3:]):
+        dweights = [dw for part, each in zip(parts, found, strict=True) for dw in _weight_gradients(part, each)]
+    dx = None
+    if need[0]:
+        each_dx = [_ordered(_input_gradient(*pair), d) for d, pair in enumerate(zip(parts, found, strict=True))]
+        dx = each_dx[0] if len(each_dx) == 1 else each_dx[0] + each_dx[1]
     dh0 = None if h0 is None else torch.stack([each.h0 for each in found])
     dc0 = None if c0 is None else torch.stack([each.c0 for each in found])  # type: ignore[misc]
     return by_given, [dx, dh0, dc0, *dweights]
@@ -311,7 +315,7 @@ def _input_gradient(part: Part, found: Found) -> Tensor:
     return dx if part.v.w_ih is None else dx + part.delta.flatten(2) @ part.v.w_ih
 
 
-def _weight_gradients(part: Part, found: Found) -> list[Tensor]:
+def _weight_gradients(part: Part, found: Found) -> list[Tensor | None]:
     """By (w_ih, w_hh[, b_ih, b_hh])."""
     gx, hh = found.gx.flatten(0, 1).flatten(1), found.hh.flatten(0, 1).flatten(1)
     dw_ih = gx.t() @ part.x.flatten(0, 1)
