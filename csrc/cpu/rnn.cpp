@@ -311,6 +311,7 @@ class Scratch {
 
 // brings what the next step reads into the cache while this one computes; a row apart is too far for the hardware
 inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void fetch_to_write(void* p) { __builtin_prefetch(p, 1, 2); }
 
 // What both walkers know of one direction of a layer.
 template <typename T, typename C>
@@ -488,6 +489,8 @@ class Forward {
             fetch(gx + g * H + ahead * d_.gates_stride);
         }
         T* cell = cell_ ? cell_ + row * d_.units_stride + unit : nullptr;
+        if (cell) fetch_to_write(cell + ahead * d_.units_stride);
+        if (!d_.w_hr) fetch_to_write(y_ + (row + ahead) * d_.y_stride + unit);
         if constexpr (kMode == MMFAST_LSTM) {
             C* state = c_ + b * c_stride_ + unit;
             const V i = kept[0] = sigmoid_of(x[0] + a[0]), f = kept[1] = sigmoid_of(x[1] + a[1]);
@@ -703,7 +706,10 @@ class Backward {
     template <int kMode>
     void total(int64_t s, int64_t t, int64_t b, int64_t unit, int valid, V dh, int64_t ahead) const {
         const int64_t row = d_.rows.row(t, b), at = row * d_.y_stride + unit;
-        if (dy_) dh += d_.memory.load_from(dy_ + at, valid);
+        if (dy_) {
+            dh += d_.memory.load_from(dy_ + at, valid);
+            fetch(dy_ + at + ahead * d_.y_stride);
+        }
         V h = {}, kept = {};
         if (kMode == MMFAST_GRU || previous_) h = previous(y_, d_.h0, d_.P, t, b, unit, valid);
         if (previous_) d_.memory.store_to(previous_ + at, d_.dropped(h, b, unit, valid), valid);
@@ -754,6 +760,10 @@ class Backward {
             a[g] = d_.memory.load_from(gate, valid);
             fetch(gate + ahead * d_.gates_stride);
         }
+        for (int g = 0; g < G; ++g) fetch_to_write(dgates_ + (row + ahead) * d_.gates_stride + g * d_.H + unit);
+        // of the state before, which is read a step later once more or for the first time
+        if (G > 1) fetch(cell_ + at + (kMode == MMFAST_LSTM ? 2 : 1) * ahead * d_.units_stride);
+        if (kMode != MMFAST_LSTM) fetch(y_ + at + (kMode == MMFAST_GRU ? 2 : 1) * ahead * d_.units_stride);
         if constexpr (kMode == MMFAST_LSTM) {
             C* carry = carry_c_ + b * c_stride_ + unit;
             const V i = a[0], f = a[1], g = a[2], o = a[3];
@@ -767,6 +777,7 @@ class Backward {
             if (full_) d_.memory.store_to(full_ + at, o * tanh_c, valid);
         } else if constexpr (kMode == MMFAST_GRU) {
             const V r = a[0], z = a[1], n = a[2], m = d_.memory.load_from(cell_ + at, valid);
+            fetch_to_write(dm_ + at + ahead * d_.units_stride);
             const V dn = dh * (1 - z) * (1 - n * n);
             d[0] = dn * m * (r * (1 - r));
             d[1] = dh * (h - n) * (z * (1 - z));
