@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,7 +145,10 @@ class Cpu(Backend):
         del alive
         return y, hn, cn, gates, cell
 
-    def backward(
+    def backward(self, *arguments: Any) -> list[Tensor | None]:
+        return self.backward_and_deltas(*arguments)[0]
+
+    def backward_and_deltas(
         self,
         given: Sequence[Tensor | None],
         x: Tensor,
@@ -155,78 +158,38 @@ class Cpu(Backend):
         layer: Layer,
         saved: Sequence[Tensor],
         need: Sequence[bool],
-    ) -> list[Tensor | None]:
+    ) -> tuple[list[Tensor | None], tuple[Tensor, Tensor | None]]:
+        """The gradients, and (dgates, dm) of csrc/mmfast.h."""
         sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
-        width, each = layer.directions * sizes.output, len(weights) // layer.directions
-        shifted = layer.batch_sizes is None and layer.lengths is None
-        shifted = shifted and layer.reset_mask is None and layer.dropout_mask is None
-        states = h0 if need[1] else None, c0 if need[2] else None
-        walked = self._walk_back(
-            given, weights, h0, c0, layer, saved, sizes, states, not shifted and any(need[4::each])
-        )
-        dgates, dm, dh, u, previous, dh0, dc0 = walked
-        y = saved[0]
+        y, directions, each = saved[0], layer.directions, len(weights) // layer.directions
+        width = directions * sizes.output
+        dgates = y.new_empty((sizes.rows, directions * weights[1].shape[0]))
+        dm = y.new_empty((sizes.rows, width)) if layer.mode == "GRU" else None
+        dh = u = previous = None
+        if parts[0].w_hr is not None:
+            dh, u = y.new_empty((sizes.rows, width)), y.new_empty((sizes.rows, directions * sizes.hidden))
+        masks = layer.batch_sizes, layer.lengths, layer.reset_mask, layer.dropout_mask
+        if any(need[4::each]) and any(mask is not None for mask in masks):
+            previous = y.new_empty((sizes.rows, width))
+        dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format) if h0 is not None and need[1] else None
+        dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format) if c0 is not None and need[2] else None
+        row, alive = native_layer(layer, sizes, parts, h0, c0)
+        dense = [_dense(d) for d in given]
+        native.cpu_rnn_backward(row, saved, dense, (dgates, dm, dh, u, previous, dh0, dc0))
+        del alive, dense
         dx = None
         if need[0]:
             dx = _input_gradient(dgates, [part.w_ih for part in parts]).view(x.shape)
         side = _RecurrentSide(y.view(sizes.rows, width), h0, previous, sizes, dm)
         x = x.reshape(sizes.rows, x.shape[-1])
         dweights: list[Tensor | None] = []
-        for d in range(layer.directions):
-            mine = dgates if layer.directions == 1 else dgates.chunk(2, 1)[d]
+        for d in range(directions):
+            mine = dgates if directions == 1 else dgates.chunk(2, 1)[d]
             wanted = need[3 + d * each : 3 + (d + 1) * each]
             dweights += _weight_gradients(mine, x, side, d, wanted[: each // 2 * 2])
             if dh is not None and u is not None:
-                dweights.append(_projection_gradient(dh.view(sizes.rows, width), u, sizes, d) if wanted[-1] else None)
-        return [dx, dh0, dc0, *dweights]
-
-    def deltas(
-        self,
-        given: Sequence[Tensor | None],
-        x: Tensor,
-        weights: Sequence[Tensor],
-        h0: Tensor | None,
-        c0: Tensor | None,
-        layer: Layer,
-        saved: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor | None]:
-        """dgates and dm of csrc/mmfast.h."""
-        sizes = sizes_of(x, weights, layer)
-        dgates, dm, *_ = self._walk_back(given, weights, h0, c0, layer, saved, sizes, (None, None), False)
-        return dgates, dm
-
-    def _walk_back(
-        self,
-        given: Sequence[Tensor | None],
-        weights: Sequence[Tensor],
-        h0: Tensor | None,
-        c0: Tensor | None,
-        layer: Layer,
-        saved: Sequence[Tensor],
-        sizes: Sizes,
-        states: tuple[Tensor | None, Tensor | None],
-        with_previous: bool,
-    ) -> tuple:
-        """(dgates, dm, dh, u, previous, dh0, dc0) of csrc/mmfast.h; the last two of `states` that are not None."""
-        y, width = saved[0], layer.directions * sizes.output
-        parts = equations.split(weights, layer.directions)
-        dgates = y.new_empty((sizes.rows, layer.directions * weights[1].shape[0]))
-        dm = y.new_empty((sizes.rows, width)) if layer.mode == "GRU" else None
-        dh = u = previous = None
-        if parts[0].w_hr is not None:
-            dh, u = torch.empty_like(y), y.new_empty((sizes.rows, layer.directions * sizes.hidden))
-        if with_previous:
-            previous = y.new_empty((sizes.rows, width))
-        dh0, dc0 = (
-            None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
-            for state in states
-        )
-        row, alive = native_layer(layer, sizes, parts, h0, c0)
-        dense = [_dense(d) for d in given]
-        out = dgates, dm, dh, u, previous, dh0, dc0
-        native.cpu_rnn_backward(row, saved, dense, out)
-        del alive, dense
-        return out
+                dweights.append(_projection_gradient(dh, u, sizes, d) if wanted[-1] else None)
+        return [dx, dh0, dc0, *dweights], (dgates, dm)
 
 
 def _input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:

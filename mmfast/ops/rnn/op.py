@@ -167,22 +167,26 @@ class RnnGradient(torch.autograd.Function):
     ):
         y, gates, cell = saved
         ctx.set_materialize_grads(False)
-        ctx.layer, ctx.backend, ctx.need = layer, backend, need
-        ctx.save_for_backward(dy, dhn, dcn, x, h0, c0, y, gates, cell, *weights)
-        return tuple(OP.backends[backend].backward((dy, dhn, dcn), x, weights, h0, c0, layer, saved, need))
+        ctx.layer, ctx.need = layer, need
+        arguments = (dy, dhn, dcn), x, weights, h0, c0, layer, saved, need
+        by_hand = hasattr(OP.backends[backend], "backward_and_deltas") and second_order.serves(x, weights, layer)
+        if by_hand:
+            gradients, deltas = OP.backends[backend].backward_and_deltas(*arguments)
+        else:
+            gradients, deltas = OP.backends[backend].backward(*arguments), (None, None)
+        ctx.by_hand = by_hand
+        ctx.save_for_backward(dy, dhn, dcn, x, h0, c0, y, gates, cell, *deltas, *weights)
+        return tuple(gradients)
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor | None):
-        dy, dhn, dcn, x, h0, c0, y, gates, cell, *weights = ctx.saved_tensors
-        given, saved, layer = (dy, dhn, dcn), (y, gates, cell), ctx.layer
-        backend, layered = OP.backends[ctx.backend], (x, weights, h0, c0, layer)
+        dy, dhn, dcn, x, h0, c0, y, gates, cell, dgates, dm, *weights = ctx.saved_tensors
+        given, layered = (dy, dhn, dcn), (x, weights, h0, c0, ctx.layer)
         if all(d is None for d in v):
             return (None,) * (10 + len(weights))
-        by_hand = not torch.is_grad_enabled() and hasattr(backend, "deltas")
-        if by_hand and second_order.serves(x, weights, layer):
-            deltas = backend.deltas(given, *layered, saved)
+        if ctx.by_hand and not torch.is_grad_enabled():
             need = _needed(ctx, x, h0, c0, weights)
-            by_given, by_inputs = second_order.gradient(v, given, *layered, saved, deltas, need)
+            by_given, by_inputs = second_order.gradient(v, given, *layered, (y, gates, cell), (dgates, dm), need)
             by_given = [None if d is None else g for d, g in zip(given, by_given, strict=True)]
         else:
             by_given, by_inputs = _by_torch(v, given, *layered, ctx.need)

@@ -71,17 +71,31 @@ class Part(NamedTuple):
     def before(self) -> Tensor:
         return torch.cat([self.h0[None], self.h[:-1]])
 
-    def tangent_sides(self) -> tuple[Tensor, Tensor]:
-        """Of gx, and of W_hh h' but for h'_: (T, B, G, H) each, or zeros that broadcast."""
-        of_x = self._gated(self.vx, self.w.w_ih, None) + self._gated(self.x, self.v.w_ih, self.v.b_ih)
-        return of_x, self._gated(self.before, self.v.w_hh, self.v.b_hh)
+    def side_of_x(self) -> Tensor:
+        """The tangent of gx, to be written to: (T, B, G, H)."""
+        return self._summed(self._product(self.vx, self.w.w_ih), self._product(self.x, self.v.w_ih), self.v.b_ih)
 
-    def _gated(self, x: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor:
-        if x is None or w is None:
-            side = self.h.new_zeros(()) if b is None else b
-        else:
-            side = torch.nn.functional.linear(x, w, b)
-        return side.expand(*self.delta.shape[:2], self.delta[0, 0].numel()).unflatten(-1, self.delta.shape[2:])
+    def side_of_h(self) -> Tensor | None:
+        """That of W_hh h' + b_hh but for h'_: (T, B, G, H), None: 0."""
+        if self.v.w_hh is None and self.v.b_hh is None:
+            return None
+        return self._summed(self._product(self.before, self.v.w_hh), None, self.v.b_hh)
+
+    def both_sides(self) -> Tensor:
+        side, more = self.side_of_x(), self.side_of_h()
+        return side if more is None else side.add_(more)
+
+    def _product(self, x: Tensor | None, w: Tensor | None) -> Tensor | None:
+        return None if x is None or w is None else x @ w.t()
+
+    def _summed(self, *terms: Tensor | None) -> Tensor:
+        total = None
+        for term in terms:
+            if term is not None:
+                total = term if total is None else total + term
+        if total is None or total.dim() == 1:
+            total = torch.zeros_like(self.delta).flatten(2) + (0 if total is None else total)
+        return total.unflatten(-1, self.delta.shape[2:])
 
     def passed(self) -> Tensor:
         """What the second walk passes on of V_hh: (T, B, H)."""
@@ -102,8 +116,7 @@ class Found(NamedTuple):
 def _rnn(part: Part) -> Found:
     h, w_hh = part.h, part.w.w_hh
     slope = 1 - h * h if part.mode == "RNN_TANH" else (h > 0).to(h.dtype)
-    sides = [side[:, :, 0] for side in part.tangent_sides()]
-    sums, tangents = (sides[0] + sides[1]).contiguous(), torch.empty_like(h)
+    sums, tangents = part.both_sides()[:, :, 0], torch.empty_like(h)
     state = part.vh0
     for s, k, out in zip(sums, slope, tangents, strict=True):
         s.addmm_(state, w_hh.t())
@@ -121,9 +134,10 @@ def _gru(part: Part) -> Found:
     r, z, n = part.gates.unbind(2)
     slope = 1 - n * n
     to_p, to_r, to_z = (1 - z) * slope, r * (1 - r) * m, z * (1 - z) * (before - n)
-    gx, hh = part.tangent_sides()
-    sums = torch.stack([gx[:, :, 0] + hh[:, :, 0], gx[:, :, 1] + hh[:, :, 1], hh[:, :, 2]], 2)
-    p, tangents = gx[:, :, 2].clone(), torch.empty_like(part.h)
+    sums, hh = part.side_of_x(), part.side_of_h()
+    p, tangents = sums[:, :, 2].clone(), torch.empty_like(part.h)
+    sums[:, :, 2] = 0
+    sums = sums if hh is None else sums.add_(hh)
     state = part.vh0
     for s, p_t, out, *k in zip(sums, p, tangents, to_r, r, to_p, z, to_z, strict=True):
         s.view(len(s), -1).addmm_(state, w_hh.t())
@@ -166,12 +180,11 @@ def _lstm(part: Part) -> Found:
     w_hh, c = part.w.w_hh, part.cell
     c_before, tanh_c = torch.cat([part.c0[None], c[:-1]]), torch.tanh(c)
     i, f, g, o = part.gates.unbind(2)
-    slopes = part.gates * (1 - part.gates)
+    slopes = (1 - part.gates).mul_(part.gates)
     slopes[:, :, 2] = 1 - g * g
     others = torch.stack([g, c_before, i, tanh_c], 2)
     to_gates, to_c = slopes * others, o * (1 - tanh_c * tanh_c)
-    gx, hh = part.tangent_sides()
-    sums, tangents, cells = (gx + hh).contiguous(), torch.empty_like(part.h), torch.empty_like(c)
+    sums, tangents, cells = part.both_sides(), torch.empty_like(part.h), torch.empty_like(c)
     h_, c_ = part.vh0, part.vc0
     for s, h_t, c_t, k, f_t, k_c in zip(sums, tangents, cells, to_gates, f, to_c, strict=True):
         s.view(len(s), -1).addmm_(h_, w_hh.t())
@@ -188,12 +201,19 @@ def _lstm(part: Part) -> Found:
         dc[t].addcmul_(f[t + 1], dc[t + 1])
     c_tangents_before = torch.cat([part.vc0[None], cells[:-1]])
     moved = slopes * sums  # the gates' tangents
-    d = torch.stack([dc, dc, dc, dh], 2)
-    bends = 1 - 2 * part.gates
-    bends[:, :, 2] = -2 * g
     slope_c = 1 - tanh_c * tanh_c
-    partners = torch.stack([moved[:, :, 2], c_tangents_before, moved[:, :, 0], slope_c * cells], 2)
-    adjoints = slopes * d * (partners + bends * sums * others)
+    adjoints = part.gates * -2
+    adjoints[:, :, 0].add_(1)
+    adjoints[:, :, 1].add_(1)
+    adjoints[:, :, 3].add_(1)
+    adjoints.mul_(sums).mul_(others)
+    adjoints[:, :, 0].add_(moved[:, :, 2])
+    adjoints[:, :, 1].add_(c_tangents_before)
+    adjoints[:, :, 2].add_(moved[:, :, 0])
+    adjoints[:, :, 3].addcmul_(slope_c, cells)
+    adjoints[:, :, :3].mul_(dc[:, :, None])
+    adjoints[:, :, 3].mul_(dh)
+    adjoints.mul_(slopes)
     # what reaches c past h, at the step before where it is needed
     rest = dc * moved[:, :, 1]
     at_c = slope_c * dh * (moved[:, :, 3] - 2 * tanh_c * cells * o)
