@@ -156,6 +156,27 @@ int rnn_backward(const py::tuple& layer, Pointer y, Pointer gates, Pointer cell,
     return run(mmfast_cpu_rnn_backward, args);
 }
 
+int rnn_cell(int dtype, int mode, int64_t batch, int64_t input, int64_t hidden, Pointer gx, Pointer gh, Pointer x,
+             Pointer w_ih, Pointer b_ih, Pointer w_hh, Pointer b_hh, Pointer h0, Pointer c0, Pointer h, Pointer c) {
+    const mmfast_rnn_cell_args args = {dtype,
+                                       mode,
+                                       batch,
+                                       input,
+                                       hidden,
+                                       as_pointer(gx),
+                                       as_pointer(gh),
+                                       as_pointer(x),
+                                       as_pointer(w_ih),
+                                       as_pointer(b_ih),
+                                       as_pointer(w_hh),
+                                       as_pointer(b_hh),
+                                       as_pointer(h0),
+                                       as_pointer(c0),
+                                       as_pointer(h),
+                                       as_pointer(c)};
+    return run(mmfast_cpu_rnn_cell, args);
+}
+
 // what both passes of a normalisation are given
 mmfast_normalize_args as_normalize(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
                                    double negative_slope, bool measure, double eps, Pointer y, Pointer weight,
@@ -247,6 +268,7 @@ void bind_cpu(py::module_& m) {
           });
     m.def("cpu_rnn_forward", &rnn_forward);
     m.def("cpu_rnn_backward", &rnn_backward);
+    m.def("cpu_rnn_cell", &rnn_cell);
 
     m.def("cpu_columns_to_image", [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
                                      const std::array<Triple, 6>& geometry, Pointer source, Pointer image, Pointer bias,

@@ -243,6 +243,21 @@ typedef struct {
 // over the rows.
 int mmfast_cpu_rnn_backward(const mmfast_rnn_backward_args* args);
 
+// One step forward of a Cell: h and c of the equations above without extras, from products that the caller has made or
+// leaves to the kernel.
+typedef struct {
+    int32_t dtype;  // enum mmfast_dtype
+    int32_t mode;   // enum mmfast_rnn_mode
+    int64_t batch, input, hidden;
+    // (B, G * H) x W_ih^T + b_ih and h' W_hh^T + b_hh; both null: made here, float32 and float64 only
+    const void *gx, *gh;
+    const void *x, *w_ih, *b_ih, *w_hh, *b_hh;  // (B, I), (G * H, I), (G * H,) or null, (G * H, H), (G * H,) or null
+    const void *h0, *c0;                        // (B, H) or null: 0
+    void *h, *c;                                // (B, H); c: LSTM only
+} mmfast_rnn_cell_args;
+
+int mmfast_cpu_rnn_cell(const mmfast_rnn_cell_args* args);
+
 #ifdef __cplusplus
 }
 #endif

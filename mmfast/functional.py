@@ -477,8 +477,8 @@ def rnn_cell(
         raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
     tanh = nonlinearity == "tanh"
     mode, weights = "RNN_TANH" if tanh else "RNN_RELU", (weight_ih, weight_hh, bias_ih, bias_hh)
-    if (chosen := _select_cell(mode, input, weight_hh, backend)) != "torch":
-        return _cell(mode, input, None if hx is None else (hx,), weights, chosen)[0]
+    if found := _cell(mode, input, hx, None, weights, backend):
+        return found[0]
     hx = _zero_cell_state(input, weight_hh) if hx is None else hx
     function = torch._VF.rnn_tanh_cell if tanh else torch._VF.rnn_relu_cell
     return function(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
@@ -501,9 +501,8 @@ def gru_cell(
     input: (B, I). hx: (B, H); None: zeros. weight_ih: (3 H, I). weight_hh: (3 H, H). bias_ih, bias_hh: (3 H,) or None.
     Returns h', (B, H). All else: `rnn_cell`.
     """
-    if (chosen := _select_cell("GRU", input, weight_hh, backend)) != "torch":
-        weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-        return _cell("GRU", input, None if hx is None else (hx,), weights, chosen)[0]
+    if found := _cell("GRU", input, hx, None, (weight_ih, weight_hh, bias_ih, bias_hh), backend):
+        return found[0]
     hx = _zero_cell_state(input, weight_hh) if hx is None else hx
     return torch._VF.gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
@@ -525,33 +524,46 @@ def lstm_cell(
     input: (B, I). hx: (h, c), (B, H) each; None: zeros. weight_ih: (4 H, I). weight_hh: (4 H, H). bias_ih, bias_hh:
     (4 H,) or None. Returns (h', c'), (B, H) each. All else: `rnn_cell`.
     """
-    if (chosen := _select_cell("LSTM", input, weight_hh, backend)) != "torch":
-        h, c = _cell("LSTM", input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), chosen)
-        return h, c
+    h, c = (None, None) if hx is None else hx
+    if found := _cell("LSTM", input, h, c, (weight_ih, weight_hh, bias_ih, bias_hh), backend):
+        return found
     if hx is None:
         zeros = _zero_cell_state(input, weight_hh)
         hx = (zeros, zeros)
     return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
 
-def _select_cell(mode: str, input: Tensor, weight_hh: Tensor, backend: str | None) -> str:
-    facts = (input.device, input.dtype, mode, input.shape[-1], weight_hh.shape[1])
-    return RNN.select_by(facts, _cell_case, backend)
-
-
-def _cell_case(device: torch.device, dtype: torch.dtype, mode: str, input_size: int, hidden_size: int) -> RnnCase:
+def _cell_case(
+    device: torch.device, dtype: torch.dtype, mode: str, input_size: int, hidden_size: int, gradients: bool
+) -> RnnCase:
     dtype, autocast = _compute_dtype(device.type, dtype), autocasts(device.type)
-    return RnnCase(device.type, dtype, mode, input_size, hidden_size, autocast=autocast, cell=True)
+    return RnnCase(device.type, dtype, mode, input_size, hidden_size, autocast=autocast, gradients=gradients, cell=True)
 
 
 def _cell(
-    mode: str, input: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor | None], backend: str
-) -> list[Tensor]:
-    """The state after a sequence of one step."""
-    states = None if states is None else [state.unsqueeze(0) for state in states]
+    mode: str,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    backend: str | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The state after one step, (h, c), without c h twice; None where it is for PyTorch to compute or to refuse."""
+    gradients = torch.is_grad_enabled()
+    facts = (input.device, input.dtype, mode, input.shape[-1], weights[1].shape[1], gradients)
+    chosen = RNN.select_by(facts, _cell_case, backend)
+    if chosen == "torch":
+        return None
     given = [weight for weight in weights if weight is not None]
-    _, *last = _recurrent(mode, input.unsqueeze(0), states, [given], _Options(), backend)
-    return [state.squeeze(0) for state in last]
+    states = [state for state in (h, c) if state is not None]
+    if chosen == "cpu" and not gradients:
+        tensors = [input, *states, *given]
+        if is_plain(tensors) and not needs_formula(tensors):
+            return RNN.backends["cpu"].cell(mode, input, h, c, *weights)
+    # the state after a sequence of one step
+    first = [state.unsqueeze(0) for state in states] or None
+    _, *last = _recurrent(mode, input.unsqueeze(0), first, [given], _Options(), chosen)
+    return last[0].squeeze(0), last[-1].squeeze(0)
 
 
 def _zero_cell_state(input: Tensor, weight_hh: Tensor) -> Tensor:

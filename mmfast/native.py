@@ -353,6 +353,19 @@ def cpu_rnn_backward(
     check(library().cpu_rnn_backward(layer, *map(_address, saved), *map(_address, given), *map(_address, out)))
 
 
+def cpu_rnn_cell(
+    mode: int, shape: tuple[int, int, int], inputs: Sequence[torch.Tensor | None], h: torch.Tensor, c: torch.Tensor
+) -> None:
+    """Fills h and c of mmfast_rnn_cell_args (csrc/mmfast.h). shape: (B, I, H).
+
+    inputs: gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0 of any strides.
+    """
+    inputs = [a if a is None or a.is_contiguous() else a.contiguous() for a in inputs]
+    addresses = [0 if a is None else a.data_ptr() for a in inputs]
+    function = library().cpu_rnn_cell
+    check(function(DTYPES[h.dtype], mode, *shape, *addresses, h.data_ptr(), c.data_ptr()))
+
+
 class RnnTensors(NamedTuple):
     """The tensors of mmfast_rnn_layer (csrc/mmfast.h), contiguous; of weights one or None for each direction."""
 

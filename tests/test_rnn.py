@@ -200,10 +200,12 @@ def test_nan_spreads_as_in_torch(mode, isa):
 SHAPES = {"T1-B9-I3-H17": (1, 9, 3, 17), "T7-B6-I5-H33": (7, 6, 5, 33), "T33-B13-I20-H64": (33, 13, 20, 64)}
 
 
-def triples(problem: Problem, dtype: torch.dtype, rival=None) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    reference = results(equations.sequence, problem)
+def triples(
+    problem: Problem, dtype: torch.dtype, *, rival=of_torch, truth=equations.sequence
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    reference = results(truth, problem)
     narrow = problem.to(dtype)
-    ours, theirs = results(cpu, narrow), results(rival or of_torch, narrow)
+    ours, theirs = results(cpu, narrow), results(rival, narrow)
     if problem.layer.mode == "RNN_RELU":
         # relu's slope jumps where rounding carries a sum across 0: a few such jumps, other ones in each kernel, are the
         # whole error of a gradient; float64 has none of them, and test_any_shape and gradcheck hold the gradients
@@ -238,17 +240,24 @@ def test_numerics(mode, dtype, shape, kind, seed):
     numerics.assert_pooled(one, first_seed=seed)
 
 
+EXTREMES = {
+    "saturated": (8.0, (40, 6, 4, 64)),
+    "small": (1e-3, (40, 6, 4, 64)),
+    "T1": (1.0, (1, 3, 16, 256)),
+    "T128": (1.0, (128, 3, 16, 256)),
+    "T4096": (1.0, (4096, 2, 16, 256)),
+}
+
+
 @per_mode
-@pytest.mark.parametrize(("scale", "steps"), [(8.0, 40), (1e-3, 40), (1.0, 1024)], ids=["saturated", "small", "T1024"])
-def test_numerics_of_extremes(mode, scale, steps, seed, request):
-    if (mode, scale) == ("LSTM", 8.0):
-        # until dW of a saturated LSTM keeps the rule for every seed: some miss its rms bound by a few percent
-        reason = "dW of a saturated LSTM: its rms error is just above the rule"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
-    shape = (steps, 3, 4, 16)
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_numerics_of_extremes(mode, extreme, seed):
+    """Saturating weights, pre-activations around 1e-3, one step and thousands; PyTorch in float64 is the truth."""
+    scale, shape = EXTREMES[extreme]
 
     def one(draw_seed):
-        return triples(draw(mode, shape, seed=draw_seed, scale=scale, dtype=torch.float32), torch.float32)
+        problem = draw(mode, shape, seed=draw_seed, scale=scale, dtype=torch.float32)
+        return triples(problem, torch.float32, truth=of_torch)
 
     numerics.assert_pooled(one, first_seed=seed)
 
@@ -646,14 +655,20 @@ MODES_AND_PROJECTION = {mode: (mode, 0) for mode in MODES} | {"LSTM-proj": ("LST
 @pytest.mark.parametrize(("mode", "proj"), MODES_AND_PROJECTION.values(), ids=MODES_AND_PROJECTION)
 @pytest.mark.parametrize("kind", ["padded", "packed", "lengths"])
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_extras(mode, proj, kind, extras, threads, isa):
+def test_extras(mode, proj, kind, extras):
     """The native kernel is the formula, gradients too; one sequence with three threads shares out its units."""
-    for batch in (1, 6):
+    for batch, threads in ((1, 3), (6, 1)):
         problem = draw(mode, (7, batch, 3, 37), 2, seed=21, kind=kind, proj=proj, extras=extras)
         torch.set_num_threads(threads)
         found, expected = results(cpu, problem), results(equations.sequence, problem)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("mode", "proj"), MODES_AND_PROJECTION.values(), ids=MODES_AND_PROJECTION)
+def test_extras_of_each_instruction_set(mode, proj, isa):
+    problem = draw(mode, (7, 6, 3, 37), 2, seed=22, kind="packed", proj=proj, extras=EXTRAS["all"])
+    found, expected = results(cpu, problem), results(equations.sequence, problem)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("mode", "proj"), MODES_AND_PROJECTION.values(), ids=MODES_AND_PROJECTION)
@@ -663,9 +678,46 @@ def test_numerics_of_extras(mode, proj, dtype, seed):
 
     def one(draw_seed):
         problem = draw(mode, (9, 8, 5, 24), 2, seed=draw_seed, proj=proj, dtype=dtype, extras=EXTRAS["all"])
-        return triples(problem, dtype, equations.sequence)
+        return triples(problem, dtype, rival=equations.sequence)
 
     numerics.assert_pooled(one, first_seed=seed)
+
+
+@pytest.mark.parametrize("label", ["RNNCell-tanh", "RNNCell-relu", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("batch", [0, 1, 2, 5])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
+def test_cells(label, dtype, batch, bias, isa):
+    """Without gradients the cells' own kernel; sizes that fill no vector, strided input, no state."""
+    name, _, nonlinearity = label.partition("-")
+    options = {"nonlinearity": nonlinearity} if nonlinearity else {}
+    theirs = getattr(torch.nn, name)(37, 29, bias=bias, **options).to(dtype)
+    ours = getattr(mmfast.nn, name)(37, 29, bias=bias, backend="cpu", **options).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(batch, 74, dtype=dtype)[:, ::2]
+    states = torch.randn(batch, 29, dtype=dtype), torch.randn(29, batch, dtype=dtype).t()
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 1e-5)
+    with torch.no_grad():
+        for hx in (states if name == "LSTMCell" else states[1], None):
+            torch.testing.assert_close(ours(x, hx), theirs(x, hx), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_cells_refuse_as_torch_does(name):
+    ours, theirs = getattr(mmfast.nn, name)(5, 6), getattr(torch.nn, name)(5, 6)
+    h = torch.randn(2, 6)
+    wrong = [
+        (torch.randn(2, 4), h),
+        (torch.randn(2, 5), torch.randn(2, 7)),
+        (torch.randn(2, 5), torch.randn(3, 6)),
+        (torch.randn(2, 5, dtype=torch.float64), h),
+    ]
+    for x, h in wrong:
+        hx = (h, h) if name == "LSTMCell" else h
+        with torch.no_grad(), pytest.raises(Exception) as expected:
+            theirs(x, hx)
+        with torch.no_grad(), pytest.raises(type(expected.value)):
+            ours(x, hx)
 
 
 # ---- graphs

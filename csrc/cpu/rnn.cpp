@@ -42,29 +42,39 @@ struct Piece {
     int64_t stride, k;
 };
 
+// Columns that are summed in one chain. Longer sums are made of such parts, as libraries' are: a chain's rounding error
+// grows with its length.
+constexpr int64_t kChain = 128;
+
 // out[r][v] = sum over the pieces' columns k of a[r][k] * panel[k][v]
 template <typename C, int kRows, int kVectors>
 void multiply_tile(Vec<C>* out, const Piece<C>* pieces, int count, const C* panel) {
-    Vec<C> sum[kRows][kVectors] = {};
+    bool first = true;
     for (const Piece<C>* piece = pieces; piece < pieces + count; ++piece) {
         const C* a = piece->a;
         const int64_t stride = piece->stride;
-        for (int64_t k = piece->k; k > 0; --k, ++a, panel += kVectors * kLanes<C>) {
-            Vec<C> w[kVectors];
+        for (int64_t left = piece->k; left > 0; left -= kChain, first = false) {
+            Vec<C> sum[kRows][kVectors] = {};
+            for (int64_t k = left < kChain ? left : kChain; k > 0; --k, ++a, panel += kVectors * kLanes<C>) {
+                Vec<C> w[kVectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) w[v] = load(panel + v * kLanes<C>);
-#pragma GCC unroll 12
-            for (int r = 0; r < kRows; ++r) {
-                const Vec<C> left = splat(a[r * stride]);
+                for (int v = 0; v < kVectors; ++v) w[v] = load(panel + v * kLanes<C>);
+#pragma GCC unroll 8
+                for (int r = 0; r < kRows; ++r) {
+                    const Vec<C> value = splat(a[r * stride]);
 #pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) sum[r][v] += left * w[v];
+                    for (int v = 0; v < kVectors; ++v) sum[r][v] += value * w[v];
+                }
             }
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) {
+                    Vec<C>& total = out[r * kVectors + v];
+                    total = first ? sum[r][v] : total + sum[r][v];
+                }
         }
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) out[r * kVectors + v] = sum[r][v];
 }
 
 template <typename C>
@@ -377,6 +387,24 @@ struct Direction {
 
 // ---- forward
 
+// h~ from both sides of the gates and the state before; the activated gates, and for LSTM c in the place of c'.
+template <int kMode, typename V>
+inline V gates_of_step(const V* x, const V* a, V* kept, V h, V& c) {
+    if constexpr (kMode == MMFAST_LSTM) {
+        const V i = kept[0] = sigmoid_of(x[0] + a[0]), f = kept[1] = sigmoid_of(x[1] + a[1]);
+        const V g = kept[2] = tanh_of(x[2] + a[2]), o = kept[3] = sigmoid_of(x[3] + a[3]);
+        c = f * c + i * g;
+        return o * tanh_of(c);
+    } else if constexpr (kMode == MMFAST_GRU) {
+        const V r = kept[0] = sigmoid_of(x[0] + a[0]), z = kept[1] = sigmoid_of(x[1] + a[1]);
+        const V n = kept[2] = tanh_of(x[2] + r * a[2]);
+        return n + z * (h - n);
+    } else {
+        const V sum = x[0] + a[0];
+        return kMode == MMFAST_RNN_TANH ? tanh_of(sum) : sum < 0 ? V{} : sum;
+    }
+}
+
 template <typename T, typename C>
 class Forward {
     using V = Vec<C>;
@@ -493,22 +521,15 @@ class Forward {
         if (!d_.w_hr) fetch_to_write(y_ + (row + ahead) * d_.y_stride + unit);
         if constexpr (kMode == MMFAST_LSTM) {
             C* state = c_ + b * c_stride_ + unit;
-            const V i = kept[0] = sigmoid_of(x[0] + a[0]), f = kept[1] = sigmoid_of(x[1] + a[1]);
-            const V g = kept[2] = tanh_of(x[2] + a[2]), o = kept[3] = sigmoid_of(x[3] + a[3]);
-            const V c = f * load(state) + i * g;
+            V c = load(state);
+            h = gates_of_step<kMode>(x, a, kept, V{}, c);
             store(state, cut_after(t, b) ? V{} : c);
-            h = o * tanh_of(c);
             if (cell) d_.memory.store_to(cell, c, valid);
             if (last(t, b)) d_.memory.store_to(cn_ + b * H + unit, c, valid);
-        } else if constexpr (kMode == MMFAST_GRU) {
-            const V r = kept[0] = sigmoid_of(x[0] + a[0]), z = kept[1] = sigmoid_of(x[1] + a[1]);
-            const V n = kept[2] = tanh_of(x[2] + r * a[2]);
-            h = n + z * (before(s, b, unit) - n);
-            if (cell) d_.memory.store_to(cell, a[2], valid);
         } else {
-            const V sum = x[0] + a[0];
-            h = kMode == MMFAST_RNN_TANH ? tanh_of(sum) : sum < 0 ? V{} : sum;
-            if (cell) d_.memory.store_to(cell, h, valid);
+            V none;
+            h = gates_of_step<kMode>(x, a, kept, kMode == MMFAST_GRU ? before(s, b, unit) : V{}, none);
+            if (cell) d_.memory.store_to(cell, kMode == MMFAST_GRU ? a[G - 1] : h, valid);
         }
         if (G > 1 && gates_) {
             T* gates = gates_ + row * d_.gates_stride + unit;
@@ -854,8 +875,104 @@ int run_dtype(const Args& args) {
     }
 }
 
+// ---- cells
+
+// out[row] = bias[row] + sum over k of w[row][k] * x[k], four rows at a time
+template <typename C>
+void multiply_vector(C* out, const C* w, const C* x, const C* bias, int64_t rows, int64_t k) {
+    constexpr int L = kLanes<C>;
+    const int rest = int(k % L);
+    for (int64_t row = 0; row < rows; row += 4) {
+        const C* at[4];
+        for (int i = 0; i < 4; ++i) at[i] = w + (row + i < rows ? row + i : row) * k;
+        Vec<C> sum[4] = {};
+        for (int64_t j = 0; j + L <= k; j += L) {
+            const Vec<C> right = load(x + j);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) sum[i] += load(at[i] + j) * right;
+        }
+        if (rest) {
+            const Vec<C> right = load_partial(x + k - rest, rest);
+            for (int i = 0; i < 4; ++i) sum[i] += load_partial(at[i] + k - rest, rest) * right;
+        }
+        for (int i = 0; i < 4 && row + i < rows; ++i) out[row + i] = sum_lanes<C>(sum[i]) + (bias ? bias[row + i] : 0);
+    }
+}
+
+template <typename T, typename C>
+class Cell {
+    using V = Vec<C>;
+
+  public:
+    explicit Cell(const mmfast_rnn_cell_args& args) : args_(args), memory_(args.dtype) {}
+
+    int run() const {
+        const int64_t H = args_.hidden, rows = gates_of(args_.mode) * H;
+        Scratch scratch(args_.gx ? 0 : 2 * Scratch::bytes<C>(rows));
+        if (scratch.failed()) return MMFAST_OUT_OF_MEMORY;
+        C* sides[2] = {};
+        if (!args_.gx)
+            for (C*& side : sides) side = scratch.template take<C>(rows);
+        for (int64_t b = 0; b < args_.batch; ++b) {
+            const T *gx = static_cast<const T*>(args_.gx) + b * rows, *gh = static_cast<const T*>(args_.gh) + b * rows;
+            if (!args_.gx) {
+                if constexpr (sizeof(T) != sizeof(C)) return MMFAST_INVALID_ARGUMENT;
+                multiply(sides[0], args_.w_ih, at(args_.x, b * args_.input), args_.b_ih, rows, args_.input);
+                multiply(sides[1], args_.w_hh, at(args_.h0, b * H), args_.b_hh, rows, H);
+                gx = reinterpret_cast<const T*>(sides[0]), gh = reinterpret_cast<const T*>(sides[1]);
+            }
+            with_mode(args_.mode, [&](auto mode) {
+                for (int64_t unit = 0; unit < H; unit += kLanes<C>) step<decltype(mode)::value>(gx, gh, b, unit);
+            });
+        }
+        return MMFAST_OK;
+    }
+
+  private:
+    static const T* at(const void* p, int64_t offset) { return p ? static_cast<const T*>(p) + offset : nullptr; }
+
+    static void multiply(C* out, const void* w, const T* x, const void* bias, int64_t rows, int64_t k) {
+        const auto numbers = [](const void* p) { return static_cast<const C*>(p); };
+        multiply_vector(out, numbers(w), numbers(x), numbers(bias), rows, x ? k : 0);
+    }
+
+    template <int kMode>
+    void step(const T* gx, const T* gh, int64_t b, int64_t unit) const {
+        constexpr int G = gates_of(kMode);
+        const int64_t H = args_.hidden, place = b * H + unit;
+        const int valid = H - unit < kLanes<C> ? int(H - unit) : kLanes<C>;
+        V x[G], a[G], kept[G], h = {}, c = {};
+        for (int g = 0; g < G; ++g) {
+            x[g] = memory_.load_from(gx + g * H + unit, valid);
+            a[g] = memory_.load_from(gh + g * H + unit, valid);
+        }
+        if (kMode == MMFAST_GRU && args_.h0) h = memory_.load_from(at(args_.h0, place), valid);
+        if (kMode == MMFAST_LSTM && args_.c0) c = memory_.load_from(at(args_.c0, place), valid);
+        h = gates_of_step<kMode>(x, a, kept, h, c);
+        memory_.store_to(static_cast<T*>(args_.h) + place, h, valid);
+        if (kMode == MMFAST_LSTM) memory_.store_to(static_cast<T*>(args_.c) + place, c, valid);
+    }
+
+    const mmfast_rnn_cell_args& args_;
+    Memory<T, C> memory_;
+};
+
 }  // namespace
 
+int rnn_cell(const mmfast_rnn_cell_args& args) {
+    if (args.mode < MMFAST_RNN_TANH || args.mode > MMFAST_LSTM) return MMFAST_INVALID_ARGUMENT;
+    switch (args.dtype) {
+        case MMFAST_FLOAT32:
+            return Cell<float, float>(args).run();
+        case MMFAST_FLOAT64:
+            return Cell<double, double>(args).run();
+        case MMFAST_FLOAT16:
+        case MMFAST_BFLOAT16:
+            return Cell<Narrow, float>(args).run();
+        default:
+            return MMFAST_INVALID_ARGUMENT;
+    }
+}
 int rnn_forward(const mmfast_rnn_forward_args& args) { return run_dtype<Forward>(args); }
 int rnn_backward(const mmfast_rnn_backward_args& args) { return run_dtype<Backward>(args); }
 

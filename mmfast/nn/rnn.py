@@ -234,6 +234,13 @@ class _Cell(Twin):
 
     name: str
 
+    def _weights(self: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        own = self._parameters  # an attribute of a module takes a microsecond to be found
+        try:
+            return own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"]
+        except KeyError:  # parametrized
+            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
         dims = input.dim()
         if dims not in (1, 2):
@@ -282,7 +289,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         self.backend = backend
 
     def _call(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        weights = self._weights()
         return F.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity, backend=self.backend)
 
     def static_case(self) -> tuple[Op, Any]:
@@ -312,7 +319,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
         self.backend = backend
 
     def _call(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        weights = self._weights()
         return F.gru_cell(input, hx, *weights, backend=self.backend)
 
     def static_case(self) -> tuple[Op, Any]:
@@ -346,7 +353,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
                 raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
 
     def _call(self, input: Tensor, hx: Any) -> tuple[Tensor, Tensor]:
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        weights = self._weights()
         return F.lstm_cell(input, hx, *weights, backend=self.backend)
 
     def static_case(self) -> tuple[Op, Any]:
