@@ -34,7 +34,11 @@ class _Sequence(Twin, torch.nn.RNNBase):
     recurrent_dropout: float = 0.0
 
     def _set_extras(self, backend: str | None, zoneout: float, recurrent_dropout: float) -> None:
-        self.backend, self.zoneout, self.recurrent_dropout = backend, zoneout, recurrent_dropout
+        self.backend = backend
+        if zoneout:
+            self.zoneout = zoneout
+        if recurrent_dropout:
+            self.recurrent_dropout = recurrent_dropout
 
     def extra_repr(self) -> str:
         extras = {"zoneout": self.zoneout, "recurrent_dropout": self.recurrent_dropout}
