@@ -1,4 +1,4 @@
-"""The recurrent layers on a CPU against PyTorch's in eager: a table of cases, and random shapes that must not be slower.
+"""The recurrent layers on a CPU against PyTorch's in eager: a table of cases, and random shapes, none to be slower.
 
     python benchmarks/rnn_table.py [table|random] [--threads 1] [--seconds 2] [--count 200] [--only packed]
 

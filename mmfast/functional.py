@@ -36,7 +36,7 @@ from .ops.conv_transpose.equations import Epilogue as ConvTransposeEpilogue
 from .ops.conv_transpose.equations import Geometry as ConvTransposeGeometry
 from .ops.conv_transpose.op import conv_transpose as conv_transpose_op
 from .ops.rnn import equations as rnn_equations
-from .ops.rnn.backends import MANY
+from .ops.rnn.backends import MANY, SHORT
 from .ops.rnn.backends import OP as RNN
 from .ops.rnn.backends import Case as RnnCase
 from .ops.rnn.equations import GATES
@@ -238,8 +238,9 @@ def _recurrent(
     kind = (options.bidirectional, batch_sizes is not None, options.lengths is not None, transformed)
     # a graph is not compiled anew for another batch
     many = transformed or batch * sizes.hidden_size > MANY
+    short = not transformed and _steps(input, options) <= SHORT[mode]
     extras = (options.reset_mask is not None, options.zoneout > 0, options.recurrent_dropout > 0)
-    facts = (input.device, input.dtype, mode, *sizes, *kind, torch.is_grad_enabled(), many, *extras)
+    facts = (input.device, input.dtype, mode, *sizes, *kind, torch.is_grad_enabled(), many, short, *extras)
     chosen = RNN.select_by(facts, _rnn_case, backend)
     if chosen != "torch":
         one: Any = rnn_equations.sequence if formula else partial(rnn_sequence, backend=chosen)
@@ -259,9 +260,15 @@ _packed_outside_graphs = _disable_dynamo(_recurrent)
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
     dtype = _compute_dtype(device.type, dtype)
-    *kind, gradients, many, resets, zoneout, recurrent_dropout = rest
-    extras = (resets, zoneout, recurrent_dropout)
-    return RnnCase._make((device.type, dtype, mode, *kind, autocasts(device.type), gradients, many, False, *extras))
+    *kind, gradients, many, short, resets, zoneout, recurrent_dropout = rest
+    facts = (autocasts(device.type), gradients, many, short, False, resets, zoneout, recurrent_dropout)
+    return RnnCase._make((device.type, dtype, mode, *kind, *facts))
+
+
+def _steps(input: Tensor, options: _Options) -> int:
+    if options.batch_sizes is not None:
+        return options.batch_sizes.shape[0]
+    return input.shape[1 if options.batch_first else 0]
 
 
 def _checked_options(options: _Options, input: Tensor, batch: int) -> _Options:

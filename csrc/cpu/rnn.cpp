@@ -552,7 +552,10 @@ class Forward {
     // h: before zoneout
     void output(int64_t s, int64_t t, int64_t b, int64_t unit, int valid, V h) const {
         const int64_t row = d_.rows.row(t, b);
-        if (d_.zones()) h = h + d_.stay(row, unit, valid) * (before(s, b, unit) - h);
+        if (d_.zones()) {
+            const V k = d_.stay(row, unit, valid), old = before(s, b, unit);
+            h = d_.zone ? (k > 0 ? old : h) : k * old + (1 - k) * h;
+        }
         d_.memory.store_to(y_ + row * d_.y_stride + unit, h, valid);
         enter(h_[(s + 1) & 1], cut_after(t, b) ? V{} : h, b, unit, valid);
         if (last(t, b)) d_.memory.store_to(hn_ + b * d_.P + unit, h, valid);
