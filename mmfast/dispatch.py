@@ -237,9 +237,14 @@ def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
 
     torch.jit.trace listens, too: of a kernel called directly it would record nothing but the output's allocation.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() != 0
+    ):
+        return False
+    # a loop: a generator would cost as much as all the rest
+    for x in tensors:
+        if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
+            return False
+    return True
