@@ -237,14 +237,12 @@ def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
 
     torch.jit.trace listens, too: of a kernel called directly it would record nothing but the output's allocation.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() != 0
-    ):
-        return False
-    # a loop: a generator would cost as much as all the rest
-    for x in tensors:
-        if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
-            return False
-    return True
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and _PLAIN.issuperset(map(type, tensors))  # all() of a generator takes three times as long
+    )
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
