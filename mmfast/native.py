@@ -216,9 +216,7 @@ def cpu_adversarial_backward(
     arguments = _adversarial_inputs(terms, mean, inputs, state)
     wanted = [0 if g is None else g.data_ptr() for g in gradients]
     slopes = 0 if state is None else state.data_ptr()
-    status = library().cpu_adversarial_backward(
-        *arguments, dtotal.data_ptr(), slopes, wanted, torch.get_num_threads()
-    )
+    status = library().cpu_adversarial_backward(*arguments, dtotal.data_ptr(), slopes, wanted, torch.get_num_threads())
     if status:
         check(status)
 

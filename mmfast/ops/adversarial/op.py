@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import is_plain
-from ..library import below_autograd, define, needs_gradient
+from ..library import below_autograd, define
 from . import equations
 from .backends import OP, Outputs, empty_outputs
 from .equations import Inputs, Term, Terms, columns_of
@@ -65,6 +65,8 @@ class _Call:
         self.group = group
         self.values: Tensor | None = None
         self.gradients: list[Tensor | None] = []
+        self.counts: tuple[int, int, int] | None = None
+        self.peers: Sequence[int] = ()
 
 
 def means_of(terms: Terms, tensors: Sequence[Tensor], backend: str) -> Tensor:
@@ -97,7 +99,7 @@ class AdversarialLoss(torch.autograd.Function):
             torch.distributed.all_reduce(state[0].div_(group.size()), group=group)
         # the node of the graph keeps its call; tensors are kept by save_for_backward only
         call.inputs = None
-        call.counts, call.peers = None, inputs.peers
+        call.peers = inputs.peers
         if inputs.weights or inputs.peers or inputs.centres is not None:
             call.counts = len(inputs.logits), len(inputs.others), len(inputs.weights)
             ctx.save_for_backward(*tensors, *inputs.weights, inputs.centres, state)
@@ -132,7 +134,7 @@ _apply = super(torch.autograd.Function, AdversarialLoss).apply
 AdversarialLoss._backward_cls.apply = AdversarialLoss.backward  # type: ignore[attr-defined]
 
 
-def _second_order(ctx: Any, dtotal: Tensor) -> list[Tensor | None]:
+def _second_order(ctx: Any, dtotal: Tensor) -> Sequence[Tensor | None]:
     call, needed = ctx.call, ctx.needs_input_grad[1:]
     inputs, state = _saved(ctx.saved_tensors, call)
     rest = (*columns_of(call.terms), call.mean, call.backend.name)
