@@ -99,7 +99,8 @@ enum mmfast_activation {
     MMFAST_ACT_LEAKY_RELU = 2,
     MMFAST_ACT_TANH = 3,
     MMFAST_ACT_SIGMOID = 4,
-    MMFAST_ACT_SILU = 5
+    MMFAST_ACT_SILU = 5,
+    MMFAST_ACT_GELU = 6  // z times the normal distribution function of z
 };
 
 // out = act((y - mean_c) / sqrt(var_c + eps) * weight_c + bias_c), for each of `sets` sets with moments of its own (one
@@ -119,7 +120,7 @@ typedef struct {
     const void* bias;    // (channels,) compute dtype, or null: 0
     void* mean;          // (sets, channels) compute dtype
     void* var;           // (sets, channels) compute dtype; the biased variance
-    void* out;           // forward only; may alias y
+    void* out;           // forward only; may alias y; null: only the moments are wanted
     const void* dout;    // backward only
     void* dy;            // backward only; may alias dout
     void* dweight;       // (sets, channels) compute dtype, backward only
@@ -136,7 +137,7 @@ typedef struct {
     int32_t activation;
     double negative_slope;  // at least 0
     int64_t count;
-    const void* y;     // (count,) forward: the argument; backward: the value, for silu the argument
+    const void* y;     // (count,) forward: the argument; backward: the value, for silu and gelu the argument
     const void* dout;  // (count,) backward only
     void* out;         // (count,) forward: the value; backward: dout * act'; may alias y or dout
     int32_t threads;

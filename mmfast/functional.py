@@ -580,120 +580,96 @@ def conv_transpose3d(
     return _conv_transpose(*arguments)
 
 
-def conv_transpose1d_norm_act(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size = 0,
-    output_padding: Size = 0,
-    groups: int = 1,
-    dilation: Size = 1,
-    *,
-    crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
-    norm: str | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    negative_slope: float = 0.01,
-    backend: str | None = None,
-) -> Tensor:
-    """A transposed convolution over sequences, the normalisation and the activation that follow it, as one op.
+_SPATIAL = ("sequences", "images", "volumes")
 
-    Equivalent to, for norm "batch", activation "relu" and crop (l, r):
-    `relu(batch_norm(conv_transpose1d(input, weight, bias, ...)[:, :, l:-r], running_mean, running_var, norm_weight,
-    norm_bias, training, momentum, eps))`.
 
-    input, weight, bias, stride, padding, output_padding, groups, dilation: as in `conv_transpose1d`.
+def _norm_act(dims: int) -> Callable[..., Any]:
+    """conv_transpose*d_norm_act of so many spatial dimensions."""
+
+    def conv_transpose_norm_act(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        dilation: Size = 1,
+        *,
+        crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
+        norm: str | None = None,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        statistics: bool = False,
+        backend: str | None = None,
+    ) -> Any:
+        epilogue = _epilogue(norm, running_mean, training, eps, activation, negative_slope, statistics)
+        sizes = (stride, padding, output_padding, groups, dilation)
+        parameters = (norm_weight, norm_bias, running_mean, running_var)
+        arguments: Any = (input, weight, bias, *sizes, crop, parameters, momentum, epilogue, statistics, backend)
+        out, mean, var = _conv_transpose_norm_act(dims, *arguments)
+        return (out, mean, var) if statistics else out
+
+    name = f"conv_transpose{dims}d"
+    conv_transpose_norm_act.__name__ = conv_transpose_norm_act.__qualname__ = f"{name}_norm_act"
+    conv_transpose_norm_act.__doc__ = f"""A transposed convolution of {_SPATIAL[dims - 1]}, norm and activation: one op.
+
+    Equivalent to, for norm "batch" and activation "relu", with `crop` positions sliced off the convolution's result:
+    `relu(batch_norm({name}(input, weight, bias, ...)[crop], running_mean, running_var, norm_weight, norm_bias,
+    training, momentum, eps))`.
+
+    input, weight, bias, stride, padding, output_padding, groups, dilation: as in `{name}`.
     crop: how many positions to drop from the result at (begin, end), or a pair per spatial dimension; audio codecs
         that are causal drop their whole overlap at the end.
     norm: None, "batch" (training, or no running statistics: moments of this batch; else the running statistics) or
         "instance" (always its own moments). norm_weight, norm_bias: (Cout,) or None.
     running_mean, running_var: (Cout,) or None; "batch" updates them in training, as PyTorch does.
-    activation: None, "relu", "leaky_relu" (with negative_slope), "tanh", "sigmoid", "silu" or "gelu".
-    backend: "torch", "cpu" or None (mmfast chooses).
-    Returns (N, Cout, L') or (Cout, L'), in input's dtype. Differentiable to any order in eager.
+    activation: None, "relu", "leaky_relu" (with negative_slope), "tanh", "sigmoid", "silu" or "gelu" (exact).
+    statistics: whether mean and biased variance of the convolution's result, before norm and activation, are returned
+        too: float32 (float64 for float64), without gradients, (Cout,) over batch and positions; "instance": (N, Cout).
+    backend: "torch", "cpu", "triton", "cuda" or None (mmfast chooses).
+    Returns the output, (N, Cout, *sizes) or (Cout, *sizes), in input's dtype, or (output, mean, var). Differentiable
+        to any order in eager.
     Raises ValueError for an unknown norm, activation or backend, and where a norm that measures has one value per
         channel; RuntimeError for what PyTorch's own functions refuse.
     """
-    geometry: Any = (stride, padding, output_padding, groups, dilation)
-    statistics: Any = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
-    epilogue = (crop, *statistics, activation, negative_slope)
-    arguments: Any = (1, input, weight, bias, *geometry, *epilogue, backend)
-    return _conv_transpose_norm_act(*arguments)
+    return conv_transpose_norm_act
 
 
-def conv_transpose2d_norm_act(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size = 0,
-    output_padding: Size = 0,
-    groups: int = 1,
-    dilation: Size = 1,
-    *,
-    crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
-    norm: str | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    negative_slope: float = 0.01,
-    backend: str | None = None,
-) -> Tensor:
-    """A transposed convolution over images, the normalisation and the activation that follow it, as one op.
-
-    Equivalent to: conv_transpose2d, batch_norm or instance_norm, activation. All else: `conv_transpose1d_norm_act`.
-    """
-    geometry: Any = (stride, padding, output_padding, groups, dilation)
-    statistics: Any = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
-    epilogue = (crop, *statistics, activation, negative_slope)
-    arguments: Any = (2, input, weight, bias, *geometry, *epilogue, backend)
-    return _conv_transpose_norm_act(*arguments)
+conv_transpose1d_norm_act = _norm_act(1)
+conv_transpose2d_norm_act = _norm_act(2)
+conv_transpose3d_norm_act = _norm_act(3)
 
 
-def conv_transpose3d_norm_act(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size = 0,
-    output_padding: Size = 0,
-    groups: int = 1,
-    dilation: Size = 1,
-    *,
-    crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
-    norm: str | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    negative_slope: float = 0.01,
-    backend: str | None = None,
-) -> Tensor:
-    """A transposed convolution over volumes, the normalisation and the activation that follow it, as one op.
-
-    Equivalent to: conv_transpose3d, batch_norm or instance_norm, activation. All else: `conv_transpose1d_norm_act`.
-    """
-    geometry: Any = (stride, padding, output_padding, groups, dilation)
-    statistics: Any = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
-    epilogue = (crop, *statistics, activation, negative_slope)
-    arguments: Any = (3, input, weight, bias, *geometry, *epilogue, backend)
-    return _conv_transpose_norm_act(*arguments)
+def _epilogue(
+    norm: str | None,
+    running_mean: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    statistics: bool,
+) -> ConvTransposeEpilogue:
+    if norm not in (None, "batch", "instance"):
+        raise ValueError(f"unknown norm {norm!r}; accepted: None, 'batch', 'instance'")
+    if activation is not None and activation not in CONV_TRANSPOSE_ACTIVATIONS[1:]:
+        accepted = ", ".join(map(repr, CONV_TRANSPOSE_ACTIVATIONS[1:]))
+        raise ValueError(f"unknown activation {activation!r}; accepted: None, {accepted}")
+    if norm == "instance" and running_mean is not None:
+        raise ValueError("norm 'instance' takes no running statistics; pass None, or norm='batch'")
+    kind = norm or ("moments" if statistics else "none")
+    if norm == "batch" and not training and running_mean is not None:
+        if statistics:
+            raise ValueError("statistics are asked for, but a norm by running statistics measures none")
+        kind = "given"
+    return ConvTransposeEpilogue(kind, eps, activation or "none", negative_slope)
 
 
 def _conv_transpose(
@@ -728,56 +704,65 @@ def _conv_transpose_norm_act(
     groups: int,
     dilation: Size,
     crop: Sequence[tuple[int, int]] | tuple[int, int],
-    norm: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
+    parameters: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     momentum: float,
-    eps: float,
-    activation: str | None,
-    negative_slope: float,
+    epilogue: ConvTransposeEpilogue,
+    statistics: bool,
     backend: str | None,
-) -> Tensor:
-    if norm not in (None, "batch", "instance"):
-        raise ValueError(f"unknown norm {norm!r}; accepted: None, 'batch', 'instance'")
-    if activation is not None and activation not in CONV_TRANSPOSE_ACTIVATIONS[1:]:
-        accepted = ", ".join(map(repr, CONV_TRANSPOSE_ACTIVATIONS[1:]))
-        raise ValueError(f"unknown activation {activation!r}; accepted: None, {accepted}")
-    if norm == "instance" and running_mean is not None:
-        raise ValueError("norm 'instance' takes no running statistics; pass None, or norm='batch'")
-    measures = norm == "instance" or (norm == "batch" and (training or running_mean is None))
-    kind = ("given" if norm == "batch" and not measures else norm) or "none"
-    epilogue = ConvTransposeEpilogue(kind, eps, activation or "none", negative_slope)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, mean, var), with PyTorch's functions mean and var only if they are asked for.
+
+    parameters: norm_weight, norm_bias, running_mean, running_var.
+    """
     cropped = _crop(crop, dims)
     sizes = (stride, padding, output_padding, groups, dilation)
-    facts = (any(cropped), epilogue.norm, epilogue.activation, negative_slope)
+    facts = (any(cropped), epilogue.norm, epilogue.activation, epilogue.negative_slope)
     chosen = _select_conv_transpose(dims, input, weight, *sizes, backend, *facts)
     geometry = _geometry(dims, *sizes, cropped)
     if chosen == "torch" or not _fits(dims, input, weight, bias, geometry):
         y = _CONV_TRANSPOSE[dims - 1](input, weight, bias, stride, padding, output_padding, groups, dilation)
         for dim, (begin, end) in enumerate(zip(cropped[::2], cropped[1::2], strict=True), start=-dims):
             y = y.narrow(dim, begin, y.shape[dim] - begin - end) if begin or end else y
-        if norm == "batch":
-            y = torch.nn.functional.batch_norm(
-                y, running_mean, running_var, norm_weight, norm_bias, measures, momentum, eps
-            )
-        elif norm == "instance":
-            y = torch.nn.functional.instance_norm(y, weight=norm_weight, bias=norm_bias, eps=eps)
-        return conv_transpose_equations.activate(y, epilogue.activation, negative_slope)
-    given = (running_mean, running_var) if kind == "given" else (None, None)
-    parameters = (norm_weight, norm_bias, *given)
-    out, mean, var = _conv_transpose_op(dims, input, weight, bias, parameters, geometry, epilogue, chosen)
-    if measures:
+        out, mean, var = _normalize_and_activate(
+            y if y.dim() == dims + 2 else y[None], *parameters, momentum, epilogue, statistics
+        )
+        return out if y.dim() == dims + 2 else out[0], mean, var
+    norm_weight, norm_bias, running_mean, running_var = parameters
+    given = (running_mean, running_var) if epilogue.norm == "given" else (None, None)
+    operands = (input, weight, bias, (norm_weight, norm_bias, *given))
+    out, mean, var = _conv_transpose_op(dims, *operands, geometry, epilogue, chosen)
+    if epilogue.measures and epilogue.normalizes:
         count = out.numel() // max(mean.numel(), 1)
-        if count == 1 or (norm == "batch" and out.shape[-dims:].numel() * (out.dim() == dims + 1) == 1):
+        if count == 1 or (epilogue.norm == "batch" and out.shape[-dims:].numel() * (out.dim() == dims + 1) == 1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {out.size()}")
-        if norm == "batch" and running_mean is not None and running_var is not None:
+        if epilogue.norm == "batch" and running_mean is not None and running_var is not None:
             with torch.no_grad():
                 running_mean.lerp_(mean.to(running_mean.dtype), momentum)
                 running_var.lerp_(var.to(running_var.dtype) * (count / max(count - 1, 1)), momentum)
-    return out
+    return out, mean, var
+
+
+def _normalize_and_activate(
+    y: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    epilogue: ConvTransposeEpilogue,
+    statistics: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What follows a convolution with the result y (N, Cout, *sizes), on PyTorch's own functions."""
+    mean = var = None
+    if statistics:
+        wide = y.detach().float() if y.dtype.itemsize == 2 else y.detach()
+        mean, var = conv_transpose_equations.moments(wide, epilogue.norm)
+    if epilogue.norm in ("batch", "given"):
+        options = (epilogue.measures, momentum, epilogue.eps)
+        y = torch.nn.functional.batch_norm(y, running_mean, running_var, norm_weight, norm_bias, *options)
+    elif epilogue.norm == "instance":
+        y = torch.nn.functional.instance_norm(y, weight=norm_weight, bias=norm_bias, eps=epilogue.eps)
+    return conv_transpose_equations.activate(y, epilogue.activation, epilogue.negative_slope), mean, var
 
 
 _CONV_TRANSPOSE = (

@@ -249,16 +249,16 @@ def cpu_normalize_forward(
     eps: float,
     y: torch.Tensor,
     parameters: Sequence[torch.Tensor | None],
-    out: torch.Tensor,
+    out: torch.Tensor | None,
 ) -> None:
-    """Fills out, and with `measure` mean and var, from y: dense CPU tensors of one dtype and one order of memory.
+    """Fills out, if any, and with `measure` mean and var, from y: dense CPU tensors of one dtype and order of memory.
 
     layout: (channels last, (sets, batch, channels, size)). activation: (number, negative slope). parameters: weight,
     bias (channels,) or None, mean, var (sets, channels) in y's compute dtype, contiguous.
     """
     pointers = [_address(x) for x in parameters]
     threads = torch.get_num_threads()
-    arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, y.data_ptr(), *pointers, out.data_ptr(), threads)
+    arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, y.data_ptr(), *pointers, _address(out), threads)
     check(library().cpu_normalize_forward(*arguments))
 
 
@@ -290,7 +290,7 @@ def cpu_activation_forward(activation: tuple[int, float], y: torch.Tensor, out: 
 def cpu_activation_backward(
     activation: tuple[int, float], value: torch.Tensor, dout: torch.Tensor, dy: torch.Tensor
 ) -> None:
-    """Fills dy with dout times the slope at which the activation took `value` (silu: its argument); one layout."""
+    """Fills dy with dout times the slope where the activation is `value` (silu, gelu: of its argument); one layout."""
     pointers = (value.data_ptr(), dout.data_ptr(), dy.data_ptr())
     check(
         library().cpu_activation_backward(

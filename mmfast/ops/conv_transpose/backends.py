@@ -3,7 +3,7 @@
 `forward(x, weight, bias, norm_weight, norm_bias, mean, var, geometry, epilogue, keep)` gives (out, saved, mean, var).
 out is in the layout PyTorch's convolution gives; saved is what the backward needs besides the inputs and out: the
 convolution's own result for a norm, silu and gelu, else (and without `keep`) an empty tensor; mean and var are the
-norm's moments, (Cout,) or (N, Cout), float64 for float64, else float32; empty without a norm, and where they are given.
+moments, (Cout,) or (N, Cout), float64 for float64, else float32; empty for norm "none", and where they are given.
 
 `backward(dout, x, weight, bias, norm_weight, norm_bias, mean, var, saved, geometry, epilogue, mask)`, saved being out
 where forward's was empty, gives the gradients of x, weight, bias, norm_weight, norm_bias that mask asks for, None for
@@ -24,7 +24,7 @@ from . import equations, products
 from .equations import Epilogue, Geometry
 
 #: enum mmfast_activation
-_NATIVE_ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4, "silu": 5}
+_NATIVE_ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4, "silu": 5, "gelu": 6}
 
 _NO_ACTIVATION = (0, Epilogue().negative_slope)
 
@@ -57,7 +57,14 @@ def moments_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def keeps_result(epilogue: Epilogue) -> bool:
     """Whether the backward needs the convolution's own result: out does not tell it."""
-    return epilogue.norm != "none" or epilogue.activation in ("silu", "gelu")
+    return epilogue.normalizes or epilogue.activation in ("silu", "gelu")
+
+
+def moments_shape(shape: Sequence[int], epilogue: Epilogue) -> Sequence[int]:
+    """The shape of mean and var for an output of `shape`."""
+    if not epilogue.measures:
+        return (0,)
+    return shape[:2] if epilogue.norm == "instance" else shape[1:2]
 
 
 def empty_output(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -92,7 +99,7 @@ class Torch(TorchBackend):
         parameters = (norm_weight, norm_bias, mean, var)
         out, y, mean, var = equations.forward(x, weight, bias, *parameters, geometry, epilogue)
         dtype = moments_dtype(x.dtype)
-        if mean is None or var is None or epilogue.norm == "given":
+        if mean is None or var is None or not epilogue.measures:
             mean, var = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
         saved = y if keep and keeps_result(epilogue) and y is not out else x.new_empty(0)
         return out, saved, mean.to(dtype), var.to(dtype)
@@ -149,8 +156,6 @@ class Cpu(Backend):
 
     def refusals(self, case: Case) -> list[str]:
         refusals = native.cpu_refusals("the input is", case.device, case.dtype)
-        if case.activation not in _NATIVE_ACTIVATIONS:
-            refusals.append(f"the activation is {case.activation} (supported: {', '.join(_NATIVE_ACTIVATIONS)})")
         if case.activation == "leaky_relu" and case.negative_slope < 0:
             refusals.append(f"leaky_relu's negative slope is {case.negative_slope} (supported: at least 0)")
         return refusals
@@ -186,20 +191,17 @@ class Cpu(Backend):
         y = self._convolve(x, weight, bias, geometry, fused)
         # torch's instance norm gives a contiguous result whatever it is given
         y = y.contiguous() if epilogue.norm == "instance" else y
-        out = torch.empty_like(y) if keep else y
-        if epilogue.norm == "none":
-            if keep:
-                native.cpu_activation_forward(activation, y, out)
-            return out, y if keep else nothing(x.dtype), nothing(), nothing()
-        measure = epilogue.norm != "given"
-        if measure:
-            shape = y.shape[:2] if epilogue.norm == "instance" else y.shape[1:2]
+        if epilogue.measures:
+            shape = moments_shape(y.shape, epilogue)
             mean, var = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        out = torch.empty_like(y) if keep else y
         parameters = [_as(p, dtype) for p in (norm_weight, norm_bias, mean, var)]
-        if y.numel():
-            layout = _layout(y, epilogue.norm)
-            native.cpu_normalize_forward(layout, activation, measure, epilogue.eps, y, parameters, out)
-        moments: Any = (mean, var) if measure else (nothing(), nothing())
+        options = _layout(y, epilogue.norm), activation, epilogue.measures, epilogue.eps
+        if y.numel() and epilogue.norm != "none":
+            native.cpu_normalize_forward(*options, y, parameters, out if epilogue.normalizes else None)
+        if not epilogue.normalizes and activation[0] and not fused[0]:
+            native.cpu_activation_forward(activation, y, out)
+        moments: Any = (mean, var) if epilogue.measures else (nothing(), nothing())
         return out, y if keep else nothing(x.dtype), *moments
 
     def backward(
@@ -259,12 +261,12 @@ class Cpu(Backend):
         """(dy, dnorm_weight (Cout,), dnorm_bias (Cout,))"""
         activation = (_NATIVE_ACTIVATIONS[epilogue.activation], epilogue.negative_slope)
         nothing = dout.new_empty(0)
-        if epilogue.norm == "none" and epilogue.activation == "none":
+        if not epilogue.normalizes and epilogue.activation == "none":
             return dout, nothing, nothing
         saved = _dense(saved)
         dout = dout if dout.stride() == saved.stride() else torch.empty_like(saved).copy_(dout)
         dy = torch.empty_like(saved)
-        if epilogue.norm == "none":
+        if not epilogue.normalizes:
             native.cpu_activation_backward(activation, saved, dout, dy)
             return dy, nothing, nothing
         dtype = moments_dtype(saved.dtype)
@@ -275,7 +277,7 @@ class Cpu(Backend):
             native.cpu_normalize_backward(
                 layout,
                 activation,
-                epilogue.norm != "given",
+                epilogue.measures,
                 epilogue.eps,
                 saved,
                 [_as(p, dtype) for p in parameters],
