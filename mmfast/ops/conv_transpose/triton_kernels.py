@@ -25,7 +25,8 @@ in 16 bits, else by memory. A batch norm's moments come from the epilogue: each 
 squared deviations of each of its columns, and one program a channel merges them in a fixed order in float64. Normalising
 reads y and writes out; its backward reads y and dout twice and writes dy: bound by memory.
 
-Offsets are 64 bits from the tensor to the tile's first sample, 32 bits within; samples of 2^30 elements are WIDE.
+Offsets are 64 bits from the tensor to the tile's first sample, 32 bits within; samples of 2^30 elements are
+WIDE.
 Nothing that a program is compiled for depends on the batch or a size.
 """
 
@@ -218,7 +219,8 @@ def conv_kernel(
     W_LAST: tl.constexpr,
     Y_LAST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    NORM: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    GIVEN: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -255,8 +257,8 @@ def conv_kernel(
     b_sample = _divide(o_row, row_positions, WIDE)
     b_tw = o_row - b_sample * row_positions
     m_row = sample + b_sample < batch
-    b_td = 0
-    b_th = 0
+    b_td = tl.zeros((BLOCK_M,), tl.int32)
+    b_th = tl.zeros((BLOCK_M,), tl.int32)
     if DIMS > 1:
         b_th = _divide(b_tw, rows_w, WIDE)
         b_tw -= b_th * rows_w
@@ -384,7 +386,7 @@ def conv_kernel(
 
     if SAVE:
         tl.store(saved + base + o_y, b_y.to(saved.dtype.element_ty), mask=m_out)
-    if NORM == "batch":
+    if MOMENTS:
         # moments are those of what is stored
         b_stored = b_y.to(out.dtype.element_ty).to(tl.float32)
         if PHASES_IN_COLUMNS:
@@ -401,7 +403,7 @@ def conv_kernel(
         tl.store(counts + o_part, b_count, mask=m_column)
         tl.store(means + o_part, b_mean, mask=m_column)
         tl.store(squares + o_part, tl.sum(b_off * b_off, 0), mask=m_column)
-    elif NORM == "given":
+    if GIVEN:
         b_scale = 1.0 / tl.sqrt(tl.load(var + b_co, mask=m_column, other=1.0) + eps)
         if HAS_NORM_WEIGHT:
             b_scale *= tl.load(norm_weight + b_co, mask=m_column, other=0.0)
@@ -652,9 +654,9 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    shape: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, w_last: bool, tf32: bool
+    shape: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, x_last: bool, w_last: bool, tf32: bool
 ) -> Plan:
-    """shape: the weight's. w_last: whether its output channels are side by side."""
+    """shape: the weight's. x_last, w_last: whether the channels of x, of weight's outputs, are side by side."""
     in_channels, group_out, *kernel_size = shape
     kernel, stride, dilation = (_three(part) for part in (kernel_size, geometry.stride, geometry.dilation))
     gcd = tuple(map(math.gcd, stride, dilation))
@@ -664,7 +666,7 @@ def plan(
     every_tap = max(dilation) == 1 and all(k % s == 0 for k, s in zip(kernel, stride, strict=True))
     in_columns = every_tap and phases > 1 and (group_out < 16 or kernel == stride)
     columns = group_out * phases if in_columns else group_out
-    blocks = _blocks(in_channels // geometry.groups, columns, dtype.itemsize, len(kernel_size))
+    blocks = _blocks(in_channels // geometry.groups, columns, dtype.itemsize, x_last, in_columns)
     constants = {
         "CIN": in_channels,
         "COUT": group_out * geometry.groups,
@@ -690,12 +692,15 @@ def _three(sizes: Sequence[int], missing: int = 1) -> tuple[int, int, int]:
     return (*[missing] * (3 - len(sizes)), *sizes)  # type: ignore[return-value]
 
 
-def _blocks(in_channels: int, columns: int, itemsize: int, dims: int) -> dict[str, int]:
-    """The tile of a program, by channels and kernel: square where the product is large, deep where it is narrow."""
-    n = min(max(triton.next_power_of_2(columns), 16), 128)
-    k = min(max(triton.next_power_of_2(in_channels), 16), 64 if itemsize == 2 else 32)
-    # sequences are short where channels are many: half the rows, or half of the processors had no tile
-    m = 64 if dims == 1 and in_channels >= 256 else 128
+def _blocks(in_channels: int, columns: int, itemsize: int, x_last: bool, in_columns: bool) -> dict[str, int]:
+    """The tile of a program, by channels and kernel: square where the product is large, deep where it is narrow.
+
+    Half as large where x is read element by element, or each element has a mask of its own: addresses fill registers.
+    """
+    small = in_columns or not x_last
+    n = min(max(triton.next_power_of_2(columns), 16), 64 if in_columns else 128)
+    k = min(max(triton.next_power_of_2(in_channels), 16), 64 if itemsize == 2 and x_last else 32)
+    m = 64 if small else 128
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": 8 if m * n > 8192 else 4, "num_stages": 3}
 
 
@@ -722,16 +727,17 @@ def convolve(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Fills out with the convolution and what of the epilogue needs no moments, and saved with the convolution alone.
 
-    given: (norm_weight, norm_bias, mean, var) of a norm "given", else None. x and weight are dense, out too, and x and
-    out have elements. Returns for norm "batch" (counts, means, squares), (Cout, parts) each: the moments' parts.
+    given: (norm_weight, norm_bias, mean, var) of a norm "given", else None. x, weight and out are dense and have elements.
+    Returns (counts, means, squares), (Cout, parts) each, the moments' parts, for norm "batch" and "moments".
     """
     w_last = is_last(weight)
     facts = (tuple(weight.shape), geometry, x.dtype)
     tf32 = x.dtype == torch.float32 and tf32_allowed()
-    chosen = plan(*facts, w_last, tf32)
+    x_last = is_last(x)
+    chosen = plan(*facts, x_last, w_last, tf32)
     if not w_last and not chosen.in_columns:
         weight, w_last = weight.movedim(1, -1).contiguous().movedim(-1, 1), True
-        chosen = plan(*facts, w_last, tf32)
+        chosen = plan(*facts, x_last, w_last, tf32)
     constants = chosen.constants
     size, out_size = _three(x.shape[2:]), _three(out.shape[2:])
     if chosen.in_columns:
@@ -742,7 +748,7 @@ def convolve(
     tiles = triton.cdiv(x.shape[0] * math.prod(rows), constants["BLOCK_M"])
     parts = tiles * chosen.phases
     moments = None
-    if epilogue.norm == "batch":
+    if epilogue.norm in ("batch", "moments"):
         moments = tuple(torch.empty(out.shape[1], parts, dtype=torch.float32, device=x.device) for _ in range(3))
     norm_weight, norm_bias, mean, var = given or (None,) * 4
     optional = (bias, norm_weight, norm_bias, mean, var)
@@ -760,10 +766,11 @@ def convolve(
         parts,
         epilogue.negative_slope,
         epilogue.eps,
-        X_LAST=is_last(x),
+        X_LAST=x_last,
         Y_LAST=is_last(out),
         HAS_BIAS=bias is not None,
-        NORM=epilogue.norm if epilogue.norm in ("batch", "given") else "none",
+        MOMENTS=moments is not None,
+        GIVEN=given is not None,
         HAS_NORM_WEIGHT=norm_weight is not None,
         HAS_NORM_BIAS=norm_bias is not None,
         ACTIVATION="none" if epilogue.norm in ("batch", "instance") else epilogue.activation,
