@@ -119,39 +119,62 @@ int adversarial_backward(Kernel<mmfast_adversarial_args> kernel, const Terms& te
 }
 
 #ifndef MMFAST_EMULATOR
-// dtype, mode, directions, T, B, H, offsets, lengths, W_hh of both directions, b_hh of both,
-// h0, c0, threads
-using RnnLayer = std::tuple<int, int, int, int64_t, int64_t, int64_t, Pointer, Pointer, Pointer, Pointer, Pointer,
-                            Pointer, Pointer, Pointer, int>;
-
-mmfast_rnn_layer as_layer(const RnnLayer& row) {
+// mmfast_rnn_layer, row by row: dtype, mode, directions, T, B, H, proj, zoneout, then the addresses of offsets,
+// lengths, reset, zoneout mask, dropout mask, W_hh, b_hh and W_hr of both directions, h0, c0, and threads
+mmfast_rnn_layer as_layer(const py::tuple& row) {
+    size_t at = 0;
+    const auto number = [&] { return row[at++].cast<int64_t>(); };
+    const auto address = [&] { return as_pointer(row[at++].cast<Pointer>()); };
     mmfast_rnn_layer layer{};
-    Pointer offsets, lengths, w_hh, w_hh_reverse, b_hh, b_hh_reverse, h0, c0;
-    std::tie(layer.dtype, layer.mode, layer.directions, layer.steps, layer.batch, layer.hidden, offsets, lengths, w_hh,
-             w_hh_reverse, b_hh, b_hh_reverse, h0, c0, layer.threads) = row;
-    layer.offsets = as_pointer<int64_t>(offsets);
-    layer.lengths = as_pointer<int64_t>(lengths);
-    layer.w_hh[0] = as_pointer(w_hh);
-    layer.w_hh[1] = as_pointer(w_hh_reverse);
-    layer.b_hh[0] = as_pointer(b_hh);
-    layer.b_hh[1] = as_pointer(b_hh_reverse);
-    layer.h0 = as_pointer(h0);
-    layer.c0 = as_pointer(c0);
+    layer.dtype = int32_t(number()), layer.mode = int32_t(number()), layer.directions = int32_t(number());
+    layer.steps = number(), layer.batch = number(), layer.hidden = number(), layer.proj = number();
+    layer.zoneout = row[at++].cast<double>();
+    layer.offsets = static_cast<const int64_t*>(address());
+    layer.lengths = static_cast<const int64_t*>(address());
+    layer.reset = static_cast<const uint8_t*>(address());
+    layer.zoneout_mask = static_cast<const uint8_t*>(address());
+    layer.dropout_mask = address();
+    for (auto member : {layer.w_hh, layer.b_hh, layer.w_hr})
+        for (int d = 0; d < 2; ++d) member[d] = address();
+    layer.h0 = address(), layer.c0 = address();
+    layer.threads = int32_t(number());
     return layer;
 }
 
-int rnn_forward(const RnnLayer& layer, Pointer gx, Pointer gates, Pointer cell, Pointer y, Pointer hn, Pointer cn) {
+int rnn_forward(const py::tuple& layer, Pointer gx, Pointer gates, Pointer cell, Pointer y, Pointer hn, Pointer cn) {
     const mmfast_rnn_forward_args args = {as_layer(layer), as_pointer(gx), as_pointer(gates), as_pointer(cell),
                                           as_pointer(y),   as_pointer(hn), as_pointer(cn)};
     return run(mmfast_cpu_rnn_forward, args);
 }
 
-int rnn_backward(const RnnLayer& layer, Pointer y, Pointer gates, Pointer cell, Pointer dy, Pointer dhn, Pointer dcn,
-                 Pointer dgates, Pointer dm, Pointer previous, Pointer dh0, Pointer dc0) {
-    const mmfast_rnn_backward_args args = {as_layer(layer), as_pointer(y),        as_pointer(gates), as_pointer(cell),
-                                           as_pointer(dy),  as_pointer(dhn),      as_pointer(dcn),   as_pointer(dgates),
-                                           as_pointer(dm),  as_pointer(previous), as_pointer(dh0),   as_pointer(dc0)};
+int rnn_backward(const py::tuple& layer, Pointer y, Pointer gates, Pointer cell, Pointer dy, Pointer dhn, Pointer dcn,
+                 Pointer dgates, Pointer dm, Pointer dh, Pointer u, Pointer previous, Pointer dh0, Pointer dc0) {
+    const mmfast_rnn_backward_args args = {as_layer(layer), as_pointer(y),   as_pointer(gates), as_pointer(cell),
+                                           as_pointer(dy),  as_pointer(dhn), as_pointer(dcn),   as_pointer(dgates),
+                                           as_pointer(dm),  as_pointer(dh),  as_pointer(u),     as_pointer(previous),
+                                           as_pointer(dh0), as_pointer(dc0)};
     return run(mmfast_cpu_rnn_backward, args);
+}
+
+int rnn_cell(int dtype, int mode, int64_t batch, int64_t input, int64_t hidden, Pointer gx, Pointer gh, Pointer x,
+             Pointer w_ih, Pointer b_ih, Pointer w_hh, Pointer b_hh, Pointer h0, Pointer c0, Pointer h, Pointer c) {
+    const mmfast_rnn_cell_args args = {dtype,
+                                       mode,
+                                       batch,
+                                       input,
+                                       hidden,
+                                       as_pointer(gx),
+                                       as_pointer(gh),
+                                       as_pointer(x),
+                                       as_pointer(w_ih),
+                                       as_pointer(b_ih),
+                                       as_pointer(w_hh),
+                                       as_pointer(b_hh),
+                                       as_pointer(h0),
+                                       as_pointer(c0),
+                                       as_pointer(h),
+                                       as_pointer(c)};
+    return run(mmfast_cpu_rnn_cell, args);
 }
 
 // what both passes of a normalisation are given
@@ -245,6 +268,7 @@ void bind_cpu(py::module_& m) {
           });
     m.def("cpu_rnn_forward", &rnn_forward);
     m.def("cpu_rnn_backward", &rnn_backward);
+    m.def("cpu_rnn_cell", &rnn_cell);
 
     m.def("cpu_columns_to_image", [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
                                      const std::array<Triple, 6>& geometry, Pointer source, Pointer image, Pointer bias,

@@ -13,7 +13,7 @@ import functools
 import importlib
 import types
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ from . import config
 if TYPE_CHECKING:
     from .ops.adversarial.equations import Inputs, Terms
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 #: enum mmfast_dtype
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -346,29 +346,47 @@ def cpu_rnn_forward(
 def cpu_rnn_backward(
     layer: tuple, saved: Sequence[torch.Tensor | None], given: Sequence[torch.Tensor | None], out: Sequence
 ) -> None:
-    """Fills `out` (dgates, dm, previous, dh0, dc0) from `saved` (y, gates, cell) and `given` (dy, dhn, dcn).
+    """Fills `out` (dgates, dm, dh, u, previous, dh0, dc0) from `saved` (y, gates, cell) and `given` (dy, dhn, dcn).
 
     All are mmfast_rnn_backward_args' (csrc/mmfast.h); layer: `rnn_layer`.
     """
     check(library().cpu_rnn_backward(layer, *map(_address, saved), *map(_address, given), *map(_address, out)))
 
 
-def rnn_layer(
-    dtype: torch.dtype,
-    mode: int,
-    shape: tuple[int, int, int],
-    offsets: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    w_hh: Sequence[torch.Tensor],
-    b_hh: Sequence[torch.Tensor | None],
-    h0: torch.Tensor | None,
-    c0: torch.Tensor | None,
-) -> tuple:
-    """mmfast_rnn_layer of csrc/mmfast.h. shape: (T, B, H); one w_hh and b_hh a direction; tensors contiguous, on CPU.
+def cpu_rnn_cell(
+    mode: int, shape: tuple[int, int, int], inputs: Sequence[torch.Tensor | None], h: torch.Tensor, c: torch.Tensor
+) -> None:
+    """Fills h and c of mmfast_rnn_cell_args (csrc/mmfast.h). shape: (B, I, H).
 
-    The caller keeps the tensors alive until the kernel has returned.
+    inputs: gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0 of any strides.
     """
+    inputs = [a if a is None or a.is_contiguous() else a.contiguous() for a in inputs]
+    addresses = [0 if a is None else a.data_ptr() for a in inputs]
+    function = library().cpu_rnn_cell
+    check(function(DTYPES[h.dtype], mode, *shape, *addresses, h.data_ptr(), c.data_ptr()))
+
+
+class RnnTensors(NamedTuple):
+    """The tensors of mmfast_rnn_layer (csrc/mmfast.h), contiguous; of weights one or None for each direction."""
+
+    offsets: torch.Tensor | None
+    lengths: torch.Tensor | None
+    reset: torch.Tensor | None
+    zoneout_mask: torch.Tensor | None
+    dropout_mask: torch.Tensor | None
+    w_hh: Sequence[torch.Tensor]
+    b_hh: Sequence[torch.Tensor | None]
+    w_hr: Sequence[torch.Tensor | None]
+    h0: torch.Tensor | None
+    c0: torch.Tensor | None
+
+
+def rnn_layer(
+    dtype: torch.dtype, mode: int, shape: tuple[int, int, int, int], zoneout: float, tensors: RnnTensors
+) -> tuple:
+    """mmfast_rnn_layer. shape: (T, B, H, proj). The caller keeps the tensors alive until the kernel has returned."""
+    *masks, w_hh, b_hh, w_hr, h0, c0 = tensors
     directions = len(w_hh)
-    weights = [_address(x) for pair in (w_hh, b_hh) for x in (*pair, None)[:2]]
-    sides = _address(offsets), _address(lengths), *weights, _address(h0), _address(c0)
-    return (DTYPES[dtype], mode, directions, *shape, *sides, torch.get_num_threads())
+    weights = [_address(x) for pair in (w_hh, b_hh, w_hr) for x in (*pair, None)[:2]]  # type: ignore[misc]
+    addresses = *map(_address, masks), *weights, _address(h0), _address(c0)
+    return (DTYPES[dtype], mode, directions, *shape, zoneout, *addresses, torch.get_num_threads())
