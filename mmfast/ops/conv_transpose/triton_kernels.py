@@ -3,7 +3,7 @@
     y[n, co, o] = bias[co] + sum over ci, k, i with i * stride + k * dilation = o + before of x[n, ci, i] w[ci, co, k]
 
 before = padding + crop's begin. u = o + before; q = u // stride and r = u % stride, the phase. A phase has taps of its
-own: k = first + j * period, period = stride / gcd(stride, dilation), j = 0, 1, ..., which read i = q - shift - j * step,
+own: k = first + j * period, period = stride / gcd(stride, dilation), j = 0, 1, ..., that read i = q - shift - j * step,
 step = dilation / gcd. So each phase is a matrix product without a wasted multiplication: rows are the phase's output
 positions of all samples, columns the output channels, and the sum is over taps and input channels.
 
@@ -22,7 +22,7 @@ for convolutions say so. Three dimensions, the missing ones in front being 1.
 The bytes are those of x and weight, read once (x's tiles once for each column tile and tap, from the cache), and of y,
 written once; the flops 2 N Cin Cout taps |x|: bound by arithmetic where 2 Cin Cout taps / (Cin + Cout stride^d) > 400
 in 16 bits, else by memory. A batch norm's moments come from the epilogue: each program stores count, mean and sum of
-squared deviations of each of its columns, and one program a channel merges them in a fixed order in float64. Normalising
+squared deviations of each of its columns, and one program a channel merges them in a fixed order in float64. A norm
 reads y and writes out; its backward reads y and dout twice and writes dy: bound by memory.
 
 Offsets are 64 bits from the tensor to the tile's first sample, 32 bits within; samples of 2^30 elements are
@@ -482,7 +482,7 @@ def moments_kernel(
     i_column, i_part, i_set = _set_program(CHANNELS, BLOCK_C, parts)
     b_count = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     b_sum = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for i in range(TILES):
+    for i in range(tl.minimum(TILES, tl.cdiv(batch * positions, BLOCK_R) - i_part * TILES)):
         base, o_y, m_y, o_channel, m_channel = _set_tile(
             i_set, i_part * TILES + i, i_column, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
         )
@@ -491,7 +491,7 @@ def moments_kernel(
     b_n = tl.sum(b_count, 0)
     b_mean = tl.sum(b_sum, 0) / tl.where(b_n > 0, b_n, 1.0)
     b_squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for i in range(TILES):
+    for i in range(tl.minimum(TILES, tl.cdiv(batch * positions, BLOCK_R) - i_part * TILES)):
         base, o_y, m_y, o_channel, m_channel = _set_tile(
             i_set, i_part * TILES + i, i_column, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
         )
@@ -541,15 +541,16 @@ def normalize_kernel(
 
 @triton.jit(do_not_specialize=["batch", "positions", "parts", "negative_slope", "eps"])
 def sums_kernel(
-    y, dout, norm_weight, norm_bias, mean, var, dbias_parts, dweight_parts, batch, positions, parts, negative_slope, eps,
-    CHANNELS: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    y, dout, norm_weight, norm_bias, mean, var, dbias_parts, dweight_parts, batch, positions, parts, negative_slope,
+    eps, CHANNELS: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and of dz * xhat over TILES tiles of rows, dz = dout * activation'(z), xhat the normalised y."""
     i_column, i_part, i_set = _set_program(CHANNELS, BLOCK_C, parts)
     b_dbias = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     b_dweight = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for i in range(TILES):
+    for i in range(tl.minimum(TILES, tl.cdiv(batch * positions, BLOCK_R) - i_part * TILES)):
         base, o_y, m_y, o_channel, m_channel = _set_tile(
             i_set, i_part * TILES + i, i_column, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
         )
@@ -564,8 +565,8 @@ def sums_kernel(
         b_dbias += b_dz
         b_dweight += b_dz * b_xhat
     o_part = (i_set * CHANNELS + o_channel).to(tl.int64) * parts + i_part
-    tl.store(dbias_parts + o_part, tl.sum(b_dbias, 0), mask=m_channel)
-    tl.store(dweight_parts + o_part, tl.sum(b_dweight, 0), mask=m_channel)
+    tl.store(dbias_parts + o_part, tl.sum(b_dbias.to(tl.float64), 0).to(tl.float32), mask=m_channel)
+    tl.store(dweight_parts + o_part, tl.sum(b_dweight.to(tl.float64), 0).to(tl.float32), mask=m_channel)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -698,7 +699,7 @@ def _blocks(in_channels: int, columns: int, itemsize: int, x_last: bool, in_colu
     Half as large where x is read element by element, or each element has a mask of its own: addresses fill registers.
     """
     small = in_columns or not x_last
-    n = min(max(triton.next_power_of_2(columns), 16), 64 if in_columns else 128)
+    n = min(max(triton.next_power_of_2(columns), 16), 64 if small else 128)
     k = min(max(triton.next_power_of_2(in_channels), 16), 64 if itemsize == 2 and x_last else 32)
     m = 64 if small else 128
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": 8 if m * n > 8192 else 4, "num_stages": 3}
@@ -727,7 +728,7 @@ def convolve(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Fills out with the convolution and what of the epilogue needs no moments, and saved with the convolution alone.
 
-    given: (norm_weight, norm_bias, mean, var) of a norm "given", else None. x, weight and out are dense and have elements.
+    given: (norm_weight, norm_bias, mean, var) of a norm "given", else None. x, weight and out are dense, with elements.
     Returns (counts, means, squares), (Cout, parts) each, the moments' parts, for norm "batch" and "moments".
     """
     w_last = is_last(weight)
@@ -790,8 +791,8 @@ class _Sets:
         self.positions = y.shape[2:].numel()
         self.sets, self.batch = (batch, 1) if norm == "instance" else (1, batch)
         last = is_last(y)
-        columns = min(triton.next_power_of_2(channels), 64) if last else 1
-        rows = max(_TILE // columns, 16) if last else _BLOCK
+        columns = min(triton.next_power_of_2(channels), 64 if last else 4)
+        rows = _TILE // columns if last else _TILE // 4
         self.tiles = triton.cdiv(self.batch * self.positions, rows)
         self.parts = triton.cdiv(self.tiles, _TILES)
         self.column_tiles = triton.cdiv(channels, columns) * self.sets
@@ -815,9 +816,7 @@ def moments(y: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
     sets = _Sets(y, norm)
     counts, means, squares = sets.empty_parts(y, 3)
     sizes = (sets.batch, sets.positions, sets.parts)
-    moments_kernel[(sets.column_tiles * sets.parts,)](
-        y, counts, means, squares, *sizes, TILES=_TILES, **sets.constants
-    )
+    moments_kernel[(sets.column_tiles * sets.parts,)](y, counts, means, squares, *sizes, TILES=_TILES, **sets.constants)
     return counts, means, squares
 
 
@@ -854,7 +853,15 @@ def normalize_backward(
     scalars = (epilogue.negative_slope, epilogue.eps)
     constants = {**_norm_constants(parameters, epilogue), **sets.constants}
     sums_kernel[(sets.column_tiles * sets.parts,)](
-        *tensors, dbias_parts, dweight_parts, sets.batch, sets.positions, sets.parts, *scalars, TILES=_TILES, **constants
+        *tensors,
+        dbias_parts,
+        dweight_parts,
+        sets.batch,
+        sets.positions,
+        sets.parts,
+        *scalars,
+        TILES=_TILES,
+        **constants,
     )
     add_kernel[(dbias.numel(),)](dbias_parts, dweight_parts, dbias, dweight, sets.parts, BLOCK=_BLOCK, **OPTIONS)
     input_gradient_kernel[(sets.column_tiles * sets.tiles,)](
