@@ -71,9 +71,12 @@ typedef struct {
     void* values;
     // (K,) weight_k * sign_k * reduce_i w_i * phi_k'(...), values' dtype; forward only; null: not wanted
     void* slopes;
+    // (K,) mean of each term's logits, values' dtype; forward only, written first, so that a term's centre may point
+    // into it; null: not wanted
+    void* means;
     // (1,) total in dtype; forward only
     void* total;
-    // (1,) gradient of the loss with respect to total, in dtype; backward only
+    // (1,) gradient of the loss with respect to total, in dtype; backward only. CPU: null is 1
     const void* dtotal;
     int32_t threads;  // CPU: at least 1
     // CUDA forward only: 1 + 2 * sum_k ceil(n_k / MMFAST_ADVERSARIAL_CHUNK) float64, unwritten

@@ -36,7 +36,7 @@ from .ops.conv_transpose.equations import Epilogue as ConvTransposeEpilogue
 from .ops.conv_transpose.equations import Geometry as ConvTransposeGeometry
 from .ops.conv_transpose.op import conv_transpose as conv_transpose_op
 from .ops.rnn import equations as rnn_equations
-from .ops.rnn.backends import MANY, SHORT
+from .ops.rnn.backends import MANY, SHORT, fits_cell
 from .ops.rnn.backends import OP as RNN
 from .ops.rnn.backends import Case as RnnCase
 from .ops.rnn.equations import GATES
@@ -567,6 +567,8 @@ def _cell(
         tensors = [input, *states, *given]
         if is_plain(tensors) and not needs_formula(tensors):
             return RNN.backends["cpu"].cell(mode, input, h, c, *weights)
+    if not fits_cell(mode, input, h, c, *weights) and not torch._C._is_any_autocast_enabled():
+        return None
     # the state after a sequence of one step
     first = [state.unsqueeze(0) for state in states] or None
     _, *last = _recurrent(mode, input.unsqueeze(0), first, [given], _Options(), chosen)

@@ -13,7 +13,7 @@ import functools
 import importlib
 import types
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -145,29 +145,41 @@ def supported_isas() -> list[str]:
     return library().supported_isas().split()
 
 
-def _adversarial_terms(terms: Terms, name: str = "_C") -> object:
+def _adversarial_terms(terms: Terms, name: str) -> object:
     """The library's own copy of the terms, made once."""
-    copy = terms.copies.get(name)
-    if copy is None:
-        copy = terms.copies[name] = library(name).AdversarialTerms([(int(phi), *rest) for phi, *rest in terms])
+    copy = terms.copies[name] = library(name).AdversarialTerms([(int(phi), *rest) for phi, *rest in terms])
     return copy
 
 
-def _adversarial_inputs(terms: Terms, mean: bool, inputs: Inputs, name: str = "_C") -> tuple:
+def _adversarial_inputs(
+    terms: Terms, mean: bool, inputs: Inputs, state: torch.Tensor | None, name: str = "_C"
+) -> tuple[Any, ...]:
     """The arguments that every adversarial entry begins with. The inputs are dense, and alike where they meet."""
     logits, others, weights, centres, peers = inputs
+    copy = terms.copies.get(name) or _adversarial_terms(terms, name)
     pointers, sizes = [x.data_ptr() for x in logits], [x.numel() for x in logits]
-    more = None
-    if others or weights or centres is not None:
-        per_weight = [max(n // max(w.numel(), 1), 1) for n, w in zip(sizes, weights, strict=True)] if weights else ()
-        centre, width = (0, 0) if centres is None else (centres.data_ptr(), centres.element_size())
-        meeting = [x.data_ptr() for x in others], [w.data_ptr() for w in weights]
-        more = *meeting, per_weight, centre, list(peers or range(len(sizes))), width
-    return _adversarial_terms(terms, name), DTYPES[logits[0].dtype], mean, pointers, sizes, more
+    beside = [x.data_ptr() for x in others] if others else ()
+    extras = None
+    if weights or peers or centres is not None:
+        parts = [max(n // max(w.numel(), 1), 1) for n, w in zip(sizes, weights, strict=True)] if weights else ()
+        width = 8 if logits[0].dtype == torch.float64 else 4
+        if state is not None:
+            centre = state.data_ptr() + len(sizes) * width
+        else:
+            centre = 0 if centres is None else centres.data_ptr()
+        extras = [w.data_ptr() for w in weights], parts, centre, peers or range(len(sizes)), width
+    return copy, DTYPES[logits[0].dtype], mean, pointers, sizes, beside, extras
 
 
-def _pointer(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _adversarial_outputs(
+    inputs: Inputs, total: torch.Tensor, values: torch.Tensor | None, state: torch.Tensor | None
+) -> tuple[int, int, int, int]:
+    """Pointers to total, values, slopes and means; the means are an output where no centres were given for the peers"""
+    if state is None:
+        return total.data_ptr(), 0 if values is None else values.data_ptr(), 0, 0
+    slopes = state.data_ptr()
+    means = 0 if inputs.centres is not None else slopes + len(inputs.logits) * state.element_size()
+    return total.data_ptr(), 0 if values is None else values.data_ptr(), slopes, means
 
 
 def cpu_adversarial_forward(
@@ -176,12 +188,20 @@ def cpu_adversarial_forward(
     inputs: Inputs,
     total: torch.Tensor,
     values: torch.Tensor | None,
-    slopes: torch.Tensor | None,
+    state: torch.Tensor | None,
+    gradients: Sequence[torch.Tensor | None] = (),
 ) -> None:
-    """Fills total (), and values (K,) and slopes (K,) where there are any, from K terms of dense CPU tensors."""
-    outputs = total.data_ptr(), _pointer(values), _pointer(slopes)
-    arguments = _adversarial_inputs(terms, mean, inputs)
-    check(library().cpu_adversarial_forward(*arguments, *outputs, torch.get_num_threads()))
+    """Fills total (), and values (K,) and state (2, K) where there are any, from K terms of dense CPU tensors.
+
+    state: slopes and centres of terms that have peers; the centres are computed where `inputs` has none.
+    gradients: (), or those of the total by the logits, then by the others (None: not wanted): filled, too.
+    """
+    arguments = _adversarial_inputs(terms, mean, inputs, state)
+    outputs = _adversarial_outputs(inputs, total, values, state)
+    wanted = [0 if g is None else g.data_ptr() for g in gradients]
+    status = library().cpu_adversarial_forward(*arguments, outputs, wanted, torch.get_num_threads())
+    if status:
+        check(status)
 
 
 def cpu_adversarial_backward(
@@ -189,13 +209,16 @@ def cpu_adversarial_backward(
     mean: bool,
     inputs: Inputs,
     dtotal: torch.Tensor,
-    slopes: torch.Tensor | None,
+    state: torch.Tensor | None,
     gradients: Sequence[torch.Tensor | None],
 ) -> None:
     """Fills the gradients by the logits, then by the others (None: not wanted), each in the layout of its tensor."""
-    arguments = _adversarial_inputs(terms, mean, inputs)
-    outputs = dtotal.data_ptr(), _pointer(slopes), [0 if g is None else g.data_ptr() for g in gradients]
-    check(library().cpu_adversarial_backward(*arguments, *outputs, torch.get_num_threads()))
+    arguments = _adversarial_inputs(terms, mean, inputs, state)
+    wanted = [0 if g is None else g.data_ptr() for g in gradients]
+    slopes = 0 if state is None else state.data_ptr()
+    status = library().cpu_adversarial_backward(*arguments, dtotal.data_ptr(), slopes, wanted, torch.get_num_threads())
+    if status:
+        check(status)
 
 
 def _launch(entry: str, x: torch.Tensor, *arguments: object) -> None:
@@ -219,13 +242,13 @@ def cuda_adversarial_forward(
     inputs: Inputs,
     total: torch.Tensor,
     values: torch.Tensor | None,
-    slopes: torch.Tensor | None,
+    state: torch.Tensor | None,
     scratch: torch.Tensor,
 ) -> None:
     """As cpu_adversarial_forward, on CUDA or in the emulator; scratch: (adversarial_scratch(logits),) float64."""
-    arguments = _adversarial_inputs(terms, mean, inputs, "_C" if total.is_cuda else "_emulator")
-    outputs = total.data_ptr(), _pointer(values), _pointer(slopes), scratch.data_ptr()
-    _launch("cuda_adversarial_forward", total, *arguments, *outputs)
+    arguments = _adversarial_inputs(terms, mean, inputs, state, "_C" if total.is_cuda else "_emulator")
+    outputs = _adversarial_outputs(inputs, total, values, state)
+    _launch("cuda_adversarial_forward", total, *arguments, outputs, scratch.data_ptr())
 
 
 def cuda_adversarial_backward(
@@ -233,13 +256,14 @@ def cuda_adversarial_backward(
     mean: bool,
     inputs: Inputs,
     dtotal: torch.Tensor,
-    slopes: torch.Tensor | None,
+    state: torch.Tensor | None,
     gradients: Sequence[torch.Tensor | None],
 ) -> None:
     """As cpu_adversarial_backward, on a CUDA device or in the emulator."""
-    arguments = _adversarial_inputs(terms, mean, inputs, "_C" if dtotal.is_cuda else "_emulator")
-    outputs = dtotal.data_ptr(), _pointer(slopes), [_pointer(g) for g in gradients]
-    _launch("cuda_adversarial_backward", dtotal, *arguments, *outputs)
+    arguments = _adversarial_inputs(terms, mean, inputs, state, "_C" if dtotal.is_cuda else "_emulator")
+    wanted = [0 if g is None else g.data_ptr() for g in gradients]
+    slopes = 0 if state is None else state.data_ptr()
+    _launch("cuda_adversarial_backward", dtotal, *arguments, dtotal.data_ptr(), slopes, wanted)
 
 
 def cpu_normalize_forward(

@@ -70,6 +70,13 @@ class _Sequence(Twin, torch.nn.RNNBase):
         name = self.mode.partition("_")[0]
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D {kind}")
 
+    def _layers_weights(self) -> list[list[Any]]:
+        own: dict[str, Any] = self._parameters  # an attribute of a module takes a microsecond to be found
+        try:
+            return [[own[name] for name in names] for names in self._all_weights]
+        except KeyError:  # parametrized
+            return self.all_weights
+
     def _check_padded(self, input: Any) -> None:
         if isinstance(input, PackedSequence) or input.dim() != 3:
             kind = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D input"
@@ -108,7 +115,7 @@ class _Sequence(Twin, torch.nn.RNNBase):
         return _FUNCTIONS[self.mode](
             input,
             hx,
-            self.all_weights,
+            self._layers_weights(),
             dropout=self.dropout,
             training=self.training,
             bidirectional=self.bidirectional,

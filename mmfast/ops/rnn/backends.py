@@ -172,18 +172,9 @@ class Cpu(Backend):
         b_hh: Tensor | None,
     ) -> tuple[Tensor, Tensor] | None:
         """(h, c) after one step, without gradients, of an RNN or GRU h twice; None where sizes or dtypes do not fit."""
-        # numbers of elements where they tell as much: a shape takes three times as long to be had
-        (batch, inputs), (rows, hidden), dtype = x.shape, w_hh.shape, x.dtype
-        if rows != GATES[mode] * hidden or w_ih.shape != (rows, inputs):
+        if not fits_cell(mode, x, h0, c0, w_ih, w_hh, b_ih, b_hh):
             return None
-        if w_ih.dtype is not dtype or w_hh.dtype is not dtype or (b_ih is None) is not (b_hh is None):
-            return None
-        for bias in (b_ih, b_hh):
-            if bias is not None and (bias.numel() != rows or bias.dtype is not dtype or bias.dim() != 1):
-                return None
-        for state in (h0, c0):
-            if state is not None and (state.shape != (batch, hidden) or state.dtype is not dtype):
-                return None
+        (batch, inputs), hidden, dtype = x.shape, w_hh.shape[1], x.dtype
         gx = gh = None
         if batch > FEW_ROWS or (dtype is not torch.float32 and dtype is not torch.float64):
             gx = linear(x, w_ih, b_ih)
@@ -243,6 +234,32 @@ class Cpu(Backend):
 
 #: Rows up to which a Cell's products are made by its kernel: a call of torch.mm takes longer.
 FEW_ROWS = 2
+
+
+def fits_cell(
+    mode: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> bool:
+    """Whether a Cell's tensors are of one dtype and of the sizes that its equations demand."""
+    # numbers of elements where they tell as much: a shape takes three times as long to be had
+    (batch, inputs), (rows, hidden), dtype = x.shape, w_hh.shape, x.dtype
+    if rows != GATES[mode] * hidden or w_ih.shape != (rows, inputs):
+        return False
+    if w_ih.dtype is not dtype or w_hh.dtype is not dtype or (b_ih is None) is not (b_hh is None):
+        return False
+    for bias in (b_ih, b_hh):
+        if bias is not None and (bias.numel() != rows or bias.dtype is not dtype or bias.dim() != 1):
+            return False
+    for state in (h0, c0):
+        if state is not None and (state.shape != (batch, hidden) or state.dtype is not dtype):
+            return False
+    return True
 
 
 def _input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:
