@@ -29,14 +29,18 @@ def pytest_generate_tests(metafunc):
         return
     op = metafunc.module.OP
     everything = metafunc.config.getoption("--all-cases")
-    found = cases.cases(op) if everything else cases.matching(cases.REPRESENTATIVE, op)
+    found = cases.cases(op) if everything else cases.matching(cases.representative(_device()), op)
     pairs = [(case, mode) for case in found for mode in (cases.modes if everything else cases.usual_modes)(case)]
     metafunc.parametrize("bout_of", pairs, ids=[f"{case.name}-{mode.replace(' ', '-')}" for case, mode in pairs])
 
 
+def _device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.fixture(scope="session")
 def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return _device()
 
 
 @pytest.fixture(scope="session")

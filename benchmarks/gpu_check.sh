@@ -7,7 +7,7 @@
 #     OUT=folder benchmarks/gpu_check.sh --cpu      the same parts on a CPU, CUDA kernels in the emulator: tests the script
 #
 # Needs python3 with torch, triton, pybind11, scikit-build-core and pytest, and nvcc, cmake and ninja on PATH.
-# Writes summary.txt, log.txt, numerics.json, speed.json and tests.xml into $OUT. To keep a run, copy what README quotes
+# Writes summary.txt, log.txt, numerics.json and .md, speed.json, .csv and .md, and tests.xml into $OUT. To keep a run, copy what README quotes
 # to benchmarks/results/<device>/<commit>/.
 # Exits with the number of parts that failed.
 set -u
@@ -85,13 +85,38 @@ build() {
     echo "RESULT: built for $architectures"
 }
 
-check() { "$python" "$repo/benchmarks/gpu_check.py" --device "$device" --out "$out" "$@"; }
+check() { "$python" "$repo/benchmarks/gpu_check.py" --device "$device" "$@"; }
+
+# the commands of mmfast, in a folder from which the checkout is not imported; their last lines are the result
+mmfast() {
+    local lines=$1
+    shift
+    cd "$work" || return 1
+    "$python" -m mmfast "$@" >"$work/command.txt" 2>&1
+    local code=$?
+    cat "$work/command.txt"
+    grep -E "$lines" "$work/command.txt" | sed 's/^/RESULT: /'
+    return "$code"
+}
+
+numerics() {
+    local chosen=(--backend cuda --backend triton)
+    if [ "$device" = cpu ]; then chosen=(adversarial --cases '*hinge*' --backend cuda --dtype float16); fi
+    mmfast 'PASSED|FAILED|INCOMPLETE' validate --device "$device" "${chosen[@]}" --out "$out/numerics.json" --out "$out/numerics.md"
+}
+
+speed() {
+    local chosen=(--dtype bfloat16 --modes "forward,forward+backward")
+    if [ "$device" = cpu ]; then chosen=(adversarial --cases 'dcgan-hinge*' --rounds 5 --compile none); fi
+    mmfast '^geometric mean|^worst' bench --device "$device" "${chosen[@]}" \
+        --json "$out/speed.json" --csv "$out/speed.csv" --markdown "$out/speed.md"
+}
 
 tests() {
     cd "$repo" || return 1
-    local only=cuda-cuda
-    if [ "$device" = cpu ]; then only="cuda-cpu and float16 and hinge"; fi
-    "$python" -m pytest -q -p no:cacheprovider --junitxml="$out/tests.xml" "$@" -k "$only or triton-cuda" tests >"$work/tests.txt" 2>&1
+    local only=cuda-cuda of=tests
+    if [ "$device" = cpu ]; then only="cuda-cpu and float16 and hinge" of=tests/test_adversarial.py; fi
+    "$python" -m pytest -q -p no:cacheprovider --junitxml="$out/tests.xml" "$@" -k "$only or triton-cuda" "$of" >"$work/tests.txt" 2>&1
     local code=$?
     tail -n 60 "$work/tests.txt"
     echo "RESULT: $(tail -n 1 "$work/tests.txt")"
@@ -108,7 +133,7 @@ benchmarks() {
 sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 9 "$python" "$repo/benchmarks/gpu_check.py" --device cuda small; }
 
 export repo out work device python architectures
-export -f machine build check tests benchmarks sanitizer
+export -f machine build check mmfast numerics speed tests benchmarks sanitizer
 export PYTHONUNBUFFERED=1
 # compiled for this run alone
 export TRITON_CACHE_DIR=$work/triton
@@ -119,9 +144,9 @@ if [ "$device" = cuda ]; then
     export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 fi
 part correct 60 bash -c 'check small'
-part numerics 90 bash -c 'check numerics'
+part numerics 120 bash -c numerics
 if [ "$device" = cuda ]; then part "graphs and streams" 60 bash -c 'check graph'; fi
-part speed 90 bash -c 'check speed'
+part speed 180 bash -c speed
 part tests 150 bash -c tests
 if [ "$device" = cuda ]; then
     if command -v compute-sanitizer >/dev/null; then

@@ -57,101 +57,162 @@ struct Terms {
 
 using Pointers = std::vector<Pointer>;
 
-// others (K,) or (), weights (K,) or (), per_weight (K,) or (), centres or 0, peers (K,), bytes of a centre
-using More = std::tuple<Pointers, Pointers, std::vector<int64_t>, Pointer, std::vector<int64_t>, int64_t>;
+// weights (K,) or (), per_weight (K,) or (), centres or 0, peers (K,), bytes of a centre
+using Extras = std::tuple<Pointers, std::vector<int64_t>, Pointer, std::vector<int64_t>, int64_t>;
 
-void add_more(std::vector<mmfast_adversarial_term>& terms, const More& more, Pointer slopes) {
-    const auto& [others, weights, per_weight, centres, peers, bytes] = more;
+void add_extras(std::vector<mmfast_adversarial_term>& terms, const Extras& extras, Pointer slopes) {
+    const auto& [weights, per_weight, centres, peers, bytes] = extras;
     for (size_t k = 0; k < terms.size(); ++k) {
-        if (!others.empty()) terms[k].other = as_pointer(others[k]);
-        if (!weights.empty()) terms[k].weights = as_pointer(weights[k]), terms[k].per_weight = per_weight[k];
-        if (centres) terms[k].centre = as_pointer(centres + size_t(peers[k] * bytes));
-        if (slopes) terms[k].peer_slope = as_pointer(slopes + size_t(peers[k] * bytes));
+        if (!weights.empty()) terms[k].weights = as_pointer(weights.at(k)), terms[k].per_weight = per_weight.at(k);
+        if (centres) terms[k].centre = as_pointer(centres + size_t(peers.at(k) * bytes));
+        if (slopes) terms[k].peer_slope = as_pointer(slopes + size_t(peers.at(k) * bytes));
     }
 }
 
-// One call: logits and sizes (K,); more: a More or None.
+// One call: logits and sizes (K,); others (K,) or (); extras: an Extras or None.
 struct Call {
     std::vector<mmfast_adversarial_term> terms;
     mmfast_adversarial_args args{};
 
     Call(const Terms& list, int dtype, bool mean, const Pointers& logits, const std::vector<int64_t>& sizes,
-         const py::object& more, Pointer slopes)
+         const Pointers& others, const py::object& extras, Pointer slopes)
         : terms(list.terms) {
         if (logits.size() != terms.size() || sizes.size() != terms.size())
             throw std::invalid_argument("one tensor of logits is expected for each term");
-        for (size_t k = 0; k < terms.size(); ++k) terms[k].logits = as_pointer(logits[k]), terms[k].size = sizes[k];
-        if (!more.is_none()) add_more(terms, more.cast<More>(), slopes);
+        for (size_t k = 0; k < terms.size(); ++k) {
+            terms[k].logits = as_pointer(logits[k]), terms[k].size = sizes[k];
+            if (!others.empty()) terms[k].other = as_pointer(others.at(k));
+        }
+        if (!extras.is_none()) add_extras(terms, extras.cast<Extras>(), slopes);
         args.dtype = dtype;
         args.mean = mean;
         args.count = int64_t(terms.size());
         args.terms = terms.data();
     }
+
+    // by the logits (K,), then by the others (K,) where there are others; 0 where one is not wanted
+    void want(const Pointers& gradients) {
+        const size_t count = terms.size();
+        for (size_t k = 0; k < count; ++k) {
+            terms[k].dlogits = as_pointer(gradients.at(k));
+            if (gradients.size() > count) terms[k].dother = as_pointer(gradients.at(count + k));
+        }
+    }
 };
 
-int adversarial_forward(Kernel<mmfast_adversarial_args> kernel, const Terms& terms, int dtype, bool mean,
-                        const Pointers& logits, const std::vector<int64_t>& sizes, const py::object& more,
-                        Pointer total, Pointer values, Pointer slopes, int threads, Pointer scratch, Pointer stream) {
-    Call call(terms, dtype, mean, logits, sizes, more, 0);
-    call.args.total = as_pointer(total);
-    call.args.values = as_pointer(values);
-    call.args.slopes = as_pointer(slopes);
-    call.args.threads = threads;
-    call.args.scratch = as_pointer(scratch);
-    call.args.stream = as_pointer(stream);
-    return run(kernel, call.args);
-}
+// outputs: total, values or 0, slopes or 0, means or 0
+using Outputs = std::array<Pointer, 4>;
 
-// gradients: by the logits (K,), then by the others (K,) where there are others; 0 where one is not wanted
-int adversarial_backward(Kernel<mmfast_adversarial_args> kernel, const Terms& terms, int dtype, bool mean,
-                         const Pointers& logits, const std::vector<int64_t>& sizes, const py::object& more,
-                         Pointer dtotal, Pointer slopes, const Pointers& gradients, int threads, Pointer stream) {
-    Call call(terms, dtype, mean, logits, sizes, more, slopes);
-    const size_t count = call.terms.size();
-    for (size_t k = 0; k < count; ++k) {
-        call.terms[k].dlogits = as_pointer(gradients.at(k));
-        if (gradients.size() > count) call.terms[k].dother = as_pointer(gradients.at(count + k));
-    }
-    call.args.dtotal = as_pointer(dtotal);
-    call.args.threads = threads;
-    call.args.stream = as_pointer(stream);
-    return run(kernel, call.args);
+void set_outputs(mmfast_adversarial_args& args, const Outputs& outputs) {
+    args.total = as_pointer(outputs[0]);
+    args.values = as_pointer(outputs[1]);
+    args.slopes = as_pointer(outputs[2]);
+    args.means = as_pointer(outputs[3]);
 }
 
 #ifndef MMFAST_EMULATOR
-// dtype, mode, directions, T, B, H, offsets, lengths, W_hh of both directions, b_hh of both,
-// h0, c0, threads
-using RnnLayer = std::tuple<int, int, int, int64_t, int64_t, int64_t, Pointer, Pointer, Pointer, Pointer, Pointer,
-                            Pointer, Pointer, Pointer, int>;
+// gradients: (): not wanted; else those of the total, in the same call
+int cpu_adversarial_forward(const Terms& terms, int dtype, bool mean, const Pointers& logits,
+                            const std::vector<int64_t>& sizes, const Pointers& others, const py::object& extras,
+                            const Outputs& outputs, const Pointers& gradients, int threads) {
+    Call call(terms, dtype, mean, logits, sizes, others, extras, gradients.empty() ? 0 : outputs[2]);
+    if (!gradients.empty()) call.want(gradients);
+    set_outputs(call.args, outputs);
+    call.args.threads = threads;
+    const int status = run(mmfast_cpu_adversarial_forward, call.args);
+    return status || gradients.empty() ? status : run(mmfast_cpu_adversarial_backward, call.args);
+}
 
-mmfast_rnn_layer as_layer(const RnnLayer& row) {
+int cpu_adversarial_backward(const Terms& terms, int dtype, bool mean, const Pointers& logits,
+                             const std::vector<int64_t>& sizes, const Pointers& others, const py::object& extras,
+                             Pointer dtotal, Pointer slopes, const Pointers& gradients, int threads) {
+    Call call(terms, dtype, mean, logits, sizes, others, extras, slopes);
+    call.want(gradients);
+    call.args.dtotal = as_pointer(dtotal);
+    call.args.threads = threads;
+    return run(mmfast_cpu_adversarial_backward, call.args);
+}
+#endif
+
+#if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
+int cuda_adversarial_forward(const Terms& terms, int dtype, bool mean, const Pointers& logits,
+                             const std::vector<int64_t>& sizes, const Pointers& others, const py::object& extras,
+                             const Outputs& outputs, Pointer scratch, Pointer stream) {
+    Call call(terms, dtype, mean, logits, sizes, others, extras, 0);
+    set_outputs(call.args, outputs);
+    call.args.scratch = as_pointer(scratch);
+    call.args.stream = as_pointer(stream);
+    return run(mmfast_cuda_adversarial_forward, call.args);
+}
+
+int cuda_adversarial_backward(const Terms& terms, int dtype, bool mean, const Pointers& logits,
+                              const std::vector<int64_t>& sizes, const Pointers& others, const py::object& extras,
+                              Pointer dtotal, Pointer slopes, const Pointers& gradients, Pointer stream) {
+    Call call(terms, dtype, mean, logits, sizes, others, extras, slopes);
+    call.want(gradients);
+    call.args.dtotal = as_pointer(dtotal);
+    call.args.stream = as_pointer(stream);
+    return run(mmfast_cuda_adversarial_backward, call.args);
+}
+#endif
+
+#ifndef MMFAST_EMULATOR
+// mmfast_rnn_layer, row by row: dtype, mode, directions, T, B, H, proj, zoneout, then the addresses of offsets,
+// lengths, reset, zoneout mask, dropout mask, W_hh, b_hh and W_hr of both directions, h0, c0, and threads
+mmfast_rnn_layer as_layer(const py::tuple& row) {
+    size_t at = 0;
+    const auto number = [&] { return row[at++].cast<int64_t>(); };
+    const auto address = [&] { return as_pointer(row[at++].cast<Pointer>()); };
     mmfast_rnn_layer layer{};
-    Pointer offsets, lengths, w_hh, w_hh_reverse, b_hh, b_hh_reverse, h0, c0;
-    std::tie(layer.dtype, layer.mode, layer.directions, layer.steps, layer.batch, layer.hidden, offsets, lengths, w_hh,
-             w_hh_reverse, b_hh, b_hh_reverse, h0, c0, layer.threads) = row;
-    layer.offsets = as_pointer<int64_t>(offsets);
-    layer.lengths = as_pointer<int64_t>(lengths);
-    layer.w_hh[0] = as_pointer(w_hh);
-    layer.w_hh[1] = as_pointer(w_hh_reverse);
-    layer.b_hh[0] = as_pointer(b_hh);
-    layer.b_hh[1] = as_pointer(b_hh_reverse);
-    layer.h0 = as_pointer(h0);
-    layer.c0 = as_pointer(c0);
+    layer.dtype = int32_t(number()), layer.mode = int32_t(number()), layer.directions = int32_t(number());
+    layer.steps = number(), layer.batch = number(), layer.hidden = number(), layer.proj = number();
+    layer.zoneout = row[at++].cast<double>();
+    layer.offsets = static_cast<const int64_t*>(address());
+    layer.lengths = static_cast<const int64_t*>(address());
+    layer.reset = static_cast<const uint8_t*>(address());
+    layer.zoneout_mask = static_cast<const uint8_t*>(address());
+    layer.dropout_mask = address();
+    for (auto member : {layer.w_hh, layer.b_hh, layer.w_hr})
+        for (int d = 0; d < 2; ++d) member[d] = address();
+    layer.h0 = address(), layer.c0 = address();
+    layer.threads = int32_t(number());
     return layer;
 }
 
-int rnn_forward(const RnnLayer& layer, Pointer gx, Pointer gates, Pointer cell, Pointer y, Pointer hn, Pointer cn) {
+int rnn_forward(const py::tuple& layer, Pointer gx, Pointer gates, Pointer cell, Pointer y, Pointer hn, Pointer cn) {
     const mmfast_rnn_forward_args args = {as_layer(layer), as_pointer(gx), as_pointer(gates), as_pointer(cell),
                                           as_pointer(y),   as_pointer(hn), as_pointer(cn)};
     return run(mmfast_cpu_rnn_forward, args);
 }
 
-int rnn_backward(const RnnLayer& layer, Pointer y, Pointer gates, Pointer cell, Pointer dy, Pointer dhn, Pointer dcn,
-                 Pointer dgates, Pointer dm, Pointer previous, Pointer dh0, Pointer dc0) {
-    const mmfast_rnn_backward_args args = {as_layer(layer), as_pointer(y),        as_pointer(gates), as_pointer(cell),
-                                           as_pointer(dy),  as_pointer(dhn),      as_pointer(dcn),   as_pointer(dgates),
-                                           as_pointer(dm),  as_pointer(previous), as_pointer(dh0),   as_pointer(dc0)};
+int rnn_backward(const py::tuple& layer, Pointer y, Pointer gates, Pointer cell, Pointer dy, Pointer dhn, Pointer dcn,
+                 Pointer dgates, Pointer dm, Pointer dh, Pointer u, Pointer previous, Pointer dh0, Pointer dc0) {
+    const mmfast_rnn_backward_args args = {as_layer(layer), as_pointer(y),   as_pointer(gates), as_pointer(cell),
+                                           as_pointer(dy),  as_pointer(dhn), as_pointer(dcn),   as_pointer(dgates),
+                                           as_pointer(dm),  as_pointer(dh),  as_pointer(u),     as_pointer(previous),
+                                           as_pointer(dh0), as_pointer(dc0)};
     return run(mmfast_cpu_rnn_backward, args);
+}
+
+int rnn_cell(int dtype, int mode, int64_t batch, int64_t input, int64_t hidden, Pointer gx, Pointer gh, Pointer x,
+             Pointer w_ih, Pointer b_ih, Pointer w_hh, Pointer b_hh, Pointer h0, Pointer c0, Pointer h, Pointer c) {
+    const mmfast_rnn_cell_args args = {dtype,
+                                       mode,
+                                       batch,
+                                       input,
+                                       hidden,
+                                       as_pointer(gx),
+                                       as_pointer(gh),
+                                       as_pointer(x),
+                                       as_pointer(w_ih),
+                                       as_pointer(b_ih),
+                                       as_pointer(w_hh),
+                                       as_pointer(b_hh),
+                                       as_pointer(h0),
+                                       as_pointer(c0),
+                                       as_pointer(h),
+                                       as_pointer(c)};
+    return run(mmfast_cpu_rnn_cell, args);
 }
 
 // what both passes of a normalisation are given
@@ -231,20 +292,11 @@ void bind_cpu(py::module_& m) {
     m.def("set_isa", &mmfast_set_isa);
     m.def("supported_isas", &mmfast_supported_isas);
 
-    m.def("cpu_adversarial_forward",
-          [](const Terms& terms, int dtype, bool mean, const Pointers& logits, const std::vector<int64_t>& sizes,
-             const py::object& more, Pointer total, Pointer values, Pointer slopes, int threads) {
-              return adversarial_forward(mmfast_cpu_adversarial_forward, terms, dtype, mean, logits, sizes, more, total,
-                                         values, slopes, threads, 0, 0);
-          });
-    m.def("cpu_adversarial_backward",
-          [](const Terms& terms, int dtype, bool mean, const Pointers& logits, const std::vector<int64_t>& sizes,
-             const py::object& more, Pointer dtotal, Pointer slopes, const Pointers& gradients, int threads) {
-              return adversarial_backward(mmfast_cpu_adversarial_backward, terms, dtype, mean, logits, sizes, more,
-                                          dtotal, slopes, gradients, threads, 0);
-          });
+    m.def("cpu_adversarial_forward", &cpu_adversarial_forward);
+    m.def("cpu_adversarial_backward", &cpu_adversarial_backward);
     m.def("cpu_rnn_forward", &rnn_forward);
     m.def("cpu_rnn_backward", &rnn_backward);
+    m.def("cpu_rnn_cell", &rnn_cell);
 
     m.def("cpu_columns_to_image", [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
                                      const std::array<Triple, 6>& geometry, Pointer source, Pointer image, Pointer bias,
@@ -273,18 +325,8 @@ void bind_cpu(py::module_& m) {
 
 #if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
 void bind_cuda(py::module_& m) {
-    m.def("cuda_adversarial_forward",
-          [](const Terms& terms, int dtype, bool mean, const Pointers& logits, const std::vector<int64_t>& sizes,
-             const py::object& more, Pointer total, Pointer values, Pointer slopes, Pointer scratch, Pointer stream) {
-              return adversarial_forward(mmfast_cuda_adversarial_forward, terms, dtype, mean, logits, sizes, more,
-                                         total, values, slopes, 1, scratch, stream);
-          });
-    m.def("cuda_adversarial_backward",
-          [](const Terms& terms, int dtype, bool mean, const Pointers& logits, const std::vector<int64_t>& sizes,
-             const py::object& more, Pointer dtotal, Pointer slopes, const Pointers& gradients, Pointer stream) {
-              return adversarial_backward(mmfast_cuda_adversarial_backward, terms, dtype, mean, logits, sizes, more,
-                                          dtotal, slopes, gradients, 1, stream);
-          });
+    m.def("cuda_adversarial_forward", &cuda_adversarial_forward);
+    m.def("cuda_adversarial_backward", &cuda_adversarial_backward);
 }
 #endif
 

@@ -8,7 +8,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MMFAST_ABI_VERSION 1
+#define MMFAST_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -71,9 +71,12 @@ typedef struct {
     void* values;
     // (K,) weight_k * sign_k * reduce_i w_i * phi_k'(...), values' dtype; forward only; null: not wanted
     void* slopes;
+    // (K,) mean of each term's logits, values' dtype; forward only, written first, so that a term's centre may point
+    // into it; null: not wanted
+    void* means;
     // (1,) total in dtype; forward only
     void* total;
-    // (1,) gradient of the loss with respect to total, in dtype; backward only
+    // (1,) gradient of the loss with respect to total, in dtype; backward only. CPU: null is 1
     const void* dtotal;
     int32_t threads;  // CPU: at least 1
     // CUDA forward only: 1 + 2 * sum_k ceil(n_k / MMFAST_ADVERSARIAL_CHUNK) float64, unwritten
@@ -99,7 +102,8 @@ enum mmfast_activation {
     MMFAST_ACT_LEAKY_RELU = 2,
     MMFAST_ACT_TANH = 3,
     MMFAST_ACT_SIGMOID = 4,
-    MMFAST_ACT_SILU = 5
+    MMFAST_ACT_SILU = 5,
+    MMFAST_ACT_GELU = 6  // z times the normal distribution function of z
 };
 
 // out = act((y - mean_c) / sqrt(var_c + eps) * weight_c + bias_c), for each of `sets` sets with moments of its own (one
@@ -119,7 +123,7 @@ typedef struct {
     const void* bias;    // (channels,) compute dtype, or null: 0
     void* mean;          // (sets, channels) compute dtype
     void* var;           // (sets, channels) compute dtype; the biased variance
-    void* out;           // forward only; may alias y
+    void* out;           // forward only; may alias y; null: only the moments are wanted
     const void* dout;    // backward only
     void* dy;            // backward only; may alias dout
     void* dweight;       // (sets, channels) compute dtype, backward only
@@ -136,7 +140,7 @@ typedef struct {
     int32_t activation;
     double negative_slope;  // at least 0
     int64_t count;
-    const void* y;     // (count,) forward: the argument; backward: the value, for silu the argument
+    const void* y;     // (count,) forward: the argument; backward: the value, for silu and gelu the argument
     const void* dout;  // (count,) backward only
     void* out;         // (count,) forward: the value; backward: dout * act'; may alias y or dout
     int32_t threads;
@@ -171,23 +175,31 @@ int mmfast_cpu_image_to_columns(const mmfast_columns_args* args);
 // ---- rnn
 // A layer of a recurrent network over whole sequences, one or both directions. The caller has computed the input side
 // gx = x W_ih^T + b_ih of every step; the kernel walks time:
-//     a = W_hh h' + b_hh, h' and c' the state one step before (one step after in the reverse direction)
-//     RNN   h = phi(gx + a), phi = tanh or relu
-//     GRU   r = sigmoid(gx_r + a_r), z = sigmoid(gx_z + a_z), n = tanh(gx_n + r a_n), h = n + z (h' - n)
-//     LSTM  i, f, o = sigmoid(gx_ifo + a_ifo), g = tanh(gx_g + a_g), c = f c' + i g, h = o tanh(c)
+//     a = W_hh (m h') + b_hh, h' and c' the state one step before (one step after in the reverse direction)
+//     RNN   h~ = phi(gx + a), phi = tanh or relu
+//     GRU   r = sigmoid(gx_r + a_r), z = sigmoid(gx_z + a_z), n = tanh(gx_n + r a_n), h~ = n + z (h' - n)
+//     LSTM  i, f, o = sigmoid(gx_ifo + a_ifo), g = tanh(gx_g + a_g), c = f c' + i g, h~ = u = o tanh(c),
+//           with a projection h~ = W_hr u
+//     h = k h' + (1 - k) h~
+// m is the dropout mask, without one 1. k is the zoneout mask, without one the zoneout rate.
 //
 // Rows. A sequence tensor has N rows and a row belongs to one step t of one sequence b of the batch:
 //     row(t, b) = offsets[t] + b                          packed (offsets not null): b < offsets[t+1] - offsets[t]
 //     row(t, b) = t * B + b                               padded
-// D = directions, H = hidden, G = gates a unit (1, 3 or 4, in torch's order: r z n, i f g o). Every tensor is
-// contiguous and in `dtype`; state and accumulation are float32 for 16-bit dtypes. Direction d owns the d-th half of
-// the columns.
+// Where reset[row(t, b)] is not 0, no state passes between row(t, b) and row(t - 1, b), in neither direction; at t = 0
+// the forward direction begins with zeros in the place of h0 and c0. A row past a length resets nothing.
+// D = directions, H = hidden, P = proj or, where that is 0, H: the size of h; G = gates a unit (1, 3 or 4, in torch's
+// order: r z n, i f g o). Every tensor is contiguous and in `dtype` unless said; state and accumulation are float32 for
+// 16-bit dtypes. Direction d owns the d-th half of the columns.
 //     gx, gates, dgates (N, D * G * H)   activated gates; GRU's n, LSTM's g after the tanh; not kept for RNN
-//     cell (N, D * H)                    GRU: a_n; LSTM: c; not kept for RNN
-//     y, dy (N, D * H)                   0 past a length
+//     cell (N, D * H)                    GRU: a_n; LSTM: c; RNN: h~, kept with zoneout only
+//     y, dy (N, D * P)                   h, 0 past a length
 //     dm (N, D * H)                      GRU: the gradient of a_n
-//     previous (N, D * H)                h' of each row, 0 past a length
-//     h0, c0, hn, cn and their gradients (D, B, H)
+//     dh (N, D * P)                      LSTM with a projection: the gradient of W_hr u
+//     u (N, D * H)                       LSTM with a projection: o tanh(c)
+//     previous (N, D * P)                m h' of each row, what W_hh was multiplied by; 0 past a length
+//     h0, hn and their gradients (D, B, P); c0, cn and theirs (D, B, H)
+// All of dgates, dm, dh and u are 0 past a length.
 // Saved for backward: y, gates, cell. This layout is the same for the kernels of every device.
 enum mmfast_rnn_mode { MMFAST_RNN_TANH = 0, MMFAST_RNN_RELU = 1, MMFAST_GRU = 2, MMFAST_LSTM = 3 };
 
@@ -196,10 +208,16 @@ typedef struct {
     int32_t mode;                  // enum mmfast_rnn_mode
     int32_t directions;            // 1 or 2
     int64_t steps, batch, hidden;  // T, B, H
+    int64_t proj;                  // P of an LSTM with a projection, else 0
+    double zoneout;                // the rate k, where there is no zoneout_mask; 0: no zoneout
     const int64_t* offsets;        // (T + 1,) packed only: row of each step's first sequence; else null
     const int64_t* lengths;        // (B,) or null: T each; clamped to [0, T]; padded only
-    const void* w_hh[2];           // (G * H, H) of each direction
+    const uint8_t* reset;          // (N,) or null: 0
+    const uint8_t* zoneout_mask;   // (N, D * P) of 0 and 1, or null
+    const void* dropout_mask;      // (D, B, P) or null: 1
+    const void* w_hh[2];           // (G * H, P) of each direction
     const void* b_hh[2];           // (G * H,) of each direction, or null: 0
+    const void* w_hr[2];           // (P, H) of each direction; null without a projection
     const void *h0, *c0;           // or null: 0
     int32_t threads;               // CPU: at least 1
 } mmfast_rnn_layer;
@@ -207,7 +225,7 @@ typedef struct {
 typedef struct {
     mmfast_rnn_layer layer;
     const void* gx;
-    void *gates, *cell;  // null where no backward will come; gates may be gx
+    void *gates, *cell;  // null where no backward will come or none is kept; gates may be gx
     void *y, *hn, *cn;   // cn: LSTM only
 } mmfast_rnn_forward_args;
 
@@ -218,13 +236,30 @@ typedef struct {
     const void *y, *gates, *cell;
     const void *dy, *dhn, *dcn;  // or null: 0
     void *dgates, *dm;           // the gradient of gx; dm: GRU only
+    void *dh, *u;                // LSTM with a projection only
     void* previous;              // or null: not wanted
     void *dh0, *dc0;             // or null: not wanted
 } mmfast_rnn_backward_args;
 
 // What needs the walk through time. The rest are products over all rows, the caller's: dx = dgates W_ih,
-// dW_ih = dgates^T x, dW_hh = dgates^T previous (GRU: its n rows by dm), db = sums of dgates and dm over the rows.
+// dW_ih = dgates^T x, dW_hh = dgates^T previous (GRU: its n rows by dm), dW_hr = dh^T u, db = sums of dgates and dm
+// over the rows.
 int mmfast_cpu_rnn_backward(const mmfast_rnn_backward_args* args);
+
+// One step forward of a Cell: h and c of the equations above without extras, from products that the caller has made or
+// leaves to the kernel.
+typedef struct {
+    int32_t dtype;  // enum mmfast_dtype
+    int32_t mode;   // enum mmfast_rnn_mode
+    int64_t batch, input, hidden;
+    // (B, G * H) x W_ih^T + b_ih and h' W_hh^T + b_hh; both null: made here, float32 and float64 only
+    const void *gx, *gh;
+    const void *x, *w_ih, *b_ih, *w_hh, *b_hh;  // (B, I), (G * H, I), (G * H,) or null, (G * H, H), (G * H,) or null
+    const void *h0, *c0;                        // (B, H) or null: 0
+    void *h, *c;                                // (B, H); c: LSTM only
+} mmfast_rnn_cell_args;
+
+int mmfast_cpu_rnn_cell(const mmfast_rnn_cell_args* args);
 
 #ifdef __cplusplus
 }

@@ -241,5 +241,8 @@ def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
+        and _PLAIN.issuperset(map(type, tensors))  # all() of a generator takes three times as long
     )
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))

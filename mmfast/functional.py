@@ -36,7 +36,7 @@ from .ops.conv_transpose.equations import Epilogue as ConvTransposeEpilogue
 from .ops.conv_transpose.equations import Geometry as ConvTransposeGeometry
 from .ops.conv_transpose.op import conv_transpose as conv_transpose_op
 from .ops.rnn import equations as rnn_equations
-from .ops.rnn.backends import MANY
+from .ops.rnn.backends import MANY, SHORT, fits_cell
 from .ops.rnn.backends import OP as RNN
 from .ops.rnn.backends import Case as RnnCase
 from .ops.rnn.equations import GATES
@@ -86,11 +86,15 @@ def rnn(
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of Elman RNNs over whole sequences: h_t = tanh or relu (W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
 
-    Equivalent to: the forward of `torch.nn.RNN` with these parameters, which is `torch._VF.rnn_tanh` or `rnn_relu`.
+    Equivalent to: the forward of `torch.nn.RNN` with these parameters, which is `torch._VF.rnn_tanh` or `rnn_relu`;
+    lengths, reset_mask, zoneout and recurrent_dropout are what PyTorch lacks.
 
     With L layers, D = 2 directions (1 without bidirectional), hidden size H:
     input: (T, B, I); with batch_first (B, T, I); with batch_sizes (sum(batch_sizes), I), a PackedSequence's data.
@@ -102,17 +106,27 @@ def rnn(
     lengths: (B,), integers: the steps of each sequence of a padded batch, in any order. Outputs past a length are 0,
         h_n is the state after each sequence's last step, and the reverse direction begins there. On the CPU each must
         be in [1, T]; on another device, and in a compiled graph, they are clamped to [0, T], unseen.
+    reset_mask: bool or integers, the input's shape without its last dimension: where it is true a sequence begins anew,
+        so that no state passes between this step and the one before, in neither direction; at step 0 it puts zeros in
+        the place of hx. A sequence with resets gives what its parts, cut there, give one by one.
+    zoneout: the probability with which a unit of h_t stays h_{t-1} in training (not c_t); in evaluation h_t is the
+        mean of the two with this weight. Source: Krueger et al., arXiv:1606.01305.
+    recurrent_dropout: the probability with which a unit of h_{t-1} is zeroed in its product with w_hh, at all steps of
+        a sequence alike, in training only; the rest are divided by 1 - recurrent_dropout. Source: Gal and Ghahramani,
+        arXiv:1512.05287. Both masks are drawn by torch's generator.
     backend: "torch", "cpu", "triton", "cuda" or None (mmfast chooses).
     Returns (output, h_n): output (T, B, D * H), in the layout of the input; h_n (L * D, B, H).
     Dtypes: what PyTorch supports on the device; autocast as for torch.nn.RNN. Differentiable to any order in eager.
-    Raises ValueError for an unknown nonlinearity or backend, RuntimeError for sizes that do not fit together and for
-        lengths out of range.
+    Raises ValueError for an unknown nonlinearity or backend and for a probability outside [0, 1), RuntimeError for
+        sizes that do not fit together, lengths out of range and masks of another dtype or device.
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     mode = "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU"
-    options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
-    output, h_n = _recurrent(mode, input, None if hx is None else (hx,), weights, *options, backend)
+    options = _Options(
+        dropout, training, bidirectional, batch_first, batch_sizes, lengths, reset_mask, zoneout, recurrent_dropout
+    )
+    output, h_n = _recurrent(mode, input, None if hx is None else (hx,), weights, options, backend)
     return output, h_n
 
 
@@ -127,6 +141,9 @@ def gru(
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of gated recurrent units over whole sequences, in PyTorch's form:
@@ -138,8 +155,10 @@ def gru(
     Equivalent to: the forward of `torch.nn.GRU` with these parameters, which is `torch._VF.gru`.
     All else: `rnn`, with 3 H rows in the order r, z, n in each weight. Source: Cho et al., arXiv:1406.1078.
     """
-    options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
-    output, h_n = _recurrent("GRU", input, None if hx is None else (hx,), weights, *options, backend)
+    options = _Options(
+        dropout, training, bidirectional, batch_first, batch_sizes, lengths, reset_mask, zoneout, recurrent_dropout
+    )
+    output, h_n = _recurrent("GRU", input, None if hx is None else (hx,), weights, options, backend)
     return output, h_n
 
 
@@ -154,6 +173,9 @@ def lstm(
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A stack of long short-term memories over whole sequences:
@@ -170,9 +192,25 @@ def lstm(
     Returns (output, (h_n, c_n)): output (T, B, D * P). All else: `rnn`. Sources: Hochreiter and Schmidhuber, 1997,
     doi:10.1162/neco.1997.9.8.1735; projection: Sak et al., arXiv:1402.1128.
     """
-    options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
-    output, h_n, c_n = _recurrent("LSTM", input, hx, weights, *options, backend)
+    options = _Options(
+        dropout, training, bidirectional, batch_first, batch_sizes, lengths, reset_mask, zoneout, recurrent_dropout
+    )
+    output, h_n, c_n = _recurrent("LSTM", input, hx, weights, options, backend)
     return output, (h_n, c_n)
+
+
+class _Options(NamedTuple):
+    """Of a stack, as the functions above name them."""
+
+    dropout: float = 0.0
+    training: bool = False
+    bidirectional: bool = False
+    batch_first: bool = False
+    batch_sizes: Tensor | None = None
+    lengths: Tensor | None = None
+    reset_mask: Tensor | None = None
+    zoneout: float = 0.0
+    recurrent_dropout: float = 0.0
 
 
 def _recurrent(
@@ -180,42 +218,40 @@ def _recurrent(
     input: Tensor,
     states: Sequence[Tensor] | None,
     weights: Weights,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
+    options: _Options,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    if batch_sizes is not None and torch.compiler.is_compiling():
-        options: Any = (dropout, training, bidirectional, batch_first, batch_sizes, lengths, backend)
-        return _packed_outside_graphs(mode, input, states, weights, *options)
-    sizes = _recurrent_sizes(mode, weights, bidirectional)
+    if options.batch_sizes is not None and torch.compiler.is_compiling():
+        return _packed_outside_graphs(mode, input, states, weights, options, backend)
+    batch_sizes = options.batch_sizes
+    sizes = _recurrent_sizes(mode, weights, options.bidirectional)
     _check_recurrent_input(mode, input, weights, sizes, batch_sizes)
-    batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
+    batch = input.shape[0 if options.batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
     shapes = [(len(weights), batch, sizes.proj_size or sizes.hidden_size)]
     if mode == "LSTM":
         shapes.append((len(weights), batch, sizes.hidden_size))
     if states is not None:
         _check_states(states, shapes)
-    if lengths is not None:
-        lengths = _checked_lengths(lengths, input, batch, batch_first, batch_sizes)
+    options = _checked_options(options, input, batch)
     formula = needs_formula([input, *(states or ()), *(weight for layer in weights for weight in layer)])
     transformed = formula or torch.compiler.is_compiling()
-    kind = (bidirectional, batch_sizes is not None, lengths is not None, transformed)
+    kind = (options.bidirectional, batch_sizes is not None, options.lengths is not None, transformed)
     # a graph is not compiled anew for another batch
     many = transformed or batch * sizes.hidden_size > MANY
-    facts = (input.device, input.dtype, mode, *sizes, *kind, torch.is_grad_enabled(), many)
+    short = not transformed and _steps(input, options) <= SHORT[mode]
+    extras = (options.reset_mask is not None, options.zoneout > 0, options.recurrent_dropout > 0)
+    facts = (input.device, input.dtype, mode, *sizes, *kind, torch.is_grad_enabled(), many, short, *extras)
     chosen = RNN.select_by(facts, _rnn_case, backend)
-    options = (dropout, training, bidirectional, batch_first, batch_sizes, lengths)
     if chosen != "torch":
         one: Any = rnn_equations.sequence if formula else partial(rnn_sequence, backend=chosen)
-        return _recurrent_by_layers(one, mode, input, states or (), weights, *options)
+        return _recurrent_by_layers(one, mode, input, states or (), weights, options)
+    if any(extras):
+        walk = _extras_outside_graphs if torch.compiler.is_compiling() else _recurrent_by_layers
+        return walk(rnn_equations.sequence, mode, input, states or (), weights, options)
     if states is None:
         states = [input.new_zeros(shape) for shape in shapes]
     function = _recurrent_outside_graphs if torch.compiler.is_compiling() else _recurrent_of_torch
-    return function(mode, input, states, weights, *options)
+    return function(mode, input, states, weights, options)
 
 
 # Its steps depend on numbers in batch_sizes, which no graph knows; torch.nn's layers run between two graphs, too
@@ -224,8 +260,38 @@ _packed_outside_graphs = _disable_dynamo(_recurrent)
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
     dtype = _compute_dtype(device.type, dtype)
-    *kind, gradients, many = rest
-    return RnnCase._make((device.type, dtype, mode, *kind, autocasts(device.type), gradients, many, False))
+    *kind, gradients, many, short, resets, zoneout, recurrent_dropout = rest
+    facts = (autocasts(device.type), gradients, many, short, False, resets, zoneout, recurrent_dropout)
+    return RnnCase._make((device.type, dtype, mode, *kind, *facts))
+
+
+def _steps(input: Tensor, options: _Options) -> int:
+    if options.batch_sizes is not None:
+        return options.batch_sizes.shape[0]
+    return input.shape[1 if options.batch_first else 0]
+
+
+def _checked_options(options: _Options, input: Tensor, batch: int) -> _Options:
+    """With lengths and reset_mask as tensors of the kernels' own dtypes. Raises for what is out of range."""
+    if options.lengths is not None:
+        lengths = _checked_lengths(options.lengths, input, batch, options.batch_first, options.batch_sizes)
+        options = options._replace(lengths=lengths)
+    for name in ("zoneout", "recurrent_dropout"):
+        if not 0 <= getattr(options, name) < 1:
+            raise ValueError(f"{name} is {getattr(options, name)}; expected a probability, at least 0 and below 1")
+    mask = options.reset_mask
+    if mask is None:
+        return options
+    if mask.shape != input.shape[:-1]:
+        raise RuntimeError(
+            f"reset_mask has the shape {tuple(mask.shape)}; expected the input's without its last dimension, "
+            f"{tuple(input.shape[:-1])}"
+        )
+    if mask.is_floating_point() or mask.is_complex() or mask.device != input.device:
+        raise RuntimeError(
+            f"reset_mask is {mask.dtype} on {mask.device}; expected bool or integers on the input's {input.device}"
+        )
+    return options._replace(reset_mask=mask if mask.dtype == torch.bool else mask != 0)
 
 
 def _checked_lengths(lengths: Any, input: Tensor, batch: int, batch_first: bool, batch_sizes: Tensor | None) -> Tensor:
@@ -317,72 +383,73 @@ def _recurrent_by_layers(
     input: Tensor,
     states: Sequence[Tensor],
     weights: Weights,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
+    options: _Options,
 ) -> tuple[Tensor, ...]:
     """The stack, each layer by `function(x, weights, h0, c0, layer)`, between them dropout as PyTorch draws it."""
-    directions = 2 if bidirectional else 1
-    layer = RnnLayer(mode, directions, batch_sizes, lengths)
-    transposed = batch_first and batch_sizes is None
+    directions = 2 if options.bidirectional else 1
+    transposed = options.batch_first and options.batch_sizes is None
     x = input.transpose(0, 1).contiguous() if transposed else input
+    resets = options.reset_mask
+    if resets is not None:
+        resets = (resets.transpose(0, 1) if transposed else resets).contiguous()
+    base = RnnLayer(mode, directions, options.batch_sizes, options.lengths, resets)
     last: list[tuple[Tensor, ...]] = []
     for start in range(0, len(weights), directions):
-        if start and dropout and training:
-            x = torch.dropout(x, dropout, True)
+        if start and options.dropout and options.training:
+            x = torch.dropout(x, options.dropout, True)
         rows = slice(start, start + directions)
         flat = [weight for part in weights[rows] for weight in part]
         h0, c0 = (*(state if len(weights) == directions else state[rows] for state in states), None, None)[:2]
-        x, hn, cn = function(x, flat, h0, c0, layer)
+        x, hn, cn = function(x, flat, h0, c0, _masked(base, x, flat[1].shape[1], options))
         last.append((hn, cn) if mode == "LSTM" else (hn,))  # type: ignore[arg-type]
     hx = last[0] if len(last) == 1 else tuple(torch.cat(each) for each in zip(*last, strict=True))
     return x.transpose(0, 1) if transposed else x, *hx
 
 
+def _masked(layer: RnnLayer, x: Tensor, output_size: int, options: _Options) -> RnnLayer:
+    """The layer with masks drawn for recurrent dropout and zoneout, in this order, in training; else with its rate."""
+    if options.recurrent_dropout and options.training:
+        batch = x.shape[1] if layer.batch_sizes is None else int(layer.batch_sizes[0])
+        keep = 1 - options.recurrent_dropout
+        drop = torch.bernoulli(x.new_full((layer.directions, batch, output_size), keep)).div_(keep)
+        layer = layer._replace(dropout_mask=drop)
+    if not options.zoneout:
+        return layer
+    if not options.training:
+        return layer._replace(zoneout=options.zoneout)
+    shape = (*x.shape[:-1], layer.directions * output_size)
+    mask = torch.bernoulli(torch.full(shape, options.zoneout, device=x.device)).bool()
+    return layer._replace(zoneout_mask=mask)
+
+
+_extras_outside_graphs = _disable_dynamo(_recurrent_by_layers)
+
+
 def _recurrent_of_torch(
-    mode: str,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Weights,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
+    mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: _Options
 ) -> tuple[Tensor, ...]:
-    if lengths is not None:
-        return _lengths_of_torch(mode, input, states, weights, dropout, training, bidirectional, batch_first, lengths)
+    if options.lengths is not None:
+        return _lengths_of_torch(mode, input, states, weights, options)
     function = getattr(torch._VF, mode.lower())
     flat = [weight for layer in weights for weight in layer]
     biases = len(weights[0]) > 3
-    layers = len(weights) // (2 if bidirectional else 1)
-    options = (flat, biases, layers, dropout, training, bidirectional)
+    layers = len(weights) // (2 if options.bidirectional else 1)
+    shape = (flat, biases, layers, options.dropout, options.training, options.bidirectional)
     hx = states if mode == "LSTM" else states[0]
-    if batch_sizes is not None:
-        return function(input, batch_sizes, hx, *options)
-    return function(input, hx, *options, batch_first)
+    if options.batch_sizes is not None:
+        return function(input, options.batch_sizes, hx, *shape)
+    return function(input, hx, *shape, options.batch_first)
 
 
 def _lengths_of_torch(
-    mode: str,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Weights,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    lengths: Tensor,
+    mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: _Options
 ) -> tuple[Tensor, ...]:
     """By way of a PackedSequence."""
-    packed = pack_padded_sequence(input, lengths.cpu(), batch_first, enforce_sorted=False)
+    batch_first = options.batch_first
+    packed = pack_padded_sequence(input, options.lengths.cpu(), batch_first, enforce_sorted=False)  # type: ignore[union-attr]
     states = [state.index_select(1, packed.sorted_indices) for state in states]  # type: ignore[arg-type]
-    options = (dropout, training, bidirectional, False, packed.batch_sizes, None)
-    output, *last = _recurrent_of_torch(mode, packed.data, states, weights, *options)
+    options = options._replace(batch_first=False, batch_sizes=packed.batch_sizes, lengths=None)
+    output, *last = _recurrent_of_torch(mode, packed.data, states, weights, options)
     packed = PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
     output, _ = pad_packed_sequence(packed, batch_first, total_length=input.shape[1 if batch_first else 0])
     return output, *(state.index_select(1, packed.unsorted_indices) for state in last)  # type: ignore[arg-type]
@@ -417,8 +484,8 @@ def rnn_cell(
         raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
     tanh = nonlinearity == "tanh"
     mode, weights = "RNN_TANH" if tanh else "RNN_RELU", (weight_ih, weight_hh, bias_ih, bias_hh)
-    if (chosen := _select_cell(mode, input, weight_hh, backend)) != "torch":
-        return _cell(mode, input, None if hx is None else (hx,), weights, chosen)[0]
+    if found := _cell(mode, input, hx, None, weights, backend):
+        return found[0]
     hx = _zero_cell_state(input, weight_hh) if hx is None else hx
     function = torch._VF.rnn_tanh_cell if tanh else torch._VF.rnn_relu_cell
     return function(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
@@ -441,9 +508,8 @@ def gru_cell(
     input: (B, I). hx: (B, H); None: zeros. weight_ih: (3 H, I). weight_hh: (3 H, H). bias_ih, bias_hh: (3 H,) or None.
     Returns h', (B, H). All else: `rnn_cell`.
     """
-    if (chosen := _select_cell("GRU", input, weight_hh, backend)) != "torch":
-        weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-        return _cell("GRU", input, None if hx is None else (hx,), weights, chosen)[0]
+    if found := _cell("GRU", input, hx, None, (weight_ih, weight_hh, bias_ih, bias_hh), backend):
+        return found[0]
     hx = _zero_cell_state(input, weight_hh) if hx is None else hx
     return torch._VF.gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
@@ -465,34 +531,48 @@ def lstm_cell(
     input: (B, I). hx: (h, c), (B, H) each; None: zeros. weight_ih: (4 H, I). weight_hh: (4 H, H). bias_ih, bias_hh:
     (4 H,) or None. Returns (h', c'), (B, H) each. All else: `rnn_cell`.
     """
-    if (chosen := _select_cell("LSTM", input, weight_hh, backend)) != "torch":
-        h, c = _cell("LSTM", input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), chosen)
-        return h, c
+    h, c = (None, None) if hx is None else hx
+    if found := _cell("LSTM", input, h, c, (weight_ih, weight_hh, bias_ih, bias_hh), backend):
+        return found
     if hx is None:
         zeros = _zero_cell_state(input, weight_hh)
         hx = (zeros, zeros)
     return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
 
-def _select_cell(mode: str, input: Tensor, weight_hh: Tensor, backend: str | None) -> str:
-    facts = (input.device, input.dtype, mode, input.shape[-1], weight_hh.shape[1])
-    return RNN.select_by(facts, _cell_case, backend)
-
-
-def _cell_case(device: torch.device, dtype: torch.dtype, mode: str, input_size: int, hidden_size: int) -> RnnCase:
+def _cell_case(
+    device: torch.device, dtype: torch.dtype, mode: str, input_size: int, hidden_size: int, gradients: bool
+) -> RnnCase:
     dtype, autocast = _compute_dtype(device.type, dtype), autocasts(device.type)
-    return RnnCase(device.type, dtype, mode, input_size, hidden_size, autocast=autocast, cell=True)
+    return RnnCase(device.type, dtype, mode, input_size, hidden_size, autocast=autocast, gradients=gradients, cell=True)
 
 
 def _cell(
-    mode: str, input: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor | None], backend: str
-) -> list[Tensor]:
-    """The state after a sequence of one step."""
-    states = None if states is None else [state.unsqueeze(0) for state in states]
+    mode: str,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    backend: str | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The state after one step, (h, c), without c h twice; None where it is for PyTorch to compute or to refuse."""
+    gradients = torch.is_grad_enabled()
+    facts = (input.device, input.dtype, mode, input.shape[-1], weights[1].shape[1], gradients)
+    chosen = RNN.select_by(facts, _cell_case, backend)
+    if chosen == "torch":
+        return None
     given = [weight for weight in weights if weight is not None]
-    options = (0.0, False, False, False, None, None)
-    _, *last = _recurrent(mode, input.unsqueeze(0), states, [given], *options, backend)
-    return [state.squeeze(0) for state in last]
+    states = [state for state in (h, c) if state is not None]
+    if chosen == "cpu" and not gradients:
+        tensors = [input, *states, *given]
+        if is_plain(tensors) and not needs_formula(tensors):
+            return RNN.backends["cpu"].cell(mode, input, h, c, *weights)
+    if not fits_cell(mode, input, h, c, *weights) and not torch._C._is_any_autocast_enabled():
+        return None
+    # the state after a sequence of one step
+    first = [state.unsqueeze(0) for state in states] or None
+    _, *last = _recurrent(mode, input.unsqueeze(0), first, [given], _Options(), chosen)
+    return last[0].squeeze(0), last[-1].squeeze(0)
 
 
 def _zero_cell_state(input: Tensor, weight_hh: Tensor) -> Tensor:
@@ -580,120 +660,96 @@ def conv_transpose3d(
     return _conv_transpose(*arguments)
 
 
-def conv_transpose1d_norm_act(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size = 0,
-    output_padding: Size = 0,
-    groups: int = 1,
-    dilation: Size = 1,
-    *,
-    crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
-    norm: str | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    negative_slope: float = 0.01,
-    backend: str | None = None,
-) -> Tensor:
-    """A transposed convolution over sequences, the normalisation and the activation that follow it, as one op.
+_SPATIAL = ("sequences", "images", "volumes")
 
-    Equivalent to, for norm "batch", activation "relu" and crop (l, r):
-    `relu(batch_norm(conv_transpose1d(input, weight, bias, ...)[:, :, l:-r], running_mean, running_var, norm_weight,
-    norm_bias, training, momentum, eps))`.
 
-    input, weight, bias, stride, padding, output_padding, groups, dilation: as in `conv_transpose1d`.
+def _norm_act(dims: int) -> Callable[..., Any]:
+    """conv_transpose*d_norm_act of so many spatial dimensions."""
+
+    def conv_transpose_norm_act(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        dilation: Size = 1,
+        *,
+        crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
+        norm: str | None = None,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        statistics: bool = False,
+        backend: str | None = None,
+    ) -> Any:
+        epilogue = _epilogue(norm, running_mean, training, eps, activation, negative_slope, statistics)
+        sizes = (stride, padding, output_padding, groups, dilation)
+        parameters = (norm_weight, norm_bias, running_mean, running_var)
+        arguments: Any = (input, weight, bias, *sizes, crop, parameters, momentum, epilogue, statistics, backend)
+        out, mean, var = _conv_transpose_norm_act(dims, *arguments)
+        return (out, mean, var) if statistics else out
+
+    name = f"conv_transpose{dims}d"
+    conv_transpose_norm_act.__name__ = conv_transpose_norm_act.__qualname__ = f"{name}_norm_act"
+    conv_transpose_norm_act.__doc__ = f"""A transposed convolution of {_SPATIAL[dims - 1]}, norm and activation: one op.
+
+    Equivalent to, for norm "batch" and activation "relu", with `crop` positions sliced off the convolution's result:
+    `relu(batch_norm({name}(input, weight, bias, ...)[crop], running_mean, running_var, norm_weight, norm_bias,
+    training, momentum, eps))`.
+
+    input, weight, bias, stride, padding, output_padding, groups, dilation: as in `{name}`.
     crop: how many positions to drop from the result at (begin, end), or a pair per spatial dimension; audio codecs
         that are causal drop their whole overlap at the end.
     norm: None, "batch" (training, or no running statistics: moments of this batch; else the running statistics) or
         "instance" (always its own moments). norm_weight, norm_bias: (Cout,) or None.
     running_mean, running_var: (Cout,) or None; "batch" updates them in training, as PyTorch does.
-    activation: None, "relu", "leaky_relu" (with negative_slope), "tanh", "sigmoid", "silu" or "gelu".
-    backend: "torch", "cpu" or None (mmfast chooses).
-    Returns (N, Cout, L') or (Cout, L'), in input's dtype. Differentiable to any order in eager.
+    activation: None, "relu", "leaky_relu" (with negative_slope), "tanh", "sigmoid", "silu" or "gelu" (exact).
+    statistics: whether mean and biased variance of the convolution's result, before norm and activation, are returned
+        too: float32 (float64 for float64), without gradients, (Cout,) over batch and positions; "instance": (N, Cout).
+    backend: "torch", "cpu", "triton", "cuda" or None (mmfast chooses).
+    Returns the output, (N, Cout, *sizes) or (Cout, *sizes), in input's dtype, or (output, mean, var). Differentiable
+        to any order in eager.
     Raises ValueError for an unknown norm, activation or backend, and where a norm that measures has one value per
         channel; RuntimeError for what PyTorch's own functions refuse.
     """
-    geometry: Any = (stride, padding, output_padding, groups, dilation)
-    statistics: Any = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
-    epilogue = (crop, *statistics, activation, negative_slope)
-    arguments: Any = (1, input, weight, bias, *geometry, *epilogue, backend)
-    return _conv_transpose_norm_act(*arguments)
+    return conv_transpose_norm_act
 
 
-def conv_transpose2d_norm_act(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size = 0,
-    output_padding: Size = 0,
-    groups: int = 1,
-    dilation: Size = 1,
-    *,
-    crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
-    norm: str | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    negative_slope: float = 0.01,
-    backend: str | None = None,
-) -> Tensor:
-    """A transposed convolution over images, the normalisation and the activation that follow it, as one op.
-
-    Equivalent to: conv_transpose2d, batch_norm or instance_norm, activation. All else: `conv_transpose1d_norm_act`.
-    """
-    geometry: Any = (stride, padding, output_padding, groups, dilation)
-    statistics: Any = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
-    epilogue = (crop, *statistics, activation, negative_slope)
-    arguments: Any = (2, input, weight, bias, *geometry, *epilogue, backend)
-    return _conv_transpose_norm_act(*arguments)
+conv_transpose1d_norm_act = _norm_act(1)
+conv_transpose2d_norm_act = _norm_act(2)
+conv_transpose3d_norm_act = _norm_act(3)
 
 
-def conv_transpose3d_norm_act(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size = 0,
-    output_padding: Size = 0,
-    groups: int = 1,
-    dilation: Size = 1,
-    *,
-    crop: Sequence[tuple[int, int]] | tuple[int, int] = (0, 0),
-    norm: str | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    negative_slope: float = 0.01,
-    backend: str | None = None,
-) -> Tensor:
-    """A transposed convolution over volumes, the normalisation and the activation that follow it, as one op.
-
-    Equivalent to: conv_transpose3d, batch_norm or instance_norm, activation. All else: `conv_transpose1d_norm_act`.
-    """
-    geometry: Any = (stride, padding, output_padding, groups, dilation)
-    statistics: Any = (norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
-    epilogue = (crop, *statistics, activation, negative_slope)
-    arguments: Any = (3, input, weight, bias, *geometry, *epilogue, backend)
-    return _conv_transpose_norm_act(*arguments)
+def _epilogue(
+    norm: str | None,
+    running_mean: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    statistics: bool,
+) -> ConvTransposeEpilogue:
+    if norm not in (None, "batch", "instance"):
+        raise ValueError(f"unknown norm {norm!r}; accepted: None, 'batch', 'instance'")
+    if activation is not None and activation not in CONV_TRANSPOSE_ACTIVATIONS[1:]:
+        accepted = ", ".join(map(repr, CONV_TRANSPOSE_ACTIVATIONS[1:]))
+        raise ValueError(f"unknown activation {activation!r}; accepted: None, {accepted}")
+    if norm == "instance" and running_mean is not None:
+        raise ValueError("norm 'instance' takes no running statistics; pass None, or norm='batch'")
+    kind = norm or ("moments" if statistics else "none")
+    if norm == "batch" and not training and running_mean is not None:
+        if statistics:
+            raise ValueError("statistics are asked for, but a norm by running statistics measures none")
+        kind = "given"
+    return ConvTransposeEpilogue(kind, eps, activation or "none", negative_slope)
 
 
 def _conv_transpose(
@@ -728,56 +784,65 @@ def _conv_transpose_norm_act(
     groups: int,
     dilation: Size,
     crop: Sequence[tuple[int, int]] | tuple[int, int],
-    norm: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
+    parameters: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     momentum: float,
-    eps: float,
-    activation: str | None,
-    negative_slope: float,
+    epilogue: ConvTransposeEpilogue,
+    statistics: bool,
     backend: str | None,
-) -> Tensor:
-    if norm not in (None, "batch", "instance"):
-        raise ValueError(f"unknown norm {norm!r}; accepted: None, 'batch', 'instance'")
-    if activation is not None and activation not in CONV_TRANSPOSE_ACTIVATIONS[1:]:
-        accepted = ", ".join(map(repr, CONV_TRANSPOSE_ACTIVATIONS[1:]))
-        raise ValueError(f"unknown activation {activation!r}; accepted: None, {accepted}")
-    if norm == "instance" and running_mean is not None:
-        raise ValueError("norm 'instance' takes no running statistics; pass None, or norm='batch'")
-    measures = norm == "instance" or (norm == "batch" and (training or running_mean is None))
-    kind = ("given" if norm == "batch" and not measures else norm) or "none"
-    epilogue = ConvTransposeEpilogue(kind, eps, activation or "none", negative_slope)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, mean, var), with PyTorch's functions mean and var only if they are asked for.
+
+    parameters: norm_weight, norm_bias, running_mean, running_var.
+    """
     cropped = _crop(crop, dims)
     sizes = (stride, padding, output_padding, groups, dilation)
-    facts = (any(cropped), epilogue.norm, epilogue.activation, negative_slope)
+    facts = (any(cropped), epilogue.norm, epilogue.activation, epilogue.negative_slope)
     chosen = _select_conv_transpose(dims, input, weight, *sizes, backend, *facts)
     geometry = _geometry(dims, *sizes, cropped)
     if chosen == "torch" or not _fits(dims, input, weight, bias, geometry):
         y = _CONV_TRANSPOSE[dims - 1](input, weight, bias, stride, padding, output_padding, groups, dilation)
         for dim, (begin, end) in enumerate(zip(cropped[::2], cropped[1::2], strict=True), start=-dims):
             y = y.narrow(dim, begin, y.shape[dim] - begin - end) if begin or end else y
-        if norm == "batch":
-            y = torch.nn.functional.batch_norm(
-                y, running_mean, running_var, norm_weight, norm_bias, measures, momentum, eps
-            )
-        elif norm == "instance":
-            y = torch.nn.functional.instance_norm(y, weight=norm_weight, bias=norm_bias, eps=eps)
-        return conv_transpose_equations.activate(y, epilogue.activation, negative_slope)
-    given = (running_mean, running_var) if kind == "given" else (None, None)
-    parameters = (norm_weight, norm_bias, *given)
-    out, mean, var = _conv_transpose_op(dims, input, weight, bias, parameters, geometry, epilogue, chosen)
-    if measures:
+        out, mean, var = _normalize_and_activate(
+            y if y.dim() == dims + 2 else y[None], *parameters, momentum, epilogue, statistics
+        )
+        return out if y.dim() == dims + 2 else out[0], mean, var
+    norm_weight, norm_bias, running_mean, running_var = parameters
+    given = (running_mean, running_var) if epilogue.norm == "given" else (None, None)
+    operands = (input, weight, bias, (norm_weight, norm_bias, *given))
+    out, mean, var = _conv_transpose_op(dims, *operands, geometry, epilogue, chosen)
+    if epilogue.measures and epilogue.normalizes:
         count = out.numel() // max(mean.numel(), 1)
-        if count == 1 or (norm == "batch" and out.shape[-dims:].numel() * (out.dim() == dims + 1) == 1):
+        if count == 1 or (epilogue.norm == "batch" and out.shape[-dims:].numel() * (out.dim() == dims + 1) == 1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {out.size()}")
-        if norm == "batch" and running_mean is not None and running_var is not None:
+        if epilogue.norm == "batch" and running_mean is not None and running_var is not None:
             with torch.no_grad():
                 running_mean.lerp_(mean.to(running_mean.dtype), momentum)
                 running_var.lerp_(var.to(running_var.dtype) * (count / max(count - 1, 1)), momentum)
-    return out
+    return out, mean, var
+
+
+def _normalize_and_activate(
+    y: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    epilogue: ConvTransposeEpilogue,
+    statistics: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What follows a convolution with the result y (N, Cout, *sizes), on PyTorch's own functions."""
+    mean = var = None
+    if statistics:
+        wide = y.detach().float() if y.dtype.itemsize == 2 else y.detach()
+        mean, var = conv_transpose_equations.moments(wide, epilogue.norm)
+    if epilogue.norm in ("batch", "given"):
+        options = (epilogue.measures, momentum, epilogue.eps)
+        y = torch.nn.functional.batch_norm(y, running_mean, running_var, norm_weight, norm_bias, *options)
+    elif epilogue.norm == "instance":
+        y = torch.nn.functional.instance_norm(y, weight=norm_weight, bias=norm_bias, eps=epilogue.eps)
+    return conv_transpose_equations.activate(y, epilogue.activation, epilogue.negative_slope), mean, var
 
 
 _CONV_TRANSPOSE = (

@@ -13,7 +13,7 @@ import functools
 import importlib
 import types
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ from . import config
 if TYPE_CHECKING:
     from .ops.adversarial.equations import Inputs, Terms
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 #: enum mmfast_dtype
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -145,29 +145,41 @@ def supported_isas() -> list[str]:
     return library().supported_isas().split()
 
 
-def _adversarial_terms(terms: Terms, name: str = "_C") -> object:
+def _adversarial_terms(terms: Terms, name: str) -> object:
     """The library's own copy of the terms, made once."""
-    copy = terms.copies.get(name)
-    if copy is None:
-        copy = terms.copies[name] = library(name).AdversarialTerms([(int(phi), *rest) for phi, *rest in terms])
+    copy = terms.copies[name] = library(name).AdversarialTerms([(int(phi), *rest) for phi, *rest in terms])
     return copy
 
 
-def _adversarial_inputs(terms: Terms, mean: bool, inputs: Inputs, name: str = "_C") -> tuple:
+def _adversarial_inputs(
+    terms: Terms, mean: bool, inputs: Inputs, state: torch.Tensor | None, name: str = "_C"
+) -> tuple[Any, ...]:
     """The arguments that every adversarial entry begins with. The inputs are dense, and alike where they meet."""
     logits, others, weights, centres, peers = inputs
+    copy = terms.copies.get(name) or _adversarial_terms(terms, name)
     pointers, sizes = [x.data_ptr() for x in logits], [x.numel() for x in logits]
-    more = None
-    if others or weights or centres is not None:
-        per_weight = [max(n // max(w.numel(), 1), 1) for n, w in zip(sizes, weights, strict=True)] if weights else ()
-        centre, width = (0, 0) if centres is None else (centres.data_ptr(), centres.element_size())
-        meeting = [x.data_ptr() for x in others], [w.data_ptr() for w in weights]
-        more = *meeting, per_weight, centre, list(peers or range(len(sizes))), width
-    return _adversarial_terms(terms, name), DTYPES[logits[0].dtype], mean, pointers, sizes, more
+    beside = [x.data_ptr() for x in others] if others else ()
+    extras = None
+    if weights or peers or centres is not None:
+        parts = [max(n // max(w.numel(), 1), 1) for n, w in zip(sizes, weights, strict=True)] if weights else ()
+        width = 8 if logits[0].dtype == torch.float64 else 4
+        if state is not None:
+            centre = state.data_ptr() + len(sizes) * width
+        else:
+            centre = 0 if centres is None else centres.data_ptr()
+        extras = [w.data_ptr() for w in weights], parts, centre, peers or range(len(sizes)), width
+    return copy, DTYPES[logits[0].dtype], mean, pointers, sizes, beside, extras
 
 
-def _pointer(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _adversarial_outputs(
+    inputs: Inputs, total: torch.Tensor, values: torch.Tensor | None, state: torch.Tensor | None
+) -> tuple[int, int, int, int]:
+    """Pointers to total, values, slopes and means; the means are an output where no centres were given for the peers"""
+    if state is None:
+        return total.data_ptr(), 0 if values is None else values.data_ptr(), 0, 0
+    slopes = state.data_ptr()
+    means = 0 if inputs.centres is not None else slopes + len(inputs.logits) * state.element_size()
+    return total.data_ptr(), 0 if values is None else values.data_ptr(), slopes, means
 
 
 def cpu_adversarial_forward(
@@ -176,12 +188,20 @@ def cpu_adversarial_forward(
     inputs: Inputs,
     total: torch.Tensor,
     values: torch.Tensor | None,
-    slopes: torch.Tensor | None,
+    state: torch.Tensor | None,
+    gradients: Sequence[torch.Tensor | None] = (),
 ) -> None:
-    """Fills total (), and values (K,) and slopes (K,) where there are any, from K terms of dense CPU tensors."""
-    outputs = total.data_ptr(), _pointer(values), _pointer(slopes)
-    arguments = _adversarial_inputs(terms, mean, inputs)
-    check(library().cpu_adversarial_forward(*arguments, *outputs, torch.get_num_threads()))
+    """Fills total (), and values (K,) and state (2, K) where there are any, from K terms of dense CPU tensors.
+
+    state: slopes and centres of terms that have peers; the centres are computed where `inputs` has none.
+    gradients: (), or those of the total by the logits, then by the others (None: not wanted): filled, too.
+    """
+    arguments = _adversarial_inputs(terms, mean, inputs, state)
+    outputs = _adversarial_outputs(inputs, total, values, state)
+    wanted = [0 if g is None else g.data_ptr() for g in gradients]
+    status = library().cpu_adversarial_forward(*arguments, outputs, wanted, torch.get_num_threads())
+    if status:
+        check(status)
 
 
 def cpu_adversarial_backward(
@@ -189,13 +209,16 @@ def cpu_adversarial_backward(
     mean: bool,
     inputs: Inputs,
     dtotal: torch.Tensor,
-    slopes: torch.Tensor | None,
+    state: torch.Tensor | None,
     gradients: Sequence[torch.Tensor | None],
 ) -> None:
     """Fills the gradients by the logits, then by the others (None: not wanted), each in the layout of its tensor."""
-    arguments = _adversarial_inputs(terms, mean, inputs)
-    outputs = dtotal.data_ptr(), _pointer(slopes), [0 if g is None else g.data_ptr() for g in gradients]
-    check(library().cpu_adversarial_backward(*arguments, *outputs, torch.get_num_threads()))
+    arguments = _adversarial_inputs(terms, mean, inputs, state)
+    wanted = [0 if g is None else g.data_ptr() for g in gradients]
+    slopes = 0 if state is None else state.data_ptr()
+    status = library().cpu_adversarial_backward(*arguments, dtotal.data_ptr(), slopes, wanted, torch.get_num_threads())
+    if status:
+        check(status)
 
 
 def _launch(entry: str, x: torch.Tensor, *arguments: object) -> None:
@@ -219,13 +242,13 @@ def cuda_adversarial_forward(
     inputs: Inputs,
     total: torch.Tensor,
     values: torch.Tensor | None,
-    slopes: torch.Tensor | None,
+    state: torch.Tensor | None,
     scratch: torch.Tensor,
 ) -> None:
     """As cpu_adversarial_forward, on CUDA or in the emulator; scratch: (adversarial_scratch(logits),) float64."""
-    arguments = _adversarial_inputs(terms, mean, inputs, "_C" if total.is_cuda else "_emulator")
-    outputs = total.data_ptr(), _pointer(values), _pointer(slopes), scratch.data_ptr()
-    _launch("cuda_adversarial_forward", total, *arguments, *outputs)
+    arguments = _adversarial_inputs(terms, mean, inputs, state, "_C" if total.is_cuda else "_emulator")
+    outputs = _adversarial_outputs(inputs, total, values, state)
+    _launch("cuda_adversarial_forward", total, *arguments, outputs, scratch.data_ptr())
 
 
 def cuda_adversarial_backward(
@@ -233,13 +256,14 @@ def cuda_adversarial_backward(
     mean: bool,
     inputs: Inputs,
     dtotal: torch.Tensor,
-    slopes: torch.Tensor | None,
+    state: torch.Tensor | None,
     gradients: Sequence[torch.Tensor | None],
 ) -> None:
     """As cpu_adversarial_backward, on a CUDA device or in the emulator."""
-    arguments = _adversarial_inputs(terms, mean, inputs, "_C" if dtotal.is_cuda else "_emulator")
-    outputs = dtotal.data_ptr(), _pointer(slopes), [_pointer(g) for g in gradients]
-    _launch("cuda_adversarial_backward", dtotal, *arguments, *outputs)
+    arguments = _adversarial_inputs(terms, mean, inputs, state, "_C" if dtotal.is_cuda else "_emulator")
+    wanted = [0 if g is None else g.data_ptr() for g in gradients]
+    slopes = 0 if state is None else state.data_ptr()
+    _launch("cuda_adversarial_backward", dtotal, *arguments, dtotal.data_ptr(), slopes, wanted)
 
 
 def cpu_normalize_forward(
@@ -249,16 +273,16 @@ def cpu_normalize_forward(
     eps: float,
     y: torch.Tensor,
     parameters: Sequence[torch.Tensor | None],
-    out: torch.Tensor,
+    out: torch.Tensor | None,
 ) -> None:
-    """Fills out, and with `measure` mean and var, from y: dense CPU tensors of one dtype and one order of memory.
+    """Fills out, if any, and with `measure` mean and var, from y: dense CPU tensors of one dtype and order of memory.
 
     layout: (channels last, (sets, batch, channels, size)). activation: (number, negative slope). parameters: weight,
     bias (channels,) or None, mean, var (sets, channels) in y's compute dtype, contiguous.
     """
     pointers = [_address(x) for x in parameters]
     threads = torch.get_num_threads()
-    arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, y.data_ptr(), *pointers, out.data_ptr(), threads)
+    arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, y.data_ptr(), *pointers, _address(out), threads)
     check(library().cpu_normalize_forward(*arguments))
 
 
@@ -290,7 +314,7 @@ def cpu_activation_forward(activation: tuple[int, float], y: torch.Tensor, out: 
 def cpu_activation_backward(
     activation: tuple[int, float], value: torch.Tensor, dout: torch.Tensor, dy: torch.Tensor
 ) -> None:
-    """Fills dy with dout times the slope at which the activation took `value` (silu: its argument); one layout."""
+    """Fills dy with dout times the slope where the activation is `value` (silu, gelu: of its argument); one layout."""
     pointers = (value.data_ptr(), dout.data_ptr(), dy.data_ptr())
     check(
         library().cpu_activation_backward(
@@ -346,29 +370,47 @@ def cpu_rnn_forward(
 def cpu_rnn_backward(
     layer: tuple, saved: Sequence[torch.Tensor | None], given: Sequence[torch.Tensor | None], out: Sequence
 ) -> None:
-    """Fills `out` (dgates, dm, previous, dh0, dc0) from `saved` (y, gates, cell) and `given` (dy, dhn, dcn).
+    """Fills `out` (dgates, dm, dh, u, previous, dh0, dc0) from `saved` (y, gates, cell) and `given` (dy, dhn, dcn).
 
     All are mmfast_rnn_backward_args' (csrc/mmfast.h); layer: `rnn_layer`.
     """
     check(library().cpu_rnn_backward(layer, *map(_address, saved), *map(_address, given), *map(_address, out)))
 
 
-def rnn_layer(
-    dtype: torch.dtype,
-    mode: int,
-    shape: tuple[int, int, int],
-    offsets: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    w_hh: Sequence[torch.Tensor],
-    b_hh: Sequence[torch.Tensor | None],
-    h0: torch.Tensor | None,
-    c0: torch.Tensor | None,
-) -> tuple:
-    """mmfast_rnn_layer of csrc/mmfast.h. shape: (T, B, H); one w_hh and b_hh a direction; tensors contiguous, on CPU.
+def cpu_rnn_cell(
+    mode: int, shape: tuple[int, int, int], inputs: Sequence[torch.Tensor | None], h: torch.Tensor, c: torch.Tensor
+) -> None:
+    """Fills h and c of mmfast_rnn_cell_args (csrc/mmfast.h). shape: (B, I, H).
 
-    The caller keeps the tensors alive until the kernel has returned.
+    inputs: gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0 of any strides.
     """
+    inputs = [a if a is None or a.is_contiguous() else a.contiguous() for a in inputs]
+    addresses = [0 if a is None else a.data_ptr() for a in inputs]
+    function = library().cpu_rnn_cell
+    check(function(DTYPES[h.dtype], mode, *shape, *addresses, h.data_ptr(), c.data_ptr()))
+
+
+class RnnTensors(NamedTuple):
+    """The tensors of mmfast_rnn_layer (csrc/mmfast.h), contiguous; of weights one or None for each direction."""
+
+    offsets: torch.Tensor | None
+    lengths: torch.Tensor | None
+    reset: torch.Tensor | None
+    zoneout_mask: torch.Tensor | None
+    dropout_mask: torch.Tensor | None
+    w_hh: Sequence[torch.Tensor]
+    b_hh: Sequence[torch.Tensor | None]
+    w_hr: Sequence[torch.Tensor | None]
+    h0: torch.Tensor | None
+    c0: torch.Tensor | None
+
+
+def rnn_layer(
+    dtype: torch.dtype, mode: int, shape: tuple[int, int, int, int], zoneout: float, tensors: RnnTensors
+) -> tuple:
+    """mmfast_rnn_layer. shape: (T, B, H, proj). The caller keeps the tensors alive until the kernel has returned."""
+    *masks, w_hh, b_hh, w_hr, h0, c0 = tensors
     directions = len(w_hh)
-    weights = [_address(x) for pair in (w_hh, b_hh) for x in (*pair, None)[:2]]
-    sides = _address(offsets), _address(lengths), *weights, _address(h0), _address(c0)
-    return (DTYPES[dtype], mode, directions, *shape, *sides, torch.get_num_threads())
+    weights = [_address(x) for pair in (w_hh, b_hh, w_hr) for x in (*pair, None)[:2]]  # type: ignore[misc]
+    addresses = *map(_address, masks), *weights, _address(h0), _address(c0)
+    return (DTYPES[dtype], mode, directions, *shape, zoneout, *addresses, torch.get_num_threads())

@@ -228,6 +228,11 @@ def test_every_representative_pattern_fits_exactly_one_case():
         assert len(cases.matching([pattern])) == 1, pattern
 
 
+@pytest.mark.parametrize("pattern", cases.REPRESENTATIVE_GPU)
+def test_every_pattern_for_a_gpu_fits(pattern):
+    assert cases.matching([pattern])
+
+
 @pytest.mark.parametrize("case", cases.cases(), ids=lambda case: case.name)
 def test_a_shrunk_case_runs_and_is_no_larger(case):
     small = case.shrunk(2, 4, 8)
@@ -566,7 +571,9 @@ def test_the_list_names_every_case(capsys):
     assert cli.main(["bench", "--list"]) == 0
     output = capsys.readouterr().out
     assert all(case.name in output for case in cases.cases())
-    assert output.count("(by default)") == len(cases.REPRESENTATIVE)
+    assert output.count("(by default)") == len(
+        cases.matching(cases.REPRESENTATIVE if not torch.cuda.is_available() else cases.REPRESENTATIVE_GPU)
+    )
 
 
 def test_by_default_few_cases_go_to_second_order():

@@ -13,11 +13,14 @@ import subprocess
 from typing import NamedTuple
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmfast.ops.adversarial import triton_kernels as adversarial
+from mmfast.ops.conv_transpose import triton_kernels as conv_transpose
+from mmfast.ops.conv_transpose.equations import Geometry
 
 CSRC = pathlib.Path(__file__).resolve().parent.parent / "csrc"
 CUDA_SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
@@ -152,12 +155,56 @@ def test_triton(tmp_path, capsys, name, dtype, capability, form):
         assert "STG.E.128" in found.sass, "the gradients are not stored 16 bytes at a time"
 
 
-def check(found: Resources) -> None:
-    """No spill, no stack, no float atomics, registers for at least two blocks of 256 threads a multiprocessor."""
+CONV_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CONV_LAYERS = {
+    # the weight's shape, stride, padding, x channels last, epilogue
+    "dcgan": ((128, 64, 4, 4), 2, 1, True, {"MOMENTS": True}),
+    "rgb": ((64, 3, 4, 4), 2, 1, True, {"ACTIVATION": "tanh"}),
+    "hifigan": ((512, 256, 16), 8, 4, False, {"HAS_BIAS": True}),
+}
+CONV_CASES = [(layer, "bf16", capability) for layer in CONV_LAYERS for capability in (80, 90, 100)]
+CONV_CASES += [(layer, "fp32", 90) for layer in CONV_LAYERS]
+
+
+@pytest.mark.parametrize(("layer", "dtype", "capability"), CONV_CASES, ids=[f"{n}-{d}-sm{c}" for n, d, c in CONV_CASES])
+def test_triton_conv_transpose(tmp_path, capsys, layer, dtype, capability):
+    shape, stride, padding, last, epilogue = CONV_LAYERS[layer]
+    dims = len(shape) - 2
+    geometry = Geometry((stride,) * dims, (padding,) * dims, (0,) * dims, (1,) * dims, 1, (0,) * (2 * dims))
+    in_columns = shape[1] < 16
+    plan = conv_transpose.plan(shape, geometry, CONV_DTYPES[dtype], last, not in_columns, dtype == "fp32")
+    flags = ("HAS_BIAS", "MOMENTS", "GIVEN", "HAS_NORM_WEIGHT", "HAS_NORM_BIAS", "SAVE", "WIDE")
+    given = {**plan.constants, **dict.fromkeys(flags, False), "X_LAST": last, "Y_LAST": last, "ACTIVATION": "none"}
+    given.update(epilogue)
+    options = {"num_warps": given.pop("num_warps"), "num_stages": given.pop("num_stages"), "enable_fp_fusion": True}
+    kernel = conv_transpose.conv_kernel
+    floats = dict.fromkeys(("negative_slope", "eps"), "fp32")
+    tensors = dict.fromkeys(("x", "weight", "bias", "out", "saved"), f"*{dtype}")
+    wide = dict.fromkeys(("norm_weight", "norm_bias", "mean", "var", "counts", "means", "squares"), "*fp32")
+    kinds = {**floats, **tensors, **wide, **dict.fromkeys(given, "constexpr")}
+    signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(kernel, signature, given, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    (found,) = resources(cubin, f"sm_{capability}")
+    found = found._replace(kernel=f"conv_transpose {layer} {dtype}", shared=compiled.metadata.shared)
+    with capsys.disabled():
+        print(f"\n{found.row()}", end="")
+    check(found, 255)
+    assert re.search({80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}[capability], found.sass), "no matrix instruction"
+    if last:
+        assert re.search(r"LDGSTS\.E\.\S*128", found.sass), "x is not copied 16 bytes at a time"
+
+
+def check(found: Resources, registers: int = 128) -> None:
+    """No spill, no stack, no float atomics; 128 registers: two blocks of 256 threads a multiprocessor."""
     assert found.stack == 0, f"{found.kernel} uses {found.stack} bytes of stack"
     assert found.local_accesses == 0, f"{found.kernel} spills: {found.local_accesses} local memory instructions"
     assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED)\.\S*(F32|F16|F64|ADD\.F)", found.sass)
-    assert found.registers <= 128
+    assert found.registers <= registers
 
 
 # ---- CUDA C++

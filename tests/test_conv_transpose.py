@@ -16,7 +16,7 @@ from mmfast.ops.conv_transpose.equations import Epilogue, Geometry
 from mmfast.ops.conv_transpose.op import backward_op, conv_transpose, forward_op
 
 LAYOUTS = {"first": None, "last": torch.channels_last}
-ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid", "silu")
+ACTIVATIONS = equations.ACTIVATIONS
 
 
 @pytest.fixture(params=native.supported_isas())
@@ -85,7 +85,7 @@ def random_tensors(
     weight = normal(channels[0], channels[1] // groups, *[kernel] * len(size))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     parameters = [None] * 4
-    if norm != "none":
+    if norm not in ("none", "moments"):
         parameters[:2] = [(normal(channels[1]) + 1).to(wide), normal(channels[1]).to(wide)]
     if norm == "given":
         parameters[2:] = [normal(channels[1]).to(wide), (normal(channels[1]).square() + 0.1).to(wide)]
@@ -96,7 +96,14 @@ def random_tensors(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("norm", "activation"),
-    [("batch", "relu"), ("batch", "tanh"), ("given", "silu"), ("instance", "leaky_relu"), ("none", "sigmoid")],
+    [
+        ("batch", "relu"),
+        ("batch", "tanh"),
+        ("given", "silu"),
+        ("instance", "leaky_relu"),
+        ("none", "sigmoid"),
+        ("none", "gelu"),
+    ],
 )
 def test_numerics_of_the_epilogue(seed, isa, norm, activation, layout, dtype):
     g, epilogue = geometry(2, stride=2, padding=1), Epilogue(norm, 1e-5, activation, 0.2)
@@ -173,7 +180,7 @@ def test_integers_are_exact(seed, isa, row, out_channels):
 
 
 @pytest.mark.parametrize("row", GRID, ids=IDS)
-@pytest.mark.parametrize("norm", ["none", "batch", "given", "instance"])
+@pytest.mark.parametrize("norm", equations.NORMS)
 def test_gradients_of_both_orders(seed, row, norm):
     dims, *rest, groups, crop = row
     g, epilogue = geometry(dims, *rest, groups, crop), Epilogue(norm, 1e-3, "tanh")
@@ -338,14 +345,27 @@ def test_batch_norm_as_torchs(seed, backend, training, affine, tracked):
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("norm", [None, "batch", "instance"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_are_of_the_convolutions_result(seed, backend, norm, layout):
+    x, weight, bias, *_ = random_tensors(seed, torch.float32, "none", layout=LAYOUTS[layout])
+    call = {"stride": 2, "norm": norm, "training": True, "activation": "relu", "backend": backend}
+    out, mean, var = MF.conv_transpose2d_norm_act(x, weight, bias, **call, statistics=True)
+    torch.testing.assert_close(out, MF.conv_transpose2d_norm_act(x, weight, bias, **call))
+    y = F.conv_transpose2d(x.double(), weight.double(), bias.double(), 2)
+    dims = [2, 3] if norm == "instance" else [0, 2, 3]
+    torch.testing.assert_close(mean.double(), y.mean(dims), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(var.double(), y.var(dims, correction=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_instance_norm_and_unbatched_input(seed, backend):
     generator = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(4, 5, 6, generator=generator), torch.randn(4, 7, 3, 3, generator=generator)
     theirs = F.leaky_relu(F.instance_norm(F.conv_transpose2d(x[None], weight, padding=1)), 0.3)[0]
     call = {"padding": 1, "norm": "instance", "activation": "leaky_relu", "negative_slope": 0.3, "backend": backend}
     torch.testing.assert_close(MF.conv_transpose2d_norm_act(x[None], weight, **call)[0], theirs)
-    if backend == "cpu":
-        torch.testing.assert_close(MF.conv_transpose2d_norm_act(x, weight, **call), theirs)
+    torch.testing.assert_close(MF.conv_transpose2d_norm_act(x, weight, **call), theirs)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -359,7 +379,7 @@ def test_crop_drops_what_a_codec_slices_away(seed, backend):
 def test_empty_batch():
     x = torch.empty(0, 4, 3, 3, requires_grad=True)
     weight = torch.ones(4, 3, 2, 2, requires_grad=True)
-    for activation in (None, "relu", "silu"):
+    for activation in (None, "relu", "silu", "gelu"):
         out = MF.conv_transpose2d_norm_act(x, weight, stride=2, activation=activation, backend="cpu")
         assert out.shape == (0, 3, 6, 6)
         dx, dweight = torch.autograd.grad(out.sum(), [x, weight])
@@ -380,8 +400,12 @@ def test_errors_are_pytorchs():
         MF.conv_transpose2d_norm_act(x, weight, activation="cos")
     with pytest.raises(ValueError, match=r"crop is \(1, -1\)"):
         MF.conv_transpose2d_norm_act(x, weight, crop=(1, -1))
-    with pytest.raises(RuntimeError, match="the activation is gelu"):
-        MF.conv_transpose2d_norm_act(x, weight, activation="gelu", backend="cpu")
+    with pytest.raises(RuntimeError, match="negative slope is -1"):
+        MF.conv_transpose2d_norm_act(x, weight, activation="leaky_relu", negative_slope=-1.0, backend="cpu")
+    with pytest.raises(ValueError, match="a norm by running statistics measures none"):
+        MF.conv_transpose2d_norm_act(
+            x, weight, norm="batch", running_mean=torch.ones(2), running_var=torch.ones(2), statistics=True
+        )
     for backend in ("torch", "cpu"):
         with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
             MF.conv_transpose2d_norm_act(
@@ -395,10 +419,9 @@ def test_preference():
     assert OP.explain(plain._replace(out_channels=3)).backend == "cpu"
     assert OP.explain(plain._replace(norm="batch", activation="relu")).backend == "cpu"
     assert OP.explain(plain._replace(dtype=torch.bfloat16, norm="batch")).backend == "torch"
-    assert OP.explain(plain._replace(activation="gelu")).backend == "torch"
 
 
-@pytest.mark.parametrize("norm", ["none", "batch", "given", "instance"])
+@pytest.mark.parametrize("norm", equations.NORMS)
 def test_op_is_registered_as_torch_wants_it(seed, norm):
     tensors = random_tensors(seed, torch.float32, norm, channels=(4, 6), size=(3, 3))
     for x in tensors[:5]:

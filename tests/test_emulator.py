@@ -61,6 +61,23 @@ REPORTS = {
         "missing barrier before reuse",
     ): r"race: it (reads|writes) byte \d+ .*which thread \d+ (wrote|or another reads)",
     ("count", "plain access beside atomics"): r"race: it (reads|writes) byte 0 of shared memory",
+    ("multiply_float16", "swapped fragment"): r"wrong result: y\[\d+\]",
+    ("multiply_float16", "swapped operand"): r"wrong result: y\[\d+\]",
+    ("multiply_float16", "wrong matrix row"): r"wrong result: y\[7?\d\]",
+    ("multiply_bfloat16", "swapped fragment"): r"wrong result: y\[\d+\]",
+    ("multiply_tf32", "swapped fragment"): r"wrong result: y\[\d+\]",
+    ("multiply_tf32", "swapped operand"): r"wrong result: y\[\d+\]",
+    ("copy", "missing wait"): r"it uses byte \d+ .*into which thread \d+ copies since line \d+ without having waited",
+    ("copy", "waits for too few"): r"it uses byte \d+ .*into which thread \d+ copies since line \d+ without",
+    ("copy", "missing barrier after the wait"): r"(thread \d+ wrote|copies since line|no thread has written)",
+    ("copy", "buffer reused too early"): r"(race: it writes byte|copies since line \d+ without|no thread has written)",
+    ("exchange", "wrong cluster rank"): r"(deadlock: .*wait at a barrier in shared memory|no thread has written)",
+    ("exchange", "rank outside the cluster"): r"it stores into block 4 of a cluster of 4 at selftest.cpp:\d+",
+    ("exchange", "missing wait"): r"(no thread has written|with no wait for its barrier)",
+    ("exchange", "missing expect"): r"deadlock: 256 threads|deadlock: 128 threads wait at a barrier in shared memory",
+    ("exchange", "wrong parity"): r"(no thread has written|no wait for its barrier|deadlock)",
+    ("exchange", "missing cluster barrier"): r"(memory that was not initialised|with no cluster barrier since it was)",
+    ("exchange", "a block that left"): r"(it stores into block 3 of its cluster, which has left the kernel|deadlock)",
 }
 SELFTESTS = native.emulator_selftests()
 ORDERS = [0, 1, 2, 3]

@@ -13,7 +13,7 @@ from mmfast import dispatch
 from mmfast.accelerate import Row
 
 SAMPLES = {
-    "RNN": ((5, 32), (3, 32, 5)),
+    "RNN": ((5, 32), (8, 32, 5)),
     "GRU": ((5, 32, 2), (3, 32, 5)),
     "LSTM": ((5, 32), (3, 32, 5)),
     "RNNCell": ((5, 4), (2, 5)),

@@ -44,7 +44,20 @@ def errors(info: ModuleInfo, dtype: str, training: bool) -> list:
 @pytest.mark.parametrize("backend", ["torch", None], ids=["torch", "chosen"])
 def test_samples(name: str, dtype: str, training: bool, backend: str | None, outcome, same) -> None:
     """Outputs and all gradients: the same bits with the torch backend, the same within rounding with the chosen one."""
-    info = INFOS[name]
+    hold_to_torch(INFOS[name], name, dtype, training, backend, outcome, same)
+
+
+@per_mode
+@per_dtype
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_samples_on_the_cpu_kernel(name: str, dtype: str, training: bool, outcome, same) -> None:
+    """Forced upon samples that are so short that PyTorch's loop would serve them, and with its error inputs."""
+    with mmfast.use_backend("cpu"):
+        hold_to_torch(INFOS[name], name, dtype, training, None, outcome, same)
+        test_error_inputs(name, dtype, training)
+
+
+def hold_to_torch(info: ModuleInfo, name: str, dtype: str, training: bool, backend: str | None, outcome, same) -> None:
     made = samples(info, dtype, training)
     assert len(made) == SAMPLES[name]
     for sample in made:

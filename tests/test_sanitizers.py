@@ -1,10 +1,13 @@
-"""The CUDA kernels under AddressSanitizer and UBSan: an executable of its own, built here, that reads case files."""
+"""Kernels under AddressSanitizer and UBSan, as executables built here: the CUDA kernels on the emulator, which read
+case files, and the recurrent CPU kernels, which draw random layers."""
 
 import pathlib
 import shutil
 import subprocess
 
 import pytest
+
+from mmfast import native
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -50,3 +53,14 @@ def test_an_overflow_is_seen(executable, tmp_path):
 
 def test_an_unknown_case_fails(executable, tmp_path):
     assert run(executable, "adversarial 9 1 0 0:1:0:1:5\n", tmp_path).returncode == 1
+
+
+@pytest.mark.parametrize("isa", [isa for isa in native.supported_isas() if isa != "avx512"])
+def test_recurrent_cpu_kernels_are_clean(executable, isa):
+    """Random layers of every mode, dtype, layout and extra; a buffer one element too short is seen."""
+    program = executable.parent / f"cpu_rnn_sanitized_{isa}"
+    done = subprocess.run([program, "300"], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "passed: 300 layers and cells\n"), done.stdout + done.stderr
+    done = subprocess.run([program, "20", "overflow"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr

@@ -1,11 +1,15 @@
 // The adversarial loss: value_k = weight_k * reduce_i w_i * phi_k(u_i), u_i = sign_k * (x_i - other_i) + shift_k;
 // total = sum_k value_k.
 //
-// Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. Forward reads each element once; backward reads it
-// once and writes its gradient, so both are bound by memory for large tensors and by the call for small ones. Each
-// tensor is cut into chunks of kChunk elements, whatever the number of threads. A chunk is summed in four vectors of
-// the compute type (float for 16-bit and float32 logits), chunks are added in double, in order: the same bits for any
-// number of threads. Backward: d = dtotal * weight_k [/ n_k] * sign_k * w_i * phi_k'(u), less the peer's part.
+// Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. Forward reads each element once (twice where it
+// measures the centres); backward reads it once and writes its gradient, so both are bound by memory for large tensors
+// and by the call for small ones. Each tensor is cut into chunks of kChunk elements, whatever the number of threads. A
+// chunk is summed in four vectors of the compute type (float for 16-bit and float32 logits), chunks are added in
+// double, in order: the same bits for any number of threads. Backward: d = dtotal * weight_k [/ n_k] * sign_k * w_i *
+// phi_k'(u), less the peer's part.
+//
+// Blocks of a chunk that are not what the loops over phi read - 16-bit logits, x - other, weights - pass through a
+// buffer in the first-level cache, so that there is one loop for each phi and compute type.
 #include <math.h>
 #include <stdlib.h>
 
@@ -19,184 +23,245 @@ namespace MMFAST_ISA {
 namespace {
 
 constexpr int64_t kChunk = 4096;
+constexpr int kBlock = 1024;
 
-template <int kPhi, typename V, typename C>
-inline V phi_of(V u, C tilt) {
-    if constexpr (kPhi == MMFAST_SOFTPLUS) return softplus_of(u);
-    if constexpr (kPhi == MMFAST_TILTED) return softplus_of(u) + u * tilt;
-    if constexpr (kPhi == MMFAST_SQUARE || kPhi == MMFAST_LEAKY_SQUARE) return u * u;
-    if constexpr (kPhi == MMFAST_RELU) return u < 0 ? V{} : u;
-    if constexpr (kPhi == MMFAST_RELU_SQUARE) return u < 0 ? V{} : u * u;
-    if constexpr (kPhi == MMFAST_ABS) return abs_of(u);
-    if constexpr (kPhi == MMFAST_SIGMOID) return sigmoid_of(u);
-    return u;
-}
+template <typename A, typename B>
+constexpr bool kSame = false;
+template <typename A>
+constexpr bool kSame<A, A> = true;
 
-// phi'(u); torch's subgradients: 0 where the argument of relu or abs is 0
-template <int kPhi, typename V, typename C>
-inline V slope_of(V u, C tilt) {
-    const V one = V{} + 1;
-    if constexpr (kPhi == MMFAST_SOFTPLUS) return sigmoid_of(u);
-    if constexpr (kPhi == MMFAST_TILTED) return sigmoid_of(u) + tilt;
-    if constexpr (kPhi == MMFAST_SQUARE || kPhi == MMFAST_LEAKY_SQUARE) return u + u;
-    if constexpr (kPhi == MMFAST_RELU) return u <= 0 ? V{} : one;
-    if constexpr (kPhi == MMFAST_RELU_SQUARE) return u <= 0 ? V{} : u + u;
-    if constexpr (kPhi == MMFAST_ABS) return u > 0 ? one : u < 0 ? -one : V{};
-    if constexpr (kPhi == MMFAST_SIGMOID) {
-        const V e = exp_of(-abs_of(u));
-        return e / ((e + 1) * (e + 1));
-    }
-    return one;
-}
+using Term = mmfast_adversarial_term;
 
-// Part of one term: `size` of its elements from `begin` on.
-template <typename T, typename C>
-struct Chunk {
+// What maps a difference x - other to phi and its slope.
+template <int kPhi, typename C>
+struct Function {
     using V = Vec<C>;
-    static constexpr int kWidth = kLanes<C>;
-
-    const T *x, *other;
-    const C* weights;
-    int64_t begin, size, per_weight;
     C sign, shift, tilt;
 
-    Chunk(const mmfast_adversarial_term& term, int64_t begin, int64_t size)
-        : x(static_cast<const T*>(term.logits) + begin),
-          other(term.other ? static_cast<const T*>(term.other) + begin : nullptr),
-          weights(static_cast<const C*>(term.weights)),
-          begin(begin),
-          size(size),
-          per_weight(term.per_weight),
-          sign(C(term.sign)),
-          shift(C(term.shift)),
-          tilt(C(term.tilt)),
-          centre_(term.centre ? *static_cast<const C*>(term.centre) : C(0)),
-          subtracts_(term.other || term.centre) {}
+    explicit Function(const Term& term) : sign(C(term.sign)), shift(C(term.shift)), tilt(C(term.tilt)) {}
 
-    // x - other from element i of the chunk on
-    V difference(int64_t i, int n) const {
-        const V v = load_float(x + i, n);
-        if (!subtracts_) return v;
-        return v - (other ? load_float(other + i, n) : splat(centre_));
+    V argument(V d) const {
+        if constexpr (kPhi == MMFAST_LEAKY_SQUARE) d = d > 0 ? d : d * C(MMFAST_ADVERSARIAL_LEAK);
+        return d * sign + shift;
     }
 
-    template <int kPhi>
-    V argument(V difference) const {
-        if constexpr (kPhi == MMFAST_LEAKY_SQUARE)
-            difference = difference > 0 ? difference : difference * C(MMFAST_ADVERSARIAL_LEAK);
-        return difference * sign + shift;
+    V value(V d) const {
+        const V u = argument(d);
+        if constexpr (kPhi == MMFAST_SOFTPLUS) return softplus_of(u);
+        if constexpr (kPhi == MMFAST_TILTED) return softplus_of(u) + u * tilt;
+        if constexpr (kPhi == MMFAST_SQUARE || kPhi == MMFAST_LEAKY_SQUARE) return u * u;
+        if constexpr (kPhi == MMFAST_RELU) return u < 0 ? V{} : u;
+        if constexpr (kPhi == MMFAST_RELU_SQUARE) return u < 0 ? V{} : u * u;
+        if constexpr (kPhi == MMFAST_ABS) return abs_of(u);
+        if constexpr (kPhi == MMFAST_SIGMOID) return sigmoid_of(u);
+        return u;
     }
 
-    template <int kPhi>
-    V value(int64_t i, int n) const {
-        return weighted(phi_of<kPhi>(argument<kPhi>(difference(i, n)), tilt), i, n);
+    // the derivative of phi by u (of LEAKY_SQUARE by d); torch's subgradients: 0 where the argument of relu or abs is 0
+    V slope(V d) const {
+        const V one = V{} + 1;
+        const V u = argument(d);
+        if constexpr (kPhi == MMFAST_SOFTPLUS) return sigmoid_of(u);
+        if constexpr (kPhi == MMFAST_TILTED) return sigmoid_of(u) + tilt;
+        if constexpr (kPhi == MMFAST_SQUARE) return u + u;
+        if constexpr (kPhi == MMFAST_LEAKY_SQUARE) return d > 0 ? u + u : (u + u) * C(MMFAST_ADVERSARIAL_LEAK);
+        if constexpr (kPhi == MMFAST_RELU) return u <= 0 ? V{} : one;
+        if constexpr (kPhi == MMFAST_RELU_SQUARE) return u <= 0 ? V{} : u + u;
+        if constexpr (kPhi == MMFAST_ABS) return u > 0 ? one : u < 0 ? -one : V{};
+        if constexpr (kPhi == MMFAST_SIGMOID) {
+            const V e = exp_of(-abs_of(u));
+            return e / ((e + 1) * (e + 1));
+        }
+        return one;
     }
-
-    // the derivative of w * phi by u (of LEAKY_SQUARE by x)
-    template <int kPhi>
-    V slope(int64_t i, int n) const {
-        if constexpr (kPhi == MMFAST_IDENTITY) return weighted(splat(C(1)), i, n);
-        const V d = difference(i, n);
-        V s = slope_of<kPhi>(argument<kPhi>(d), tilt);
-        if constexpr (kPhi == MMFAST_LEAKY_SQUARE) s = d > 0 ? s : s * C(MMFAST_ADVERSARIAL_LEAK);
-        return weighted(s, i, n);
-    }
-
-  private:
-    V weighted(V v, int64_t i, int n) const {
-        if (!weights) return v;
-        return v * weights_at(i, n);
-    }
-
-    // rare, so not part of every loop
-    __attribute__((noinline)) V weights_at(int64_t i, int n) const {
-        if (per_weight == 1) return load_float(weights + begin + i, n);
-        const int64_t first = (begin + i) / per_weight;
-        if ((begin + i + n - 1) / per_weight == first) return splat(weights[first]);
-        C lane[kWidth] = {};
-        for (int j = 0; j < n; ++j) lane[j] = weights[(begin + i + j) / per_weight];
-        return load(lane);
-    }
-
-    C centre_;
-    bool subtracts_;
 };
 
-// f(i, n) gives a vector of which n elements count; their sum over 0 <= i < size.
-template <typename C, typename F>
-inline C sum_of(int64_t size, const F& f) {
-    constexpr int kWidth = kLanes<C>;
-    Vec<C> sum[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * kWidth <= size; i += 4 * kWidth)
-        for (int j = 0; j < 4; ++j) sum[j] += f(i + j * kWidth, kWidth);
-    for (; i + kWidth <= size; i += kWidth) sum[0] += f(i, kWidth);
+// A chunk's running sum, in lanes.
+template <typename C>
+struct Lanes {
+    Vec<C> part[4] = {};
     C rest = 0;
-    if (i < size) {
-        C lane[kWidth];
-        store(lane, f(i, int(size - i)));
-        for (int j = 0; j < int(size - i); ++j) rest += lane[j];
-    }
-    return sum_lanes<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
-}
 
-// The sums of a chunk's w * phi, and of their derivatives where those are wanted.
-template <int kPhi, typename T, typename C>
-void sums_of(const Chunk<T, C>& chunk, double* value, double* slope) {
-    *value = double(sum_of<C>(chunk.size, [&](int64_t i, int n) { return chunk.template value<kPhi>(i, n); }));
-    if (slope)
-        *slope = double(sum_of<C>(chunk.size, [&](int64_t i, int n) { return chunk.template slope<kPhi>(i, n); }));
-}
-
-// dx = slope * factor + offset, dother = -dx; either may be null
-template <int kPhi, typename T, typename C>
-void gradient_of(const Chunk<T, C>& chunk, T* dx, T* dother, C factor, C offset) {
-    constexpr int kWidth = kLanes<C>;
-    for (int64_t i = 0; i < chunk.size; i += kWidth) {
-        const int n = chunk.size - i < kWidth ? int(chunk.size - i) : kWidth;
-        const Vec<C> d = chunk.template slope<kPhi>(i, n) * factor + offset;
-        if (dx) store_float(dx + i, d, n);
-        if (dother) store_float(dother + i, -d, n);
-    }
-}
-
-template <int k>
-struct Phi {
-    static constexpr int value = k;
+    C sum() const { return sum_lanes<C>((part[0] + part[1]) + (part[2] + part[3])) + rest; }
 };
 
-// f(phi) with phi as a constant
-template <typename F>
-void with_phi(int phi, const F& f) {
-    switch (phi) {
-        case MMFAST_SOFTPLUS:
-            return f(Phi<MMFAST_SOFTPLUS>{});
-        case MMFAST_SQUARE:
-            return f(Phi<MMFAST_SQUARE>{});
-        case MMFAST_RELU:
-            return f(Phi<MMFAST_RELU>{});
-        case MMFAST_ABS:
-            return f(Phi<MMFAST_ABS>{});
-        case MMFAST_SIGMOID:
-            return f(Phi<MMFAST_SIGMOID>{});
-        case MMFAST_RELU_SQUARE:
-            return f(Phi<MMFAST_RELU_SQUARE>{});
-        case MMFAST_TILTED:
-            return f(Phi<MMFAST_TILTED>{});
-        case MMFAST_LEAKY_SQUARE:
-            return f(Phi<MMFAST_LEAKY_SQUARE>{});
-        default:
-            return f(Phi<MMFAST_IDENTITY>{});
+// lanes += f(d_i) over 0 <= i < size
+template <typename C, typename F>
+inline void add_each(Lanes<C>& lanes, const C* d, int size, const F& f) {
+    constexpr int kWidth = kLanes<C>;
+    Vec<C> a = lanes.part[0], b = lanes.part[1], c = lanes.part[2], e = lanes.part[3];
+    int i = 0;
+    for (; i + 4 * kWidth <= size; i += 4 * kWidth) {
+        a += f(load(d + i));
+        b += f(load(d + i + kWidth));
+        c += f(load(d + i + 2 * kWidth));
+        e += f(load(d + i + 3 * kWidth));
+    }
+    for (; i + kWidth <= size; i += kWidth) a += f(load(d + i));
+    lanes.part[0] = a, lanes.part[1] = b, lanes.part[2] = c, lanes.part[3] = e;
+    if (i == size) return;
+    C lane[kWidth];
+    store(lane, f(load_partial(d + i, size - i)));
+    for (int j = 0; j < size - i; ++j) lanes.rest += lane[j];
+}
+
+// out_i = f(d_i) over 0 <= i < size
+template <typename C, typename F>
+inline void map_each(const C* d, C* out, int size, const F& f) {
+    constexpr int kWidth = kLanes<C>;
+    int i = 0;
+    for (; i + kWidth <= size; i += kWidth) store(out + i, f(load(d + i)));
+    if (i < size) store_partial(out + i, f(load_partial(d + i, size - i)), size - i);
+}
+
+// The loops over one phi: the only ones that are compiled for each.
+template <typename C>
+struct Loops {
+    void (*add_values)(const Term& term, const C* d, int size, Lanes<C>& lanes);
+    void (*values)(const Term& term, const C* d, int size, C* out);
+    // slope * factor + offset
+    void (*slopes)(const Term& term, const C* d, int size, C factor, C offset, C* out);
+};
+
+template <int kPhi, typename C>
+void add_values(const Term& term, const C* d, int size, Lanes<C>& lanes) {
+    const Function<kPhi, C> function(term);
+    add_each(lanes, d, size, [&](Vec<C> v) { return function.value(v); });
+}
+
+template <int kPhi, typename C>
+void values_of(const Term& term, const C* d, int size, C* out) {
+    const Function<kPhi, C> function(term);
+    map_each(d, out, size, [&](Vec<C> v) { return function.value(v); });
+}
+
+template <int kPhi, typename C>
+void slopes_of(const Term& term, const C* d, int size, C factor, C offset, C* out) {
+    const Function<kPhi, C> function(term);
+    map_each(d, out, size, [&](Vec<C> v) { return function.slope(v) * factor + offset; });
+}
+
+template <int kPhi, typename C>
+constexpr Loops<C> kLoopsOf = {add_values<kPhi, C>, values_of<kPhi, C>, slopes_of<kPhi, C>};
+
+// by enum mmfast_phi
+template <typename C>
+const Loops<C>& loops_of(int phi) {
+    static constexpr Loops<C> table[] = {
+        kLoopsOf<MMFAST_SOFTPLUS, C>,    kLoopsOf<MMFAST_SQUARE, C>, kLoopsOf<MMFAST_RELU, C>,
+        kLoopsOf<MMFAST_IDENTITY, C>,    kLoopsOf<MMFAST_ABS, C>,    kLoopsOf<MMFAST_SIGMOID, C>,
+        kLoopsOf<MMFAST_RELU_SQUARE, C>, kLoopsOf<MMFAST_TILTED, C>, kLoopsOf<MMFAST_LEAKY_SQUARE, C>,
+    };
+    return table[phi];
+}
+
+// x - other of the elements from `begin` on: in `room` (kBlock,), or the logits themselves where that is the same
+template <typename T, typename C>
+const C* differences(const Term& term, int64_t begin, int size, C* room) {
+    const T* x = static_cast<const T*>(term.logits) + begin;
+    if constexpr (kSame<T, C>)
+        if (!term.other && !term.centre) return x;
+    constexpr int kWidth = kLanes<C>;
+    const T* other = term.other ? static_cast<const T*>(term.other) + begin : nullptr;
+    const Vec<C> centre = splat(term.centre ? *static_cast<const C*>(term.centre) : C(0));
+    int i = 0;
+    if (other)
+        for (; i + kWidth <= size; i += kWidth)
+            store(room + i, load_float(x + i, kWidth) - load_float(other + i, kWidth));
+    else
+        for (; i + kWidth <= size; i += kWidth) store(room + i, load_float(x + i, kWidth) - centre);
+    if (i < size) {
+        const int n = size - i;
+        store_partial(room + i, load_float(x + i, n) - (other ? load_float(other + i, n) : centre), n);
+    }
+    return room;
+}
+
+// y_i *= w_i of the elements from `begin` on
+template <typename C>
+void weigh(const Term& term, int64_t begin, int size, C* y) {
+    const C* weights = static_cast<const C*>(term.weights);
+    for (int i = 0; i < size;) {
+        const int64_t part = (begin + i) / term.per_weight;
+        const int64_t left = (part + 1) * term.per_weight - begin;
+        const int end = left < size ? int(left) : size;
+        for (; i < end; ++i) y[i] *= weights[part];
+    }
+}
+
+// The sums of w * phi over a chunk, and of its slope where `slope` is not null.
+template <typename T, typename C>
+void sum_chunk(const Term& term, int64_t begin, int64_t size, double* value, double* slope) {
+    const Loops<C>& loops = loops_of<C>(term.phi);
+    Lanes<C> values, slopes;
+    C room[kBlock], y[kBlock];
+    const auto add = [&](Lanes<C>& lanes, int64_t from, int n) {
+        if (term.weights) weigh(term, from, n, y);
+        add_each(lanes, y, n, [](Vec<C> v) { return v; });
+    };
+    for (int64_t i = 0; i < size; i += kBlock) {
+        const int n = size - i < kBlock ? int(size - i) : kBlock;
+        const C* d = differences<T, C>(term, begin + i, n, room);
+        if (!term.weights) {
+            loops.add_values(term, d, n, values);
+        } else {
+            loops.values(term, d, n, y);
+            add(values, begin + i, n);
+        }
+        if (!slope) continue;
+        loops.slopes(term, d, n, C(1), C(0), y);
+        add(slopes, begin + i, n);
+    }
+    *value = double(values.sum());
+    if (slope) *slope = double(slopes.sum());
+}
+
+// to = from, or its negative
+template <typename T, typename C>
+void convert(const C* from, T* to, int size, bool negative) {
+    constexpr int kWidth = kLanes<C>;
+    const Vec<C> sign = splat(negative ? C(-1) : C(1));
+    for (int i = 0; i < size; i += kWidth) {
+        const int n = size - i < kWidth ? size - i : kWidth;
+        const Vec<C> v = n == kWidth ? load(from + i) : load_partial(from + i, n);
+        store_float(to + i, v * sign, n);
+    }
+}
+
+// dx = w * slope * factor + offset, dother = -dx; either may be null
+template <typename T, typename C>
+void differentiate_chunk(const Term& term, int64_t begin, int64_t size, C factor, C offset) {
+    T* dx = term.dlogits ? static_cast<T*>(term.dlogits) + begin : nullptr;
+    T* dother = term.dother ? static_cast<T*>(term.dother) + begin : nullptr;
+    const Loops<C>& loops = loops_of<C>(term.phi);
+    C room[kBlock], y[kBlock];
+    for (int64_t i = 0; i < size; i += kBlock) {
+        const int n = size - i < kBlock ? int(size - i) : kBlock;
+        const C* d = differences<T, C>(term, begin + i, n, room);
+        C* out = y;
+        if constexpr (kSame<T, C>)
+            if (dx) out = dx + i;
+        if (term.weights) {
+            // the offset has no weight
+            loops.slopes(term, d, n, factor, C(0), out);
+            weigh(term, begin + i, n, out);
+            if (offset != 0) map_each(out, out, n, [&](Vec<C> v) { return v + offset; });
+        } else {
+            loops.slopes(term, d, n, factor, offset, out);
+        }
+        if constexpr (!kSame<T, C>)
+            if (dx) convert(out, dx + i, n, false);
+        if (dother) convert(out, dother + i, n, true);
     }
 }
 
 // The chunks of all terms are numbered through; this is where a number's term begins.
 struct Place {
-    const mmfast_adversarial_term* term;
+    const Term* term;
     int64_t offset, size;
 };
 
-int64_t chunks_of(const mmfast_adversarial_term& term) { return (term.size + kChunk - 1) / kChunk; }
+int64_t chunks_of(const Term& term) { return (term.size + kChunk - 1) / kChunk; }
 
 int64_t count_chunks(const mmfast_adversarial_args& args) {
     int64_t chunks = 0;
@@ -205,7 +270,7 @@ int64_t count_chunks(const mmfast_adversarial_args& args) {
 }
 
 Place find_chunk(const mmfast_adversarial_args& args, int64_t index) {
-    const mmfast_adversarial_term* term = args.terms;
+    const Term* term = args.terms;
     for (; index >= chunks_of(*term); ++term) index -= chunks_of(*term);
     const int64_t offset = index * kChunk;
     const int64_t left = term->size - offset;
@@ -215,30 +280,69 @@ Place find_chunk(const mmfast_adversarial_args& args, int64_t index) {
 // too little work to wake a second thread for: about 10 us on one
 int threads_for(const mmfast_adversarial_args& args, int64_t chunks) { return chunks < 8 ? 1 : args.threads; }
 
+// The sums of each chunk; few of them need no allocation.
+class ChunkSums {
+  public:
+    ChunkSums(int64_t chunks, bool has_slopes) : chunks_(chunks), has_slopes_(has_slopes) {
+        const int64_t count = has_slopes ? 2 * chunks : chunks;
+        sums_ = count <= kFew ? few_ : static_cast<double*>(malloc(size_t(count) * sizeof(double)));
+    }
+    ChunkSums(const ChunkSums&) = delete;
+    ChunkSums& operator=(const ChunkSums&) = delete;
+    ~ChunkSums() {
+        if (sums_ != few_) free(sums_);
+    }
+    bool allocated() const { return sums_ != nullptr; }
+    double* values() const { return sums_; }
+    double* slopes() const { return has_slopes_ ? sums_ + chunks_ : nullptr; }
+
+  private:
+    static constexpr int64_t kFew = 256;
+    int64_t chunks_;
+    bool has_slopes_;
+    double few_[kFew];
+    double* sums_;
+};
+
+// means[k]: the mean of the logits of term k
+template <typename T, typename C>
+void measure(const mmfast_adversarial_args& args, int64_t chunks, double* sums) {
+    parallel_for(threads_for(args, chunks), chunks, [&](int64_t i) {
+        const Place place = find_chunk(args, i);
+        Term plain{};
+        plain.logits = place.term->logits;
+        plain.phi = MMFAST_IDENTITY;
+        plain.sign = 1;
+        sum_chunk<T, C>(plain, place.offset, place.size, sums + i, nullptr);
+    });
+    for (int64_t k = 0; k < args.count; ++k) {
+        double sum = 0;
+        for (int64_t i = chunks_of(args.terms[k]); i > 0; --i) sum += *sums++;
+        static_cast<C*>(args.means)[k] = C(sum / double(args.terms[k].size));
+    }
+}
+
 template <typename T, typename C>
 int forward(const mmfast_adversarial_args& args) {
     const int64_t chunks = count_chunks(args);
-    const int64_t room = chunks > 0 ? chunks : 1;
-    double* sums = static_cast<double*>(malloc(size_t(args.slopes ? 2 * room : room) * sizeof(double)));
-    if (!sums) return MMFAST_OUT_OF_MEMORY;
-    double* slope_sums = args.slopes ? sums + room : nullptr;
+    const ChunkSums sums(chunks, args.slopes != nullptr);
+    if (!sums.allocated()) return MMFAST_OUT_OF_MEMORY;
+    if (args.means) measure<T, C>(args, chunks, sums.values());
     parallel_for(threads_for(args, chunks), chunks, [&](int64_t i) {
         const Place place = find_chunk(args, i);
-        const Chunk<T, C> chunk(*place.term, place.offset, place.size);
-        with_phi(place.term->phi, [&](auto phi) {
-            sums_of<decltype(phi)::value>(chunk, sums + i, slope_sums ? slope_sums + i : nullptr);
-        });
+        double* slope = sums.slopes() ? sums.slopes() + i : nullptr;
+        sum_chunk<T, C>(*place.term, place.offset, place.size, sums.values() + i, slope);
     });
     C* values = static_cast<C*>(args.values);
     C* slopes = static_cast<C*>(args.slopes);
     double total = 0;
     int64_t next = 0;
     for (int64_t k = 0; k < args.count; ++k) {
-        const mmfast_adversarial_term& term = args.terms[k];
+        const Term& term = args.terms[k];
         double sum = 0, slope = 0;
         for (int64_t i = chunks_of(term); i > 0; --i, ++next) {
-            sum += sums[next];
-            if (slopes) slope += slope_sums[next];
+            sum += sums.values()[next];
+            if (slopes) slope += sums.slopes()[next];
         }
         const double count = args.mean ? double(term.size) : 1;
         const double value = term.weight * (sum / count);
@@ -246,7 +350,6 @@ int forward(const mmfast_adversarial_args& args) {
         if (slopes) slopes[k] = C(term.weight * term.sign * (slope / count));
         total += value;
     }
-    free(sums);
     store_float(static_cast<T*>(args.total), splat(C(total)), 1);
     return MMFAST_OK;
 }
@@ -254,20 +357,15 @@ int forward(const mmfast_adversarial_args& args) {
 template <typename T, typename C>
 int backward(const mmfast_adversarial_args& args) {
     const int64_t chunks = count_chunks(args);
-    const double dtotal = double(load_float(static_cast<const T*>(args.dtotal), 1)[0]);
+    const double dtotal = args.dtotal ? double(load_float(static_cast<const T*>(args.dtotal), 1)[0]) : 1;
     parallel_for(threads_for(args, chunks), chunks, [&](int64_t i) {
         const Place place = find_chunk(args, i);
-        const mmfast_adversarial_term& term = *place.term;
-        const Chunk<T, C> chunk(term, place.offset, place.size);
+        const Term& term = *place.term;
+        if (!term.dlogits && !term.dother) return;
         const double scale = args.mean ? term.weight / double(term.size) : term.weight;
         const double peer = term.peer_slope ? double(*static_cast<const C*>(term.peer_slope)) : 0;
-        T* dx = term.dlogits ? static_cast<T*>(term.dlogits) + place.offset : nullptr;
-        T* dother = term.dother ? static_cast<T*>(term.dother) + place.offset : nullptr;
-        if (!dx && !dother) return;
-        with_phi(term.phi, [&](auto phi) {
-            gradient_of<decltype(phi)::value>(chunk, dx, dother, C(dtotal * scale * term.sign),
-                                              C(-dtotal * peer / double(term.size)));
-        });
+        differentiate_chunk<T, C>(term, place.offset, place.size, C(dtotal * scale * term.sign),
+                                  C(-dtotal * peer / double(term.size)));
     });
     return MMFAST_OK;
 }

@@ -24,6 +24,7 @@
     X(adversarial_backward, mmfast_adversarial_args) \
     X(rnn_forward, mmfast_rnn_forward_args)          \
     X(rnn_backward, mmfast_rnn_backward_args)        \
+    X(rnn_cell, mmfast_rnn_cell_args)                \
     X(normalize_forward, mmfast_normalize_args)      \
     X(normalize_backward, mmfast_normalize_args)     \
     X(activation_forward, mmfast_activation_args)    \

@@ -14,19 +14,26 @@
 // Compiled by nvcc these primitives are CUDA's; by an ordinary C++ compiler they are the emulator's
 // (emulator/device.h), which runs a kernel on a CPU and checks what it does. Both offer, in namespace mmfast::device:
 //
-//   thread_index() block_index() block_count() lane_index() warp_index()      where a thread is, along one axis
-//   Global<T>, load, store, load_vector<N>, store_vector, is_aligned<N>        device memory; vectors of N elements are
-//                                                                              one access and must be aligned to it
-//   SharedCursor, shared_array<T>(cursor, n), SharedArray<T>::operator[]       the block's shared memory: arrays are
-//   cut
-//                                                                              from it in order; launch gives its bytes
-//   barrier(), warp_barrier(mask)                                              execution and memory order
-//   shuffle, shuffle_xor, shuffle_down, ballot, warp_sum                       among the lanes of mask (default: all
-//   32) atomic_add, atomic_max                                                     integers only: results stay
-//   deterministic exp_of log1p_of abs_of tanh_of fma_of divide                               accurate exp2_approx
-//   tanh_approx reciprocal_approx                                  one instruction, with its documented error Half,
-//   Bf16, to_float, from_float<T>, Compute<T>                            16-bit storage, float32 arithmetic Buffers
-//   host: pointers into Global views
+//   thread_index() block_threads() block_index() block_count()             where a thread is, along one axis
+//   lane_index() warp_index()
+//   Global<T>, load, store, load_vector<N>, store_vector, is_aligned<N>    device memory; vectors of N elements are one
+//                                                                          access and must be aligned to it
+//   SharedCursor, shared_array<T>(cursor, n), SharedArray<T>::operator[]   the block's shared memory: arrays are cut
+//                                                                          from it in order; launch gives its bytes
+//   load_vector<N>, store_vector of a SharedArray                          aligned as in device memory
+//   barrier(), warp_barrier(mask)                                          execution and memory order
+//   shuffle, shuffle_xor, shuffle_down, ballot, warp_sum                   among the lanes of mask (default: all 32)
+//   atomic_add, atomic_max                                                 integers only: results stay deterministic
+//   exp_of log1p_of abs_of tanh_of fma_of divide                           accurate
+//   exp2_approx tanh_approx reciprocal_approx                              one instruction, with its documented error
+//   Half, Bf16, to_float, from_float<T>, Compute<T>                        16-bit storage, float32 arithmetic
+//   Words, as_words, Tile, multiply<T>, to_tf32, load_matrices             matrix products of a warp, see Tile
+//   copy_async, copy_commit, copy_wait<N>                                  16 bytes into shared memory, in groups
+//   cluster_rank() cluster_barrier() shared_barriers                       blocks of a cluster, and stores into each
+//   barrier_init barrier_expect barrier_wait store_async                   other's shared memory: compute capability 9
+//   Buffers                                                                host: pointers into Global views
+//   Grid, launch, resident                                                 host: a launch, and whether the device takes
+//   it
 #pragma once
 #include <stdint.h>
 
@@ -70,6 +77,25 @@ constexpr int kVector = 16 / int(sizeof(T));
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
+// Four 32-bit registers: 16 bytes of any type.
+using Words = Vector<uint32_t, 4>;
+
+// A warp's part of a product D = A B + D on the matrix units, in the fragment layouts of the PTX manual for mma.sync.
+// Bf16 and Half multiply 16 x 16 by 16 x 8 (m16n8k16), float rounded to TF32 16 x 8 by 8 x 8 (m16n8k8). With
+// lane = 4 g + t (g = 0 .. 7, t = 0 .. 3), a register holds, as two 16-bit numbers (the lower half first) or one float:
+//     a  Words     rows g, g + 8, g, g + 8 of A, at k = 2 t and 2 t + 1 (float: t), the last two 8 (float: 4) further
+//     b0, b1       column g of B, at k as in a[0] and in a[2]
+//     Tile         row g at columns 2 t and 2 t + 1 of D, then row g + 8 at the same columns
+using Tile = Vector<float, 4>;
+
+// A launch. threads: of a block, at most Kernel::kThreads, which 0 stands for. cluster: blocks that share a cluster.
+struct Grid {
+    int64_t blocks;
+    int shared_bytes = 0;
+    int threads = 0;
+    int cluster = 1;
+};
+
 }  // namespace device
 }  // namespace mmfast
 
@@ -89,6 +115,7 @@ namespace mmfast {
 namespace device {
 
 MMFAST_DEVICE int thread_index() { return int(threadIdx.x); }
+MMFAST_DEVICE int block_threads() { return int(blockDim.x); }
 MMFAST_DEVICE int64_t block_index() { return int64_t(blockIdx.x); }
 MMFAST_DEVICE int64_t block_count() { return int64_t(gridDim.x); }
 MMFAST_DEVICE int lane_index() { return int(threadIdx.x) & 31; }
@@ -181,6 +208,158 @@ MMFAST_DEVICE SharedArray<T> shared_array(SharedCursor& cursor, int n) {
     const uint32_t start = (cursor.used + 15u) & ~15u;
     cursor.used = start + uint32_t(n * int(sizeof(T)));
     return {reinterpret_cast<T*>(mmfast_shared + start)};
+}
+
+template <int N, typename T>
+MMFAST_DEVICE Vector<T, N> load_vector(SharedArray<T> x, int i) {
+    return load_vector<N>(Global<const T>{x.p}, i);
+}
+template <int N, typename T>
+MMFAST_DEVICE void store_vector(SharedArray<T> x, int i, const Vector<T, N>& v) {
+    if constexpr (sizeof(v) == 16)
+        *reinterpret_cast<uint4*>(x.p + i) = words_of(v);
+    else
+        *reinterpret_cast<Vector<T, N>*>(x.p + i) = v;
+}
+
+template <typename T>
+MMFAST_DEVICE Words as_words(const Vector<T, kVector<T>>& v) {
+    const uint4 words = words_of(v);
+    return {{words.x, words.y, words.z, words.w}};
+}
+
+template <typename T>
+MMFAST_DEVICE void multiply(Tile& d, const Words& a, uint32_t b0, uint32_t b1);
+template <>
+MMFAST_DEVICE void multiply<Half>(Tile& d, const Words& a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d.at[0]), "+f"(d.at[1]), "+f"(d.at[2]), "+f"(d.at[3])
+        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b0), "r"(b1));
+}
+template <>
+MMFAST_DEVICE void multiply<Bf16>(Tile& d, const Words& a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d.at[0]), "+f"(d.at[1]), "+f"(d.at[2]), "+f"(d.at[3])
+        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b0), "r"(b1));
+}
+template <>
+MMFAST_DEVICE void multiply<float>(Tile& d, const Words& a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d.at[0]), "+f"(d.at[1]), "+f"(d.at[2]), "+f"(d.at[3])
+        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b0), "r"(b1));
+}
+MMFAST_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+MMFAST_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+// x rounded to TF32, to nearest and ties away from zero
+MMFAST_DEVICE float to_tf32(float x) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return float_of(bits);
+}
+MMFAST_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+// Four matrices of 8 rows of 16 bytes: lane 8 m + r gives where row r of matrix m begins; at[m] is this lane's word of
+// matrix m, word t of row g for lane 4 g + t.
+template <typename T>
+MMFAST_DEVICE Words load_matrices(SharedArray<T> x, int i) {
+    Words w;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.at[0]), "=r"(w.at[1]), "=r"(w.at[2]), "=r"(w.at[3])
+                 : "r"(shared_address(x.p + i)));
+    return w;
+}
+
+// 16 bytes from x[i] on to `to[at]` on, both aligned to 16 bytes
+template <typename T, typename U>
+MMFAST_DEVICE void copy_async(SharedArray<T> to, int at, Global<U> x, int64_t i) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to.p + at)),
+                 "l"(__cvta_generic_to_global(x.p + i))
+                 : "memory");
+}
+MMFAST_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most kGroups of this thread's newest groups are unfinished.
+template <int kGroups>
+MMFAST_DEVICE void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define MMFAST_HAS_CLUSTERS 1
+#endif
+
+// the block's place in its cluster
+MMFAST_DEVICE int cluster_rank() {
+    uint32_t rank = 0;
+#ifdef MMFAST_HAS_CLUSTERS
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return int(rank);
+}
+// All threads of the cluster meet; what they wrote, barriers that they initialised too, all of them see.
+MMFAST_DEVICE void cluster_barrier() {
+#ifdef MMFAST_HAS_CLUSTERS
+    asm volatile(
+        "fence.mbarrier_init.release.cluster;\n"
+        "barrier.cluster.arrive.release.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+#endif
+}
+// Barriers in shared memory, which count arrivals and bytes. Phases end when as many threads have arrived as
+// barrier_init says and the bytes that they expect are there; phases alternate in parity, the first one's is 0.
+MMFAST_DEVICE SharedArray<uint64_t> shared_barriers(SharedCursor& cursor, int n) {
+    return shared_array<uint64_t>(cursor, n);
+}
+MMFAST_DEVICE void barrier_init(SharedArray<uint64_t> x, int i, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(x.p + i)), "r"(arrivals) : "memory");
+}
+// Arrives, and has the phase wait for so many bytes more.
+MMFAST_DEVICE void barrier_expect(SharedArray<uint64_t> x, int i, int bytes) {
+#ifdef MMFAST_HAS_CLUSTERS
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(x.p + i)), "r"(bytes)
+                 : "memory");
+#endif
+}
+// Waits for the end of the phase of this parity; then the thread sees what store_async stored in it.
+MMFAST_DEVICE void barrier_wait(SharedArray<uint64_t> x, int i, int parity) {
+#ifdef MMFAST_HAS_CLUSTERS
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(shared_address(x.p + i)),
+        "r"(parity)
+        : "memory");
+#endif
+}
+// Stores v, of 8 or 16 bytes, to element `at` of the same array in the cluster's block `rank`, and counts its bytes at
+// barrier i of that block.
+template <int N, typename T>
+MMFAST_DEVICE void store_async(SharedArray<T> to, int at, const Vector<T, N>& v, SharedArray<uint64_t> x, int i,
+                               int rank) {
+    static_assert(sizeof(v) == 8 || sizeof(v) == 16, "a store is of 8 or 16 bytes");
+#ifdef MMFAST_HAS_CLUSTERS
+    uint32_t target, barrier;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(target) : "r"(shared_address(to.p + at)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(x.p + i)), "r"(rank));
+    if constexpr (sizeof(v) == 16) {
+        const uint4 words = words_of(v);
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
+            "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(barrier)
+            : "memory");
+    } else {
+        uint2 words;
+        memcpy(&words, &v, sizeof words);
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(target),
+                     "r"(words.x), "r"(words.y), "r"(barrier)
+                     : "memory");
+    }
+#endif
 }
 
 MMFAST_DEVICE void barrier() { __syncthreads(); }
@@ -278,30 +457,95 @@ class Buffers {
 
 constexpr size_t kMaxArguments = CUDART_VERSION >= 12010 ? 32764 : 4096;
 
+// Whether a kernel says that it needs clusters (kClusters = true); nothing of it is compiled where there are none.
+template <typename Kernel, typename = void>
+constexpr bool kNeedsClusters = false;
+template <typename Kernel>
+constexpr bool kNeedsClusters<Kernel, decltype(void(Kernel::kClusters))> = Kernel::kClusters;
+
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ Kernel kernel) {
-    kernel();
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    if constexpr (kNeedsClusters<Kernel>)
+        __trap();
+    else
+#endif
+        kernel();
 }
 
 inline int status_of(cudaError_t error) {
     return error == cudaSuccess ? int(MMFAST_OK) : fail(MMFAST_CUDA_ERROR, cudaGetErrorString(error));
 }
 
-// Runs `blocks` blocks of Kernel::kThreads threads on the stream; returns a status, at once.
+// Lets the kernel have the shared memory and the cluster that the grid asks for.
 template <typename Kernel>
-int launch(const Kernel& kernel, int64_t blocks, int shared_bytes, void* stream) {
+cudaError_t prepare(const Grid& grid) {
+    cudaError_t error = cudaSuccess;
+    if (grid.shared_bytes > 48 * 1024)
+        error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+    // more than 8 blocks of a cluster are not portable
+    if (error == cudaSuccess && grid.cluster > 8)
+        error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    return error;
+}
+
+struct Configuration {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute cluster{};
+    template <typename Kernel>
+    void set(const Kernel*, const Grid& grid, void* stream) {
+        config.gridDim = dim3(unsigned(grid.blocks));
+        config.blockDim = dim3(unsigned(grid.threads ? grid.threads : Kernel::kThreads));
+        config.dynamicSmemBytes = size_t(grid.shared_bytes);
+        config.stream = static_cast<cudaStream_t>(stream);
+        if (grid.cluster == 1) return;
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = unsigned(grid.cluster);
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+    }
+};
+
+// How many blocks (with clusters: how many clusters) of such a launch the current device runs at once; 0 where it
+// lacks the shared memory or the clusters. No error is left behind.
+template <typename Kernel>
+int resident(const Grid& grid) {
+    int device = 0, bytes = 0, clusters = 0, processors = 0, count = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (grid.shared_bytes > bytes || (kNeedsClusters<Kernel> && !clusters)) return 0;
+    cudaError_t error = prepare<Kernel>(grid);
+    const int threads = grid.threads ? grid.threads : Kernel::kThreads;
+    if (error == cudaSuccess && kNeedsClusters<Kernel>) {
+        Configuration configuration;
+        configuration.set(static_cast<const Kernel*>(nullptr), grid, nullptr);
+        error = cudaOccupancyMaxActiveClusters(&count, run<Kernel>, &configuration.config);
+    } else if (error == cudaSuccess) {
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, run<Kernel>, threads, size_t(grid.shared_bytes));
+        count *= processors;
+    }
+    if (error != cudaSuccess) cudaGetLastError();
+    return error == cudaSuccess ? count : 0;
+}
+
+// Runs the grid's blocks on the stream; returns a status, at once.
+template <typename Kernel>
+int launch(const Kernel& kernel, const Grid& grid, void* stream) {
     static_assert(Kernel::kThreads % 32 == 0, "blocks are whole warps");
     static_assert(sizeof(Kernel) <= kMaxArguments, "kernel arguments are at most 32764 bytes, before CUDA 12.1 4 KB");
-    if (blocks == 0) return MMFAST_OK;
-    if (blocks > 0x7fffffff) return fail(MMFAST_INVALID_ARGUMENT, "the tensors are too large for one launch");
-    if (shared_bytes > 48 * 1024) {
-        const int status =
-            status_of(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-        if (status != MMFAST_OK) return status;
-    }
-    run<Kernel>
-        <<<unsigned(blocks), Kernel::kThreads, size_t(shared_bytes), static_cast<cudaStream_t>(stream)>>>(kernel);
-    return status_of(cudaGetLastError());
+    if (grid.blocks == 0) return MMFAST_OK;
+    if (grid.blocks > 0x7fffffff) return fail(MMFAST_INVALID_ARGUMENT, "the tensors are too large for one launch");
+    if (const int status = status_of(prepare<Kernel>(grid))) return status;
+    Configuration configuration;
+    configuration.set(&kernel, grid, stream);
+    return status_of(cudaLaunchKernelEx(&configuration.config, run<Kernel>, kernel));
+}
+template <typename Kernel>
+int launch(const Kernel& kernel, int64_t blocks, int shared_bytes, void* stream) {
+    return launch(kernel, Grid{blocks, shared_bytes}, stream);
 }
 
 }  // namespace device

@@ -23,6 +23,7 @@ using emulator::Access;
 using emulator::Site;
 
 inline int thread_index() { return emulator::g_position.thread; }
+inline int block_threads() { return emulator::g_position.threads; }
 inline int64_t block_index() { return emulator::g_position.block; }
 inline int64_t block_count() { return emulator::g_position.blocks; }
 inline int lane_index() { return emulator::g_position.thread & 31; }
@@ -158,6 +159,34 @@ SharedArray<T> shared_array(SharedCursor& cursor, int n) {
     return {static_cast<T*>(emulator::cut_shared(cursor.used, n, int(sizeof(T)))), n};
 }
 
+template <typename T>
+void check_shared(const SharedArray<T>& x, int i, int n, Access access, Site site) {
+    if (i < 0 || i + n > x.size)
+        emulator::report("it uses element %d of a shared array of %d at line %d", i < 0 ? i : i + n - 1, x.size,
+                         site.line);
+    check_alignment(x.p + i, sizeof(T) * size_t(n), site);
+    if (access != Access::kAtomic) emulator::check_shared(x.p + i, int(sizeof(T)) * n, access, site);
+}
+template <int N, typename T>
+Vector<T, N> load_vector(SharedArray<T> x, int i, Site site = Site::here()) {
+    check_shared(x, i, N, Access::kRead, site);
+    Vector<T, N> v;
+    memcpy(&v, x.p + i, sizeof v);
+    return v;
+}
+template <int N, typename T>
+void store_vector(SharedArray<T> x, int i, const Vector<T, N>& v, Site site = Site::here()) {
+    check_shared(x, i, N, Access::kWrite, site);
+    memcpy(x.p + i, &v, sizeof v);
+}
+
+template <typename T>
+Words as_words(const Vector<T, kVector<T>>& v) {
+    Words words;
+    memcpy(&words, &v, sizeof words);
+    return words;
+}
+
 inline void barrier(Site site = Site::here()) { emulator::barrier(site); }
 inline void warp_barrier(uint32_t mask = kAllLanes, Site site = Site::here()) { emulator::warp_barrier(mask, site); }
 
@@ -290,14 +319,20 @@ inline float float_of(uint32_t bits) {
     return x;
 }
 
+// ties away from zero
+inline float to_tf32(float x) {
+    const uint32_t bits = bits_of(x);
+    return (bits & 0x7f800000) == 0x7f800000 ? x : float_of((bits + 0x1000) & ~0x1fffu);
+}
+
 inline float to_float(float x) { return x; }
 inline double to_float(double x) { return x; }
 inline float to_float(Bf16 x) { return float_of(uint32_t(x.bits) << 16); }
 inline float to_float(Half x) {
-    const float sign = x.bits & 0x8000 ? -1.0f : 1.0f;
-    const int exponent = x.bits >> 10 & 0x1f, fraction = x.bits & 0x3ff;
-    if (exponent == 0x1f) return fraction ? NAN : sign * INFINITY;
-    return sign * (exponent == 0 ? ldexpf(float(fraction), -24) : ldexpf(float(fraction + 0x400), exponent - 25));
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, size = x.bits & 0x7fff;
+    if (size >= 0x7c00) return size > 0x7c00 ? NAN : float_of(sign | 0x7f800000);
+    // the bits as a float32 number of a smaller exponent, subnormal ones too
+    return float_of(sign | bits_of(float_of(size << 13) * 0x1p112f));
 }
 
 // rounds to nearest, ties to even; NaN stays NaN
@@ -323,6 +358,112 @@ inline Half from_float<Half>(float x) {
     const int steps = int(nearbyintf(ldexpf(size, -spacing)));
     // steps is 1024 to 2048 for normal numbers; what overflows into the exponent field is right there
     return {uint16_t(sign | (steps + ((spacing + 24) << 10)))};
+}
+
+// The matrix units: products are exact, their sum with d is formed exactly and then cut off to float32; of a TF32
+// operand the low bits are not read.
+template <typename T>
+struct Operand {
+    static constexpr int k = 16, each = 2;
+    static float element(uint32_t word, int half) { return to_float(T{uint16_t(word >> 16 * half)}); }
+};
+template <>
+struct Operand<float> {
+    static constexpr int k = 8, each = 1;
+    static float element(uint32_t word, int) { return float_of(word & ~0x1fffu); }
+};
+inline float cut_off(double x) {
+    const float rounded = float(x);
+    return fabs(double(rounded)) > fabs(x) ? nextafterf(rounded, 0) : rounded;
+}
+template <typename T>
+struct Product {
+    Tile* d;
+    const Words* a;
+    uint32_t b[2];
+    static void combine(void* const* slots, uint32_t) {
+        using O = Operand<T>;
+        float a[16][O::k], b[O::k][8];
+        for (int lane = 0; lane < 32; ++lane) {
+            const Product& mine = *static_cast<const Product*>(slots[lane]);
+            const int g = lane / 4, t = lane % 4;
+            for (int half = 0; half < O::each; ++half)
+                for (int r = 0; r < 2; ++r) {
+                    const int k = t * O::each + half + r * O::k / 2;
+                    a[g][k] = O::element(mine.a->at[2 * r], half);
+                    a[g + 8][k] = O::element(mine.a->at[2 * r + 1], half);
+                    b[k][g] = O::element(mine.b[r], half);
+                }
+        }
+        for (int lane = 0; lane < 32; ++lane) {
+            Tile& d = *static_cast<const Product*>(slots[lane])->d;
+            for (int i = 0; i < 4; ++i) {
+                const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+                double sum = double(d.at[i]);
+                for (int k = 0; k < O::k; ++k) sum += double(a[row][k]) * double(b[k][column]);
+                d.at[i] = cut_off(sum);
+            }
+        }
+    }
+};
+template <typename T>
+void multiply(Tile& d, const Words& a, uint32_t b0, uint32_t b1, Site site = Site::here()) {
+    Product<T> slot{&d, &a, {b0, b1}};
+    emulator::collective(&Product<T>::combine, &slot, kAllLanes, site);
+}
+
+struct Matrices {
+    const uint32_t* row;
+    Words result;
+    static void combine(void* const* slots, uint32_t) {
+        for (int lane = 0; lane < 32; ++lane)
+            for (int m = 0; m < 4; ++m)
+                static_cast<Matrices*>(slots[lane])->result.at[m] =
+                    static_cast<const Matrices*>(slots[8 * m + lane / 4])->row[lane % 4];
+    }
+};
+template <typename T>
+Words load_matrices(SharedArray<T> x, int i, Site site = Site::here()) {
+    check_shared(x, i, kVector<T>, Access::kRead, site);
+    Matrices slot{reinterpret_cast<const uint32_t*>(x.p + i), {}};
+    emulator::collective(&Matrices::combine, &slot, kAllLanes, site);
+    return slot.result;
+}
+
+template <typename T, typename U>
+void copy_async(SharedArray<T> to, int at, Global<U> x, int64_t i, Site site = Site::here()) {
+    check_bounds(x, i, kVector<T>, "reads", site);
+    check_alignment(x.p + i, 16, site);
+    check_shared(to, at, kVector<T>, Access::kAtomic, site);
+    emulator::copy_async(to.p + at, x.p + i, 16, site);
+}
+inline void copy_commit() { emulator::copy_commit(); }
+template <int kGroups>
+void copy_wait() {
+    emulator::copy_wait(kGroups);
+}
+
+inline int cluster_rank() { return emulator::g_position.rank; }
+inline void cluster_barrier(Site site = Site::here()) { emulator::cluster_barrier(site); }
+inline SharedArray<uint64_t> shared_barriers(SharedCursor& cursor, int n) { return shared_array<uint64_t>(cursor, n); }
+inline void barrier_init(SharedArray<uint64_t> x, int i, int arrivals, Site site = Site::here()) {
+    check_shared(x, i, 1, Access::kAtomic, site);
+    emulator::mbarrier_init(x.p + i, arrivals, site);
+}
+inline void barrier_expect(SharedArray<uint64_t> x, int i, int bytes, Site site = Site::here()) {
+    check_shared(x, i, 1, Access::kAtomic, site);
+    emulator::mbarrier_expect(x.p + i, bytes, site);
+}
+inline void barrier_wait(SharedArray<uint64_t> x, int i, int parity, Site site = Site::here()) {
+    check_shared(x, i, 1, Access::kAtomic, site);
+    emulator::mbarrier_wait(x.p + i, parity, site);
+}
+template <int N, typename T>
+void store_async(SharedArray<T> to, int at, const Vector<T, N>& v, SharedArray<uint64_t> x, int i, int rank,
+                 Site site = Site::here()) {
+    check_shared(to, at, N, Access::kAtomic, site);
+    check_shared(x, i, 1, Access::kAtomic, site);
+    emulator::store_async(to.p + at, &v, int(sizeof v), x.p + i, rank, site);
 }
 
 // A host entry's way from pointers to Global views. Outputs and scratch are memory of the emulator's own, NaN at first,
@@ -426,10 +567,21 @@ const char* kernel_name() {
 }
 
 template <typename Kernel>
-int launch(const Kernel& kernel, int64_t blocks, int shared_bytes, void*) {
+int launch(const Kernel& kernel, const Grid& grid, void*) {
     static_assert(Kernel::kThreads % 32 == 0, "blocks are whole warps");
-    return emulator::run(kernel_name<Kernel>(), &kernel, [](const void* k) { (*static_cast<const Kernel*>(k))(); },
-                         {Kernel::kThreads, blocks, shared_bytes});
+    return emulator::run(
+        kernel_name<Kernel>(), &kernel, [](const void* k) { (*static_cast<const Kernel*>(k))(); },
+        {grid.threads ? grid.threads : Kernel::kThreads, grid.blocks, grid.shared_bytes, grid.cluster});
+}
+template <typename Kernel>
+int launch(const Kernel& kernel, int64_t blocks, int shared_bytes, void* stream) {
+    return launch(kernel, Grid{blocks, shared_bytes}, stream);
+}
+
+// As an H100: 227 KB of shared memory, clusters of 16 blocks; one block a multiprocessor, 7 clusters of the largest.
+template <typename Kernel>
+int resident(const Grid& grid) {
+    return grid.shared_bytes > 227 * 1024 ? 0 : 132 / grid.cluster - (grid.cluster == 16);
 }
 
 }  // namespace device

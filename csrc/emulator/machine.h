@@ -6,6 +6,10 @@
 // memory through a shadow (who wrote and read each element last, since which barrier), so races are seen whatever the
 // order; reads of shared memory nobody wrote; bounds and alignment of every access; outputs written, by one thread
 // each, within their bounds. Threads run in the natural order or, with a seed, in another; results must not differ.
+//
+// What is asynchronous completes as late as the program allows or, with an odd seed, at once: a copy when its thread
+// waits for its group, a store into another block when the phase of its barrier ends. All blocks of a cluster run
+// together; other blocks one after the other.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -27,12 +31,14 @@ struct Shape {
     int threads;
     int64_t blocks;
     int shared_bytes;
+    int cluster = 1;  // blocks of a cluster
 };
 
-// Where the running thread is.
+// Where the running thread is. rank: of its block in the cluster.
 struct Position {
     int thread;
     int64_t block, blocks;
+    int threads, rank, cluster;
 };
 extern Position g_position;
 
@@ -58,6 +64,24 @@ void warp_barrier(uint32_t mask, Site site);
 void* cut_shared(uint32_t& used, int n, int size);
 enum class Access { kRead, kWrite, kAtomic };
 void check_shared(const void* p, int size, Access access, Site site);
+
+// All threads of all blocks of the cluster meet.
+void cluster_barrier(Site site);
+
+// Copies into shared memory that go on while the thread does: nobody may touch their target before the thread has
+// waited until at most `groups` of its newest committed groups are unfinished.
+void copy_async(void* to, const void* from, int bytes, Site site);
+void copy_commit();
+void copy_wait(int groups);
+
+// A barrier in shared memory that counts arrivals and bytes. Its phases alternate in parity, the first is 0; a phase
+// ends when `arrivals` threads have arrived and as many bytes were stored as they expect.
+void mbarrier_init(void* barrier, int arrivals, Site site);
+void mbarrier_expect(void* barrier, int bytes, Site site);
+void mbarrier_wait(void* barrier, int parity, Site site);
+// Stores into shared memory of the cluster's block `rank`, at the same place as `to` in this block's, and counts the
+// bytes at the barrier of that block that is in the same place as `barrier`.
+void store_async(void* to, const void* from, int bytes, void* barrier, int rank, Site site);
 
 // Who wrote an element of an output last.
 struct Writer {

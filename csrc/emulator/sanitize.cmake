@@ -1,4 +1,5 @@
-# `cmake -DMMFAST_SANITIZE=ON`: the emulator and every CUDA kernel with AddressSanitizer and UBSan, as an executable of
+# `cmake -DMMFAST_SANITIZE=ON`: two executables.
+# The emulator and every CUDA kernel with AddressSanitizer and UBSan, as an executable of
 # its own that reads case files, so that nothing needs to be preloaded into Python. Its stacks are switched by
 # swapcontext, the way of processors other than x86-64.
 add_executable(emulator_sanitized
@@ -8,3 +9,24 @@ target_compile_definitions(emulator_sanitized PRIVATE MMFAST_EMULATOR_UCONTEXT)
 target_compile_options(emulator_sanitized PRIVATE
     -O1 -g1 -Wall -Wextra -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all)
 target_link_options(emulator_sanitized PRIVATE -fsanitize=address,undefined)
+
+# The recurrent CPU kernels, for each instruction set that this processor may have; random layers instead of case files.
+set(MMFAST_SANITIZED_baseline "")
+set(MMFAST_SANITIZED_ISAS baseline)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    list(APPEND MMFAST_SANITIZED_ISAS avx2)
+    set(MMFAST_SANITIZED_avx2 -mavx2 -mfma -mf16c)
+endif()
+find_package(OpenMP COMPONENTS CXX)
+foreach(isa IN LISTS MMFAST_SANITIZED_ISAS)
+    add_executable(cpu_rnn_sanitized_${isa} csrc/sanitize/cpu_rnn.cpp csrc/cpu/rnn.cpp)
+    target_include_directories(cpu_rnn_sanitized_${isa} PRIVATE csrc)
+    target_compile_definitions(cpu_rnn_sanitized_${isa} PRIVATE MMFAST_ISA=${isa})
+    target_compile_options(cpu_rnn_sanitized_${isa} PRIVATE
+        ${MMFAST_SANITIZED_${isa}} -O1 -g1 -Wall -Wextra -Wno-psabi -fno-omit-frame-pointer
+        -fsanitize=address,undefined -fno-sanitize-recover=all)
+    target_link_options(cpu_rnn_sanitized_${isa} PRIVATE -fsanitize=address,undefined)
+    if(OpenMP_CXX_FOUND)
+        target_link_libraries(cpu_rnn_sanitized_${isa} PRIVATE OpenMP::OpenMP_CXX)
+    endif()
+endforeach()

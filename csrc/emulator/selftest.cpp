@@ -35,6 +35,18 @@ enum Bug {
     kTooMuchShared,
     kPlainWithAtomic,
     kSharedOffByOne,
+    kSwappedFragment,
+    kSwappedOperand,
+    kWrongMatrixRow,
+    kMissingWait,
+    kWaitForTooFew,
+    kReusedTooEarly,
+    kWrongRank,
+    kRankOutside,
+    kMissingExpect,
+    kMissingClusterBarrier,
+    kMissingLastClusterBarrier,
+    kWrongParity,
 };
 
 constexpr int kN = 128;  // threads, and elements of x and y
@@ -289,6 +301,174 @@ int count() {
     return call.data.check(2, [&](int i) { return float(i == 0 ? positive : last); });
 }
 
+// ---- y = A B, 16 x 8, A and B from x by way of shared memory, both with k contiguous; A as T, K of them
+template <typename T>
+constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;
+
+template <typename T, int kBug>
+struct Multiply {
+    static constexpr int kThreads = 32;
+    Global<const float> x;
+    Global<float> y;
+    MMFAST_DEVICE void operator()() const {
+        constexpr int K = kDepth<T>;
+        SharedCursor cursor;
+        const SharedArray<T> a = shared_array<T>(cursor, 16 * K), b = shared_array<T>(cursor, 16 * K);
+        const int lane = lane_index();
+        for (int i = lane; i < 16 * K; i += 32) a[i] = narrow(load(x, i % 256));
+        for (int i = lane; i < 16 * K; i += 32) b[i] = narrow(load(x, (i * 7 + 5) % 256));
+        warp_barrier();
+        // matrices of 8 rows of 16 bytes: rows 0 .. 7, rows 8 .. 15, then those 16 bytes further
+        const int row = (kBug == kWrongMatrixRow && lane == 9 ? 0 : lane % 8) + lane / 8 % 2 * 8;
+        const int at = row * K + lane / 16 * (K / 2);
+        Words left = load_matrices(a, at);
+        const Words right = load_matrices(b, at);
+        if (kBug == kSwappedFragment) left = {{left.at[0], left.at[2], left.at[1], left.at[3]}};
+        Tile d{};
+        for (int again = 0; again < 2; ++again) {
+            if (kBug == kSwappedOperand)
+                multiply<T>(d, left, right.at[2], right.at[0]);
+            else
+                multiply<T>(d, left, right.at[0], right.at[2]);
+        }
+        const int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; ++i) store(y, (g + i / 2 * 8) * 8 + 2 * t + i % 2, d.at[i]);
+    }
+    MMFAST_DEVICE static T narrow(float value) {
+        if constexpr (sizeof(T) == 4)
+            return to_tf32(value);
+        else
+            return from_float<T>(value);
+    }
+};
+
+template <typename T, int kBug>
+int multiply_of() {
+    constexpr int K = kDepth<T>;
+    Call<Multiply<T, kBug>> call(256, 128);
+    const int status = call.launch(1, 32 * K * int(sizeof(T)));
+    const auto at = [&](int i) { return double(to_float(Multiply<T, kBug>::narrow(call.data.x[size_t(i % 256)]))); };
+    return status != MMFAST_OK ? status : call.data.check(128, [&](int i) {
+        float sum = 0;
+        for (int again = 0; again < 2; ++again) {
+            double exact = double(sum);
+            for (int k = 0; k < K; ++k) exact += at(i / 8 * K + k) * at((i % 8 * K + k) * 7 + 5);
+            sum = cut_off(exact);
+        }
+        return sum;
+    });
+}
+template <int kBug>
+int multiply_float16() {
+    return multiply_of<Half, kBug>();
+}
+template <int kBug>
+int multiply_bfloat16() {
+    return multiply_of<Bf16, kBug>();
+}
+template <int kBug>
+int multiply_tf32() {
+    return multiply_of<float, kBug>();
+}
+
+// ---- y = x with each 32 numbers reversed, copied asynchronously two pieces ahead into three buffers
+template <int kBug>
+struct Copy {
+    static constexpr int kThreads = 32;
+    Global<const float> x;
+    Global<float> y;
+    MMFAST_DEVICE void operator()() const {
+        SharedCursor cursor;
+        const SharedArray<float> buffers = shared_array<float>(cursor, 3 * 32);
+        const int lane = lane_index();
+        fetch(buffers, 0);
+        fetch(buffers, 1);
+        for (int piece = 0; piece < 8; ++piece) {
+            fetch(buffers, kBug == kReusedTooEarly ? piece + 3 : piece + 2);
+            if (kBug == kWaitForTooFew)
+                copy_wait<3>();
+            else if (kBug != kMissingWait)
+                copy_wait<2>();
+            if (kBug != kMissingBarrier) barrier();
+            const float value = buffers[piece % 3 * 32 + 31 - lane];
+            barrier();
+            store(y, piece * 32 + lane, value);
+        }
+    }
+    MMFAST_DEVICE void fetch(SharedArray<float> buffers, int piece) const {
+        if (piece < 8 && lane_index() < 8)
+            copy_async(buffers, piece % 3 * 32 + 4 * lane_index(), x, piece * 32 + 4 * lane_index());
+        copy_commit();
+    }
+};
+
+template <int kBug>
+int copy() {
+    Call<Copy<kBug>> call(256, 256);
+    const int status = call.launch(1, 3 * 32 * int(sizeof(float)));
+    return status != MMFAST_OK
+               ? status
+               : call.data.check(256, [&](int i) { return call.data.x[size_t(i / 32 * 32 + 31 - i % 32)]; });
+}
+
+// ---- three times: every block's values become the sum of all blocks' values times 1, 2, 3, 4, in a cluster of four
+template <int kBug>
+struct Exchange {
+    static constexpr int kThreads = 32;
+    static constexpr int kBlocks = 4;
+    static constexpr bool kClusters = true;
+    Global<const float> x;
+    Global<float> y;
+    MMFAST_DEVICE void operator()() const {
+        SharedCursor cursor;
+        const SharedArray<float> inbox = shared_array<float>(cursor, 2 * kBlocks * 32);
+        const SharedArray<float> own = shared_array<float>(cursor, 32);
+        const SharedArray<uint64_t> full = shared_barriers(cursor, 2);
+        const int lane = lane_index(), rank = cluster_rank();
+        if (lane < 2) barrier_init(full, lane, 1);
+        if (kBug != kMissingClusterBarrier) cluster_barrier();
+        float value = load(x, block_index() * 32 + lane);
+        for (int round = 0; round < 3; ++round) {
+            const int buffer = round % 2;
+            own[lane] = value;
+            if (lane == 0 && kBug != kMissingExpect) barrier_expect(full, buffer, kBlocks * 32 * int(sizeof(float)));
+            barrier();
+            if (lane < 8)
+                for (int i = 0; i < kBlocks; ++i) {
+                    const int to = kBug == kWrongRank && rank == 2 && i == 1 ? 3 : kBug == kRankOutside ? i + 1 : i;
+                    store_async(inbox, (buffer * kBlocks + rank) * 32 + 4 * lane, load_vector<4>(own, 4 * lane), full,
+                                buffer, to);
+                }
+            const int parity = kBug == kWrongParity ? 1 - round / 2 : round / 2;
+            if (kBug != kMissingWait) barrier_wait(full, buffer, parity);
+            value = 0;
+            for (int i = 0; i < kBlocks; ++i) value += float(i + 1) * inbox[(buffer * kBlocks + i) * 32 + lane];
+            barrier();
+        }
+        store(y, block_index() * 32 + lane, value);
+        if (kBug == kMissingLastClusterBarrier && rank > 0) return;
+        if (kBug == kMissingLastClusterBarrier) store_async(inbox, 0, Vector<float, 4>{}, full, 0, 3);
+        cluster_barrier();
+    }
+};
+
+template <int kBug>
+int exchange() {
+    Call<Exchange<kBug>> call(256, 256);
+    const Grid grid{8, (9 * 32 + 4) * int(sizeof(float)) + 128, 0, 4};
+    const int status = call.buffers.finish(launch(call.kernel, grid, nullptr));
+    return status != MMFAST_OK ? status : call.data.check(256, [&](int i) {
+        float values[4], sum = 0;
+        for (int k = 0; k < 4; ++k) values[k] = call.data.x[size_t(i / 128 * 128 + k * 32 + i % 32)];
+        for (int round = 0; round < 3; ++round) {
+            sum = 0;
+            for (int k = 0; k < 4; ++k) sum += float(k + 1) * values[k];
+            for (float& value : values) value = sum;
+        }
+        return sum;
+    });
+}
+
 // ---- y = the approximations of x, which must be off, and by no more than is documented
 struct Approximate {
     static constexpr int kThreads = kN;
@@ -377,6 +557,28 @@ const Selftest kSelftests[] = {
     MMFAST_KERNEL(scan, "missing warp barrier", kMissingBarrier),
     MMFAST_KERNEL(count, "", kNone),
     MMFAST_KERNEL(count, "plain access beside atomics", kPlainWithAtomic),
+    MMFAST_KERNEL(multiply_float16, "", kNone),
+    MMFAST_KERNEL(multiply_float16, "swapped fragment", kSwappedFragment),
+    MMFAST_KERNEL(multiply_float16, "swapped operand", kSwappedOperand),
+    MMFAST_KERNEL(multiply_float16, "wrong matrix row", kWrongMatrixRow),
+    MMFAST_KERNEL(multiply_bfloat16, "", kNone),
+    MMFAST_KERNEL(multiply_bfloat16, "swapped fragment", kSwappedFragment),
+    MMFAST_KERNEL(multiply_tf32, "", kNone),
+    MMFAST_KERNEL(multiply_tf32, "swapped fragment", kSwappedFragment),
+    MMFAST_KERNEL(multiply_tf32, "swapped operand", kSwappedOperand),
+    MMFAST_KERNEL(copy, "", kNone),
+    MMFAST_KERNEL(copy, "missing wait", kMissingWait),
+    MMFAST_KERNEL(copy, "waits for too few", kWaitForTooFew),
+    MMFAST_KERNEL(copy, "missing barrier after the wait", kMissingBarrier),
+    MMFAST_KERNEL(copy, "buffer reused too early", kReusedTooEarly),
+    MMFAST_KERNEL(exchange, "", kNone),
+    MMFAST_KERNEL(exchange, "wrong cluster rank", kWrongRank),
+    MMFAST_KERNEL(exchange, "rank outside the cluster", kRankOutside),
+    MMFAST_KERNEL(exchange, "missing wait", kMissingWait),
+    MMFAST_KERNEL(exchange, "missing expect", kMissingExpect),
+    MMFAST_KERNEL(exchange, "wrong parity", kWrongParity),
+    MMFAST_KERNEL(exchange, "missing cluster barrier", kMissingClusterBarrier),
+    MMFAST_KERNEL(exchange, "a block that left", kMissingLastClusterBarrier),
     {"approximations", "", &device::approximate},
     {"float16", "", &device::round_trip<device::Half>},
     {"bfloat16", "", &device::round_trip<device::Bf16>},

@@ -261,6 +261,7 @@ def _rnn_cases() -> Iterator[RnnCase]:
         yield RnnCase("layer", mode, 128, 8, 128, 128)
         yield RnnCase("layer", mode, 128, 1, 128, 128)
         yield RnnCase("layer", mode, 256, 16, 512, 512)
+        yield RnnCase("layer", mode, 256, 64, 512, 512)
         yield RnnCase("layer", mode, 512, 16, 128, 128, packed=True)
         # AttnGAN's text encoder: 18 words of 300 numbers, 128 units a direction
         yield RnnCase("attngan", mode, 18, 32, 300, 128, bidirectional=True, packed=True, shortest=1 / 6)
@@ -320,7 +321,7 @@ def cases(op: str | None = None) -> list[Case]:
     return [case for case in every if op is None or case.op == op]
 
 
-#: what `mmfast bench` measures unless told otherwise: for each op the kinds of case that differ most
+#: what `mmfast bench` measures on a CPU unless told otherwise: for each op the kinds of case that differ most
 REPRESENTATIVE = (
     "article-LSTM-*",
     "layer-GRU-T128-B64-*",
@@ -341,6 +342,29 @@ REPRESENTATIVE = (
     "large-lsgan-*",
     "hifigan-lsgan-*",
 )
+
+#: the same on a GPU, which the large cases tell of
+REPRESENTATIVE_GPU = (
+    "layer-*-T128-B64-*",
+    "layer-*-T256-B64-*",
+    "layer-*-packed",
+    "attngan-LSTM-*",
+    "cell-*-B64-*",
+    "dcgan-*to*",
+    "pix2pix-128to3-*",
+    "hifigan-v1-*",
+    "encodec-*to*",
+    "mimi-*",
+    "unet3d-*",
+    "patchgan-hinge-*",
+    "large-*",
+    "hifigan-lsgan-*",
+)
+
+
+def representative(device: str) -> tuple[str, ...]:
+    """The patterns of the cases that stand for the rest on a device."""
+    return REPRESENTATIVE if device == "cpu" else REPRESENTATIVE_GPU
 
 
 def modes(case: Any) -> tuple[str, ...]:

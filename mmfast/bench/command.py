@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes. 0; 1 where a case was slower than --base, or wrong; 2: a bad option; 130: Ctrl-C."""
     try:
         if args.list:
-            return _list(_chosen(args))
+            return _list(_chosen(args), _device(args))
         plan = _plan(args)
         base = report.read_json(args.base) if args.base else None
         if args.plot:
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(args)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
     for name in ("threads", "rounds"):
@@ -127,6 +127,10 @@ def _plan(args: argparse.Namespace) -> Plan:
     return Plan(bouts, DTYPES[args.dtype], device, rounds, seconds, args.compile, args.peers)
 
 
+def _device(args: argparse.Namespace) -> str:
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _chosen(args: argparse.Namespace) -> list[Any]:
     for op in args.ops:
         if op not in Op.registry:
@@ -138,15 +142,17 @@ def _chosen(args: argparse.Namespace) -> list[Any]:
     scaling = cases.scaling() if args.scaling else []
     if args.scaling and not (args.cases or args.ops):
         return list(scaling)
-    patterns = args.cases or (["*"] if args.list or (args.tune and not args.ops) else list(cases.REPRESENTATIVE))
+    patterns = args.cases or (
+        ["*"] if args.list or (args.tune and not args.ops) else list(cases.representative(_device(args)))
+    )
     found = [case for op in args.ops or cases.OPS for case in cases.matching(patterns, op)]
     if not found:
         raise ValueError(f"no case fits {' or '.join(patterns)}; mmfast bench --list shows all")
     return [*found, *scaling]
 
 
-def _list(chosen: Sequence[Any]) -> int:
-    usual = cases.matching(cases.REPRESENTATIVE)
+def _list(chosen: Sequence[Any], device: str) -> int:
+    usual = cases.matching(cases.representative(device))
     for case in chosen:
         print(f"{case.op:<15} {case.name}{'  (by default)' * (case in usual)}")
     for name in models.MODELS:

@@ -29,6 +29,21 @@ _FUNCTIONS: dict[str, Any] = {
 class _Sequence(Twin, torch.nn.RNNBase):
     """A stack of recurrent layers in one or both directions. RNNBase makes the parameters and names the sizes."""
 
+    #: Probabilities of `mmfast.functional.rnn`; not in state_dict.
+    zoneout: float = 0.0
+    recurrent_dropout: float = 0.0
+
+    def _set_extras(self, backend: str | None, zoneout: float, recurrent_dropout: float) -> None:
+        self.backend = backend
+        if zoneout:
+            self.zoneout = zoneout
+        if recurrent_dropout:
+            self.recurrent_dropout = recurrent_dropout
+
+    def extra_repr(self) -> str:
+        extras = {"zoneout": self.zoneout, "recurrent_dropout": self.recurrent_dropout}
+        return ", ".join([super().extra_repr(), *(f"{name}={rate}" for name, rate in extras.items() if rate)])
+
     @property
     def _flat_weights(self) -> list[Any]:
         """The parameters as they are now; RNNBase keeps a list of them, which the layers here never read."""
@@ -38,39 +53,50 @@ class _Sequence(Twin, torch.nn.RNNBase):
     def _flat_weights(self, weights: Any) -> None:
         """RNNBase renews its list here; there is none."""
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Any, Any]:
+    def forward(
+        self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, reset_mask: Tensor | None = None
+    ) -> tuple[Any, Any]:
         if lengths is not None:
             self._check_padded(input)
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
+            return self._forward_packed(input, hx, reset_mask)
         if input.dim() == 3:
             if hx is not None:
                 self._check_dims(hx, "batched", 3)
-            return self._call(input, hx, lengths=lengths)
+            return self._call(input, hx, None, lengths, reset_mask)
         if input.dim() == 2:
-            return self._forward_unbatched(input, hx)
+            return self._forward_unbatched(input, hx, reset_mask)
         kind = "tensor instead" if self.mode.startswith("RNN") else "instead"
         name = self.mode.partition("_")[0]
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D {kind}")
+
+    def _layers_weights(self) -> list[list[Any]]:
+        own: dict[str, Any] = self._parameters  # an attribute of a module takes a microsecond to be found
+        try:
+            return [[own[name] for name in names] for names in self._all_weights]
+        except KeyError:  # parametrized
+            return self.all_weights
 
     def _check_padded(self, input: Any) -> None:
         if isinstance(input, PackedSequence) or input.dim() != 3:
             kind = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D input"
             raise RuntimeError(f"lengths were given with {kind}; expected padded 3-D input")
 
-    def _forward_unbatched(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
+    def _forward_unbatched(self, input: Tensor, hx: Any, reset_mask: Tensor | None) -> tuple[Tensor, Any]:
         batch_dim = 0 if self.batch_first else 1
         if hx is not None:
             self._check_dims(hx, "unbatched", 2)
             hx = _each(hx, lambda state: state.unsqueeze(1))
-        output, hx = self._call(input.unsqueeze(batch_dim), hx)
+        if reset_mask is not None:
+            reset_mask = reset_mask.unsqueeze(batch_dim)
+        output, hx = self._call(input.unsqueeze(batch_dim), hx, None, None, reset_mask)
         return output.squeeze(batch_dim), _each(hx, lambda state: state.squeeze(1))
 
-    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+    def _forward_packed(self, input: PackedSequence, hx: Any, reset_mask: Tensor | None) -> tuple[PackedSequence, Any]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
-        output, hx = self._call(data, hx, batch_sizes)
+        output, hx = self._call(data, hx, batch_sizes, None, reset_mask)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(hx, unsorted_indices)
 
@@ -79,18 +105,26 @@ class _Sequence(Twin, torch.nn.RNNBase):
             raise RuntimeError(f"For {kind} {dims}-D input, hx should also be {dims}-D but got {hx.dim()}-D tensor")
 
     def _call(
-        self, input: Tensor, hx: Any, batch_sizes: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        input: Tensor,
+        hx: Any,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        reset_mask: Tensor | None,
     ) -> tuple[Tensor, Any]:
         return _FUNCTIONS[self.mode](
             input,
             hx,
-            self.all_weights,
+            self._layers_weights(),
             dropout=self.dropout,
             training=self.training,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
             batch_sizes=batch_sizes,
             lengths=lengths,
+            reset_mask=reset_mask,
+            zoneout=self.zoneout,
+            recurrent_dropout=self.recurrent_dropout,
             backend=self.backend,
         )
 
@@ -114,12 +148,22 @@ class RNN(_Sequence):
     input: (T, B, I), with batch_first (B, T, I), unbatched (T, I), or a PackedSequence.
     hx: (layers * directions, B, H), unbatched without B; None: zeros.
     lengths (keyword-only): (B,) integers, the steps of each sequence of a padded batch; `mmfast.functional.rnn`.
+    reset_mask (keyword-only): (T, B) in the layout of the input, of a PackedSequence (N,), its data's rows: where it
+        is true a sequence begins anew; `mmfast.functional.rnn`.
     Returns the last layer's output (T, B, directions * H) in the layout of the input, and the final state like hx.
     backend (keyword-only, an attribute): "torch", "cpu", "triton", "cuda" or None (mmfast chooses); not in state_dict.
+    zoneout, recurrent_dropout (keyword-only, attributes): probabilities, drawn in training; `mmfast.functional.rnn`.
     Dtypes, differentiability: `mmfast.functional.rnn`.
     """
 
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        backend: str | None = None,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         _refuse_proj_size(kwargs)
         if len(args) > 3:
             nonlinearity = args[3]
@@ -130,7 +174,7 @@ class RNN(_Sequence):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__("RNN_" + nonlinearity.upper(), *args, **kwargs)
         self.nonlinearity = nonlinearity
-        self.backend = backend
+        self._set_extras(backend, zoneout, recurrent_dropout)
 
 
 class GRU(_Sequence):
@@ -143,10 +187,17 @@ class GRU(_Sequence):
     Shapes, backend, dtypes, differentiability: `RNN`, `mmfast.functional.gru`. Source: Cho et al., arXiv:1406.1078.
     """
 
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        backend: str | None = None,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         _refuse_proj_size(kwargs)
         super().__init__("GRU", *args, **kwargs)
-        self.backend = backend
+        self._set_extras(backend, zoneout, recurrent_dropout)
 
 
 class LSTM(_Sequence):
@@ -161,9 +212,16 @@ class LSTM(_Sequence):
     1997, doi:10.1162/neco.1997.9.8.1735; projection: Sak et al., arXiv:1402.1128.
     """
 
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        backend: str | None = None,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__("LSTM", *args, **kwargs)
-        self.backend = backend
+        self._set_extras(backend, zoneout, recurrent_dropout)
 
     get_expected_cell_size: Any = torch.nn.LSTM.get_expected_cell_size
     check_forward_args: Any = torch.nn.LSTM.check_forward_args
@@ -186,6 +244,13 @@ class _Cell(Twin):
     """One step; a torch.nn.RNNCellBase comes behind it in the bases."""
 
     name: str
+
+    def _weights(self: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        own = self._parameters  # an attribute of a module takes a microsecond to be found
+        try:
+            return own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"]
+        except KeyError:  # parametrized
+            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
         dims = input.dim()
@@ -235,7 +300,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         self.backend = backend
 
     def _call(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        weights = self._weights()
         return F.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity, backend=self.backend)
 
     def static_case(self) -> tuple[Op, Any]:
@@ -265,7 +330,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
         self.backend = backend
 
     def _call(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        weights = self._weights()
         return F.gru_cell(input, hx, *weights, backend=self.backend)
 
     def static_case(self) -> tuple[Op, Any]:
@@ -299,7 +364,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
                 raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
 
     def _call(self, input: Tensor, hx: Any) -> tuple[Tensor, Tensor]:
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        weights = self._weights()
         return F.lstm_cell(input, hx, *weights, backend=self.backend)
 
     def static_case(self) -> tuple[Op, Any]:

@@ -26,6 +26,7 @@ _ACTIVATIONS: dict[type, str] = {
     torch.nn.Tanh: "tanh",
     torch.nn.Sigmoid: "sigmoid",
     torch.nn.SiLU: "silu",
+    torch.nn.GELU: "gelu",
 }
 
 _GLOBAL_HOOKS = (
@@ -42,9 +43,9 @@ class Sequential(torch.nn.Sequential):
     Equivalent to: `torch.nn.Sequential`, of which it is a subclass; results differ by rounding.
 
     The norm, the activation, or both may follow an `mmfast.nn.ConvTranspose*d`: BatchNorm and InstanceNorm (without
-    running statistics) of as many dimensions, ReLU, LeakyReLU, Tanh, Sigmoid and SiLU, of torch.nn's own classes. They
-    stay modules of their own, and are called as such where anyone listens between them (a hook, a forward replaced on
-    the instance, a tracer), for unbatched input, and in a compiled graph, where the compiler fuses.
+    running statistics) of as many dimensions, ReLU, LeakyReLU, Tanh, Sigmoid, SiLU and GELU (exact), of torch.nn's own
+    classes. They stay modules of their own, and are called as such where anyone listens between them (a hook, a forward
+    replaced on the instance, a tracer), for unbatched input, and in a compiled graph, where the compiler fuses.
     """
 
     def forward(self, input: Any) -> Any:
@@ -83,9 +84,16 @@ def has_chain(module: torch.nn.Sequential) -> bool:
     modules = list(module)
     for conv, following in itertools.pairwise(modules):
         row = _CONVOLUTIONS.get(type_before_parametrizations(conv))
-        if row is not None and (type(following) in _ACTIVATIONS or _is_norm(following, *row[2:])):
+        if row is not None and (_activation_of(following) or _is_norm(following, *row[2:])):
             return True
     return False
+
+
+def _activation_of(module: Any) -> str | None:
+    """The activation that this module is, where the op has it."""
+    if type(module) is torch.nn.GELU and module.approximate != "none":
+        return None
+    return _ACTIVATIONS.get(type(module))
 
 
 def _chain_from(modules: list[Any], position: int, row: tuple[int, Any, type, type]) -> int:
@@ -94,7 +102,7 @@ def _chain_from(modules: list[Any], position: int, row: tuple[int, Any, type, ty
     count = 1
     if following and _is_norm(following[0], *row[2:]):
         count = 2
-    if len(following) >= count and type(following[count - 1]) in _ACTIVATIONS:
+    if len(following) >= count and _activation_of(following[count - 1]):
         count += 1
     return count if all(_is_unwatched(module) for module in modules[position : position + count]) else 0
 
@@ -103,8 +111,8 @@ def _epilogue(following: list[Any]) -> dict[str, Any]:
     """What a case says of the modules that follow its convolution."""
     facts: dict[str, Any] = {}
     for module in following:
-        if type(module) in _ACTIVATIONS:
-            facts["activation"] = _ACTIVATIONS[type(module)]
+        if activation := _activation_of(module):
+            facts["activation"] = activation
             facts["negative_slope"] = getattr(module, "negative_slope", 0.01)
         elif isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             facts["norm"] = "batch" if module.training or module.running_mean is None else "given"
@@ -138,12 +146,12 @@ def _call_fused(modules: list[Any], input: Tensor) -> Tensor:
     conv, *following = modules
     _, function, batch_norm, _ = _CONVOLUTIONS[type_before_parametrizations(conv)]
     options: dict[str, Any] = {}
-    if type(following[0]) not in _ACTIVATIONS:
+    if not _activation_of(following[0]):
         norm = following.pop(0)
         options = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
         options |= _batch_norm_options(norm) if type(norm) is batch_norm else {"norm": "instance"}
     if following:
-        options["activation"] = _ACTIVATIONS[type(following[0])]
+        options["activation"] = _activation_of(following[0])
         options["negative_slope"] = getattr(following[0], "negative_slope", 0.01)
     geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
     return function(input, conv.weight, conv.bias, *geometry, backend=conv.backend, **options)

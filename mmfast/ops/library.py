@@ -6,7 +6,7 @@ a classic autograd.Function entered from the Autograd key: a compiled graph hold
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,3 +48,24 @@ def needs_gradient(args: Any) -> bool:
         arg.requires_grad if isinstance(arg, torch.Tensor) else isinstance(arg, (list, tuple)) and needs_gradient(arg)
         for arg in args
     )
+
+
+def nodes_of(ctx: Any, tensors: Sequence[torch.Tensor | None]) -> list[Any]:
+    """The graph's nodes behind the last tensors that an autograd.Function was given; None where there is none."""
+    nodes = [node for node, _ in ctx.next_functions]
+    given = iter(nodes[len(nodes) - sum(tensor is not None for tensor in tensors) :])
+    return [None if tensor is None else next(given) for tensor in tensors]
+
+
+def will_run(node: Any) -> bool:
+    """Whether the running backward uses the gradient that goes to a node.
+
+    ctx.needs_input_grad tells only what could be used: torch.autograd.grad asks for some of it, a gradient penalty for
+    x alone. Takes 0.4 us, and 30 us for a leaf that torch.autograd.grad asks for.
+    """
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # so it answers for such a leaf
+        return True

@@ -140,7 +140,7 @@ def _device(args: argparse.Namespace) -> str:
 
 
 def _plan(args: argparse.Namespace) -> list[Task]:
-    patterns = args.cases or (["*"] if args.full else list(cases.REPRESENTATIVE))
+    patterns = args.cases or (["*"] if args.full else list(cases.representative(_device(args))))
     chosen = [case for op in args.ops or cases.OPS for case in cases.matching(patterns, op)]
     if not chosen:
         raise ValueError(f"no case fits {' or '.join(patterns)}; mmfast bench --list shows all")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,11 @@ from ..numerics import ENOUGH, Errors
 from ..ops.adversarial import equations
 from ..ops.adversarial.backends import OP as ADVERSARIAL
 from ..ops.adversarial.equations import MODES, Inputs, Term, Terms
+from ..ops.rnn import equations as rnn_equations
+from ..ops.rnn.backends import OP as RNN
+from ..ops.rnn.equations import GATES, Layer
 
-__all__ = ["ADVERSARIAL_MODES", "MUTANTS", "PATTERNS", "Mutant", "trial"]
+__all__ = ["ADVERSARIAL_MODES", "MUTANTS", "PATTERNS", "RNN_MODES", "Mutant", "trial"]
 
 
 class AdversarialCall(NamedTuple):
@@ -39,8 +42,20 @@ class AdversarialCall(NamedTuple):
 #: The modes that mutants are planted in: one of each phi.
 ADVERSARIAL_MODES = ("non-saturating", "hinge", "lsgan", "wasserstein")
 
-#: From a call's arguments to the kernel's (values (K,), gradients).
-Kernel = Callable[[AdversarialCall], tuple[Tensor, list[Tensor]]]
+
+class RnnCall(NamedTuple):
+    """The arguments of one forward and backward of a layer with every extra, all of one dtype."""
+
+    x: Tensor
+    weights: Sequence[Tensor]
+    h0: Tensor
+    c0: Tensor | None
+    layer: Layer
+    cotangent: Tensor
+
+
+#: From a call's arguments to the kernel's (values, gradients): of the adversarial op (K,), of the rnn op y.
+Kernel = Callable[[Any], tuple[Tensor, list[Tensor]]]
 
 
 class Mutant(NamedTuple):
@@ -167,18 +182,159 @@ _ADVERSARIAL = [
     ),
 ]
 
+#: Layers that mutants are planted in; "LSTM-proj" is one with a projection.
+RNN_MODES = ("RNN_TANH", "GRU", "LSTM", "LSTM-proj")
+
+
+def _rnn(name: str, change: Callable[[RnnCall], RnnCall], modes: tuple[str, ...] = RNN_MODES) -> Mutant:
+    """A kernel that computes the right thing from wrong arguments, forward and backward."""
+    return Mutant(name, lambda kernel: lambda call: kernel(change(call)), modes)
+
+
+def _masked(name: str, change: Callable[[Any], Any]) -> Callable[[RnnCall], RnnCall]:
+    return lambda call: call._replace(layer=call.layer._replace(**{name: change(getattr(call.layer, name))}))
+
+
+def _weight(index: int, change: Callable[[Tensor], Tensor]) -> Callable[[RnnCall], RnnCall]:
+    def changed(call: RnnCall) -> RnnCall:
+        weights = list(call.weights)
+        weights[index] = change(weights[index])
+        return call._replace(weights=weights)
+
+    return changed
+
+
+def _gate(index: int, factor: float) -> Callable[[Tensor], Tensor]:
+    """Of a GRU's or an LSTM's recurrent weight: one gate's rows times a factor."""
+
+    def change(w: Tensor) -> Tensor:
+        rows = w.shape[0] // (3 if w.shape[0] == 3 * _UNITS else 4)
+        w = w.clone()
+        w[index * rows : (index + 1) * rows] *= factor
+        return w
+
+    return change
+
+
+_RNN = [
+    _rnn("resets ignored", _masked("reset_mask", lambda m: None)),
+    _rnn("resets a step late", _masked("reset_mask", lambda m: torch.cat([torch.zeros_like(m[:1]), m[:-1]]))),
+    _rnn("resets inverted", _masked("reset_mask", lambda m: ~m)),
+    _rnn("first sequence's resets for all", _masked("reset_mask", lambda m: m[:, :1].expand_as(m))),
+    _rnn("zoneout ignored", _masked("zoneout_mask", lambda m: None)),
+    _rnn("zoneout inverted", _masked("zoneout_mask", lambda m: ~m)),
+    _rnn("zoneout's mask of the step before", _masked("zoneout_mask", lambda m: m.roll(1, 0))),
+    _rnn("recurrent dropout ignored", _masked("dropout_mask", lambda m: None)),
+    _rnn("recurrent dropout not scaled", _masked("dropout_mask", lambda m: (m > 0).to(m.dtype))),
+    _rnn("recurrent dropout's mask of the next unit", _masked("dropout_mask", lambda m: m.roll(1, 2))),
+    _rnn("lengths ignored", _masked("lengths", lambda m: None)),
+    _rnn("lengths one too long", _masked("lengths", lambda m: m + 1)),
+    _rnn("h0 ignored", lambda c: c._replace(h0=torch.zeros_like(c.h0))),
+    _rnn(
+        "c0 ignored", lambda c: c._replace(c0=torch.zeros_like(c.h0 if c.c0 is None else c.c0)), ("LSTM", "LSTM-proj")
+    ),
+    _rnn("projection off by 2 %", _weight(-1, lambda w: w * 1.02), ("LSTM-proj",)),
+    _rnn("projection's rows shifted", _weight(-1, lambda w: w.roll(1, 0)), ("LSTM-proj",)),
+    _rnn("reset gate off", _weight(1, _gate(0, 0.9)), ("GRU",)),
+    _rnn("output gate off", _weight(1, _gate(3, 0.9)), ("LSTM", "LSTM-proj")),
+    _rnn("b_hh dropped", _weight(3, torch.zeros_like)),
+    _rnn("last input stale", lambda c: c._replace(x=torch.cat([c.x[:-1], c.x[-2:-1]]))),
+    Mutant("output's last step stale", _values(_on_values(lambda y: torch.cat([y[:-1], y[-2:-1]]))), RNN_MODES),
+    # one element of thousands may happen to resemble its neighbour, so that a stale one is none
+    *(
+        Mutant(f"{what} {name}", plant(_on_values(change)), RNN_MODES)
+        for what, plant in (("output", _values), ("gradients", _gradients))
+        for name, change in PATTERNS.items()
+        if name != "last element stale"
+    ),
+]
+
 #: An op's mutants.
-MUTANTS: dict[str, list[Mutant]] = {"adversarial": _ADVERSARIAL}
+MUTANTS: dict[str, list[Mutant]] = {"adversarial": _ADVERSARIAL, "rnn": _RNN}
 
 
 def trial(op: str, seed: int, dtype: torch.dtype, mode: str, mutant: Mutant | None = None) -> list[str]:
     """What the numerics rule says of an op's kernel on inputs drawn from `seed`, in sentences; [] if it passes.
 
-    op: "adversarial". mode: one of its modes. mutant: None for the right kernel, which is the CPU kernel, or PyTorch's
-    formula where there is no native library.
+    op: "adversarial" or "rnn". mode: one of its modes. mutant: None for the right kernel, which is the CPU kernel, or
+    PyTorch's formula where there is no native library.
     """
-    kernel = {"adversarial": _adversarial_kernel}[op]
-    return _adversarial_trial(seed, dtype, mode, mutant.plant(kernel) if mutant else kernel)
+    kernels: dict[str, Kernel] = {"adversarial": _adversarial_kernel, "rnn": _rnn_kernel}
+    kernel = kernels[op]
+    run = {"adversarial": _adversarial_trial, "rnn": _rnn_trial}[op]
+    return run(seed, dtype, mode, mutant.plant(kernel) if mutant else kernel)
+
+
+def _rnn_kernel(call: RnnCall) -> tuple[Tensor, list[Tensor]]:
+    if not native.available():
+        return _rnn_formula(call)
+    backend, (x, weights, h0, c0, layer, cotangent) = RNN.backends["cpu"], call
+    y, _, _, *saved = backend.forward(x, weights, h0, c0, layer, True)
+    need = [True, True, c0 is not None, *[True] * len(weights)]
+    gradients = backend.backward((cotangent, None, None), x, weights, h0, c0, layer, (y, *saved), need)
+    return y, [gradient for gradient in gradients if gradient is not None]
+
+
+def _rnn_formula(call: RnnCall) -> tuple[Tensor, list[Tensor]]:
+    given = [call.x, call.h0, call.c0, *call.weights]
+    leaves = [None if a is None else a.detach().requires_grad_() for a in given]
+    x, h0, c0, *weights = leaves
+    y = rnn_equations.sequence(x, weights, h0, c0, call.layer)[0]  # type: ignore[arg-type]
+    some = [a for a in leaves if a is not None]
+    return y.detach(), list(torch.autograd.grad(y, some, call.cotangent))
+
+
+#: Of a layer that mutants are planted in: steps, sequences, inputs, units, size of the projection.
+_STEPS, _BATCH, _INPUTS, _UNITS, _PROJECTED = 6, 160, 16, 20, 9
+
+
+@functools.lru_cache(maxsize=16)
+def _draw_rnn(seed: int, dtype: torch.dtype, mode: str) -> tuple[RnnCall, tuple, tuple]:
+    """A layer, and what float64 and PyTorch's operators make of it."""
+    generator = torch.Generator().manual_seed(seed)
+    name, _, projected = mode.partition("-")
+    size, rows = _PROJECTED if projected else _UNITS, GATES[name] * _UNITS
+    shapes = [(rows, _INPUTS), (rows, size), (rows,), (rows,), *[(size, _UNITS)] * bool(projected)]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    weights = [(normal(*shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.3)).to(dtype) for shape in shapes]
+    chance = functools.partial(torch.rand, generator=generator)
+    lengths = torch.randint(1, _STEPS + 1, (_BATCH,), generator=generator)
+    lengths[-1] = _STEPS
+    layer = Layer(
+        name,
+        lengths=lengths,
+        reset_mask=chance(_STEPS, _BATCH) < 0.3,
+        zoneout_mask=chance(_STEPS, _BATCH, size) < 0.4,
+        dropout_mask=((chance(1, _BATCH, size) < 0.7) / 0.75).to(dtype),
+    )
+    c0 = normal(1, _BATCH, _UNITS) if name == "LSTM" else None
+    x, cotangent = normal(_STEPS, _BATCH, _INPUTS), normal(_STEPS, _BATCH, size)
+    call = RnnCall(x, weights, normal(1, _BATCH, size), c0, layer, cotangent)
+    wide = RnnCall(
+        *(x.double(), [w.double() for w in weights], call.h0.double(), None if c0 is None else c0.double()),
+        layer._replace(dropout_mask=layer.dropout_mask.double()),  # type: ignore[union-attr]
+        cotangent.double(),
+    )
+    return call, _rnn_formula(wide), _rnn_formula(call)
+
+
+def _rnn_trial(seed: int, dtype: torch.dtype, mode: str, kernel: Kernel) -> list[str]:
+    """Of y, dx and, pooled, the weights' gradients."""
+    errors = {name: Errors(name) for name in ("y", "dx")}
+    try:
+        for draw in range(seed, seed + ENOUGH):
+            call, reference, yardstick = _draw_rnn(draw, dtype, mode)
+            y, gradients = kernel(call)
+            errors["y"].add(y, yardstick[0], reference[0])
+            errors["dx"].add(gradients[0], yardstick[1][0], reference[1][0])
+            if all(pool.enough for pool in errors.values()):
+                break
+    except AssertionError as error:
+        return [str(error)]
+    return [f"{name}: {failure}" for name, pool in errors.items() for failure in pool.compare().failures]
 
 
 def _adversarial_kernel(call: AdversarialCall) -> tuple[Tensor, list[Tensor]]:

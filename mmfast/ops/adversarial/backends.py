@@ -1,8 +1,8 @@
 """The adversarial op's backends: refusals, preference, and the call.
 
-`forward(terms, mean, inputs, values_wanted)` gives (total (), values (K,) or None, slopes (K,) or, without peers,
-None); op.py says more. `backward(dtotal, terms, mean, inputs, slopes, needed)` gives the gradients by the logits and
-then by the others that are needed, each in the layout of its tensor.
+`forward(terms, mean, inputs, values_wanted)` gives (total (), values (K,) or None, state (2, K) or None); op.py says
+more. `backward(dtotal, terms, mean, inputs, state, needed)` gives the gradients by the logits and then by the others
+that are needed, each in the layout of its tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend, GpuBackend, Op, TorchBackend
 from . import equations
-from .equations import Inputs, Terms, values_dtype
+from .equations import Inputs, Term, Terms, values_dtype
 
 
 class Case(NamedTuple):
@@ -31,23 +31,32 @@ class Case(NamedTuple):
 
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+Gradients = list[Tensor | None]
+
+#: Up to so many elements, all gradients of a loss are computed together with it: they cost less than a call does.
+_FEW = 4096
 
 
 def empty_outputs(inputs: Inputs, values_wanted: bool) -> Outputs:
-    """Unwritten (total, values, slopes); also the op's fake, which has them all."""
+    """Unwritten (total, values, state), but for centres that are given; also the op's fake, which has them all."""
     x = inputs.logits[0]
+    # one function of torch's and not two, and the one that costs least
+    total = torch.empty((), dtype=x.dtype, device=x.device)
     if not values_wanted and not inputs.peers:
-        return x.new_empty(()), None, None
-    dtype = values_dtype(x.dtype)
-    values = x.new_empty(len(inputs.logits), dtype=dtype)
-    return x.new_empty(()), values, x.new_empty(len(inputs.peers), dtype=dtype)
+        return total, None, None
+    dtype, count = values_dtype(x.dtype), len(inputs.logits)
+    values = x.new_empty(count, dtype=dtype) if values_wanted else None
+    state = None
+    if inputs.peers:
+        state = x.new_empty((2, count), dtype=dtype)
+        if inputs.centres is not None:
+            state[1].copy_(inputs.centres)
+    return total, values, state
 
 
-def empty_gradients(inputs: Inputs, needed: Sequence[bool]) -> list[Tensor | None]:
+def empty_gradients(inputs: Inputs, needed: Sequence[bool]) -> Gradients:
     """Unwritten gradients by the logits and then by the others; None where one is not needed."""
     tensors = (*inputs.logits, *inputs.others) if inputs.others else inputs.logits
-    if all(needed):
-        return [torch.empty_like(x) for x in tensors]
     return [torch.empty_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
 
 
@@ -58,13 +67,21 @@ class Torch(TorchBackend):
         values = equations.values(terms, mean, inputs)
         total = equations.add_up(values)
         dtype = values_dtype(total.dtype)
-        slopes = equations.slopes(terms, mean, inputs).to(dtype) if inputs.peers else total.new_empty(0, dtype=dtype)
-        return total, torch.stack(values).to(dtype), slopes
+        state = None
+        if inputs.peers:
+            centres = equations.means(inputs) if inputs.centres is None else inputs.centres
+            slopes = equations.slopes(terms, mean, inputs._replace(centres=centres))
+            state = torch.stack([slopes.to(dtype), centres.to(dtype)])
+        return total, torch.stack(values).to(dtype), state
 
     def backward(
-        self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, slopes: Tensor | None, needed: Sequence[bool]
+        self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, state: Tensor | None, needed: Sequence[bool]
     ) -> list[Tensor]:
-        found = equations.gradient(dtotal, terms, mean, inputs, slopes if inputs.peers else None)
+        slopes = None
+        if state is not None:
+            slopes, centres = state.unbind()
+            inputs = inputs._replace(centres=centres)
+        found = equations.gradient(dtotal, terms, mean, inputs, slopes)
         return [g for g, need in zip(found, needed, strict=True) if need]
 
 
@@ -80,18 +97,35 @@ class Cpu(Backend):
         return ""
 
     def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
+        return self.forward_with_gradients(terms, mean, inputs, values_wanted, ())[0]
+
+    def forward_with_gradients(
+        self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool, needed: Sequence[bool]
+    ) -> tuple[Outputs, Gradients]:
+        """(outputs, the total's gradients that are needed, with None for others, or [] where logits are many)."""
         inputs = dense(inputs)
         outputs = empty_outputs(inputs, values_wanted)
-        native.cpu_adversarial_forward(terms, mean, inputs, *outputs)
-        return outputs
+        gradients: Gradients = []
+        if needed and _are_few(inputs.logits):
+            gradients = empty_gradients(inputs, needed)
+        native.cpu_adversarial_forward(terms, mean, inputs, *outputs, gradients)
+        return outputs, gradients
 
     def backward(
-        self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, slopes: Tensor | None, needed: Sequence[bool]
+        self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, state: Tensor | None, needed: Sequence[bool]
     ) -> list[Tensor]:
         inputs = dense(inputs)
         gradients = empty_gradients(inputs, needed)
-        native.cpu_adversarial_backward(terms, mean, inputs, dtotal, slopes, gradients)
+        native.cpu_adversarial_backward(terms, mean, inputs, dtotal, state, gradients)
         return [g for g in gradients if g is not None]
+
+
+def _are_few(logits: Sequence[Tensor]) -> bool:
+    count = 0
+    for x in logits:
+        count += x.numel()
+    # 16-bit gradients would be rounded before they are scaled, and again after it
+    return count <= _FEW and logits[0].dtype.itemsize > 2
 
 
 def unreduced(case: Case) -> list[str]:
@@ -102,8 +136,16 @@ def unreduced(case: Case) -> list[str]:
 def dense(inputs: Inputs) -> Inputs:
     """The inputs, each tensor one block of memory, and tensors that meet elementwise in one order of elements."""
     logits, others, weights, centres, peers = inputs
-    if not others and not weights and centres is None and all(x.is_contiguous() for x in logits):
-        return inputs
+    if not weights:
+        for x in logits:
+            if not x.is_contiguous():
+                break
+        else:
+            for x in others:
+                if not x.is_contiguous():
+                    break
+            else:
+                return inputs
     if others:
         pairs = [_alike(x, other) for x, other in zip(logits, others, strict=True)]
         logits, others = zip(*pairs, strict=True)
@@ -120,7 +162,20 @@ def _alike(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     return (x, other) if x.stride() == other.stride() and _dense(x) is x else (x.contiguous(), other.contiguous())
 
 
-class Cuda(GpuBackend):
+class Kernels(GpuBackend):
+    """What the kernels for a GPU share: they are given the means of the logits that terms compare with."""
+
+    def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
+        raise NotImplementedError
+
+    def with_centres(self, inputs: Inputs) -> Inputs:
+        if not inputs.peers or inputs.centres is not None:
+            return inputs
+        terms = Terms([Term(equations.IDENTITY, 1, 0)] * len(inputs.logits))
+        return inputs._replace(centres=self.forward(terms, True, Inputs(inputs.logits), True)[1])
+
+
+class Cuda(Kernels):
     """csrc/cuda/adversarial.cu, on a CUDA device; on CPU tensors in the emulator."""
 
     name = "cuda"
@@ -130,22 +185,22 @@ class Cuda(GpuBackend):
         return refusals + unreduced(case)
 
     def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
-        inputs = dense(inputs)
+        inputs = self.with_centres(dense(inputs))
         outputs = empty_outputs(inputs, values_wanted)
         scratch = outputs[0].new_empty(native.adversarial_scratch(inputs.logits), dtype=torch.float64)
         native.cuda_adversarial_forward(terms, mean, inputs, *outputs, scratch)
         return outputs
 
     def backward(
-        self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, slopes: Tensor | None, needed: Sequence[bool]
+        self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, state: Tensor | None, needed: Sequence[bool]
     ) -> list[Tensor]:
         inputs = dense(inputs)
         gradients = empty_gradients(inputs, needed)
-        native.cuda_adversarial_backward(terms, mean, inputs, dtotal, slopes, gradients)
+        native.cuda_adversarial_backward(terms, mean, inputs, dtotal, state, gradients)
         return [g for g in gradients if g is not None]
 
 
-class Triton(GpuBackend):
+class Triton(Kernels):
     """triton_kernels.py, on a CUDA device; on CPU tensors in Triton's interpreter."""
 
     name = "triton"
@@ -170,17 +225,22 @@ class Triton(GpuBackend):
         return refusals + unreduced(case)
 
     def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
-        inputs = dense(inputs)
+        inputs = self.with_centres(dense(inputs))
         outputs = empty_outputs(inputs, values_wanted)
         with _on_device(outputs[0]):
-            _triton_kernels()[0].forward(terms, mean, inputs, *outputs)
+            total, values, state = outputs
+            _triton_kernels()[0].forward(terms, mean, inputs, total, values, None if state is None else state[0])
         return outputs
 
     def backward(
-        self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, slopes: Tensor | None, needed: Sequence[bool]
+        self, dtotal: Tensor, terms: Terms, mean: bool, inputs: Inputs, state: Tensor | None, needed: Sequence[bool]
     ) -> list[Tensor]:
         inputs = dense(inputs)
         gradients = empty_gradients(inputs, needed)
+        slopes = None
+        if state is not None:
+            slopes, centres = state.unbind()
+            inputs = inputs._replace(centres=centres)
         with _on_device(dtotal):
             _triton_kernels()[0].backward(dtotal.contiguous(), terms, mean, inputs, slopes, gradients)
         return [g for g in gradients if g is not None]

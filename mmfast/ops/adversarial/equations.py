@@ -193,6 +193,11 @@ def _others(inputs: Inputs) -> list[Tensor | None]:
     return [None] * len(inputs.logits)
 
 
+def means(inputs: Inputs) -> Tensor:
+    """(K,): the mean of each tensor of logits."""
+    return torch.stack([x.mean() for x in inputs.logits])
+
+
 def _weighted(y: Tensor, inputs: Inputs, k: int) -> Tensor:
     if not inputs.weights:
         return y

@@ -506,7 +506,7 @@ def _evaluate(recipe: Recipe, inputs: Inputs, return_values: bool, group: Any, b
         values = equations.values(recipe.terms, recipe.mean, inputs)
         total = equations.add_up(values)
         return (total, _values(values, recipe)) if return_values else total
-    if recipe.pairing == "means":
+    if group is not None and recipe.pairing == "means":
         inputs = inputs._replace(centres=_centres(inputs, chosen, group))
     total, found = loss(recipe.terms, recipe.mean, inputs, chosen, return_values, group)
     if found is None or not return_values:

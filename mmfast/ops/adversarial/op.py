@@ -1,11 +1,12 @@
 """The adversarial op: schema, fake, autograd.
 
-    mmfast::adversarial_forward(<inputs>, <terms>) -> (Tensor total, Tensor values, Tensor slopes)
-    mmfast::adversarial_backward(Tensor dtotal, Tensor slopes, bool[] needed, <inputs>, <terms>) -> Tensor[]
+    mmfast::adversarial_forward(<inputs>, <terms>) -> (Tensor total, Tensor values, Tensor state)
+    mmfast::adversarial_backward(Tensor dtotal, Tensor? state, bool[] needed, <inputs>, <terms>) -> Tensor[]
 
-Inputs and terms are those of equations.py; total is without dimensions in the logits' dtype, values (K,) and slopes
-(K,) (without peers (0,)) are in the values' dtype. The backward's gradients are those by the logits, then by the
-others, of which `needed` says for each whether it is wanted.
+Inputs and terms are those of equations.py; total is without dimensions in the logits' dtype, values (K,) and state in
+the values' dtype. state is (2, K) where terms have peers, else (0,): the slope of each term by its logits, which its
+peer's gradient is less by, and the centres, which are computed where none are given. The backward's gradients are those
+by the logits, then by the others, of which `needed` says for each whether it is wanted.
 
 Any order of differentiation in eager: where a gradient of the backward is needed, it is equations.gradient.
 """
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ...dispatch import is_plain
-from ..library import below_autograd, define, needs_gradient
+from ..library import below_autograd, define
 from . import equations
-from .backends import OP, empty_outputs
+from .backends import OP, Outputs, empty_outputs
 from .equations import Inputs, Term, Terms, columns_of
 
 _INPUTS = "Tensor[] logits, Tensor[] others, Tensor[] weights, Tensor? centres, int[] peers"
@@ -38,23 +39,34 @@ def loss(
     tensors = (*inputs.logits, *inputs.others) if inputs.others else inputs.logits
     if not is_plain(tensors):
         return forward_op(*_arguments(inputs), *columns_of(terms), mean, backend)[:2]
-    if not needs_gradient(tensors):
-        return OP.backends[backend].forward(terms, mean, inputs, values_wanted)[:2]
-    call = _Call(terms, mean, inputs, backend, values_wanted, group)
-    return AdversarialLoss.apply(call, *tensors), call.values
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                call = _Call(terms, mean, inputs, backend, values_wanted, group)
+                return _apply(call, *tensors), call.values
+    return OP.backends[backend].forward(terms, mean, inputs, values_wanted)[:2]
 
 
 class _Call:
     """What the eager Function is given besides tensors: one object, for each argument of apply costs time.
 
     values: an attribute that the forward fills, and no output, of which each would cost its gradient.
+    gradients: of the total, where they were computed together with it, until a backward has handed them out.
     """
 
-    __slots__ = ("backend", "group", "inputs", "mean", "terms", "values", "values_wanted")
+    __slots__ = ("backend", "counts", "gradients", "group", "inputs", "mean", "peers", "terms", "values", "wanted")
 
-    def __init__(self, terms: Terms, mean: bool, inputs: Inputs, backend: str, values_wanted: bool, group: Any) -> None:
-        self.terms, self.mean, self.inputs, self.backend = terms, mean, inputs, backend
-        self.values_wanted, self.group, self.values = values_wanted, group, None
+    def __init__(self, terms: Terms, mean: bool, inputs: Inputs, backend: str, wanted: bool, group: Any) -> None:
+        self.terms = terms
+        self.mean = mean
+        self.inputs: Any = inputs
+        self.backend = OP.backends[backend]
+        self.wanted = wanted
+        self.group = group
+        self.values: Tensor | None = None
+        self.gradients: list[Tensor | None] = []
+        self.counts: tuple[int, int, int] | None = None
+        self.peers: Sequence[int] = ()
 
 
 def means_of(terms: Terms, tensors: Sequence[Tensor], backend: str) -> Tensor:
@@ -74,67 +86,100 @@ class AdversarialLoss(torch.autograd.Function):
     """One node for the whole list, in eager: the backend is called without the dispatcher between."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *_: Tensor):
-        terms, mean, inputs = call.terms, call.mean, call.inputs
-        total, call.values, slopes = OP.backends[call.backend].forward(terms, mean, inputs, call.values_wanted)
-        if call.group is not None:
-            torch.distributed.all_reduce(slopes.div_(call.group.size()), group=call.group)
-        _save(ctx, terms, mean, inputs, slopes, call.backend)
+    def forward(ctx: Any, call: _Call, *tensors: Tensor):
+        inputs, backend, group = call.inputs, call.backend, call.group
+        if backend.name == "cpu" and group is None:
+            outputs, call.gradients = backend.forward_with_gradients(
+                call.terms, call.mean, inputs, call.wanted, ctx.needs_input_grad[1:]
+            )
+        else:
+            outputs = backend.forward(call.terms, call.mean, inputs, call.wanted)
+        total, call.values, state = outputs
+        if group is not None and state is not None:
+            torch.distributed.all_reduce(state[0].div_(group.size()), group=group)
         # the node of the graph keeps its call; tensors are kept by save_for_backward only
-        del call.inputs
+        call.inputs = None
+        call.peers = inputs.peers
+        if inputs.weights or inputs.peers or inputs.centres is not None:
+            call.counts = len(inputs.logits), len(inputs.others), len(inputs.weights)
+            ctx.save_for_backward(*tensors, *inputs.weights, inputs.centres, state)
+        else:
+            if inputs.others:
+                call.counts = len(inputs.logits), len(inputs.others), 0
+            # what save_for_backward does
+            ctx.to_save = tensors
+        ctx.call = call
         return total
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor):
-        return None, *_gradients(ctx, dtotal, ctx.needs_input_grad[1:])
+        call = ctx.call
+        if torch.is_grad_enabled():
+            return None, *_second_order(ctx, dtotal)
+        if call.gradients:
+            gradients, call.gradients = call.gradients, []
+            if dtotal.item() == 1:
+                return None, *gradients
+            needed: Sequence[bool] = [g is not None for g in gradients]
+        else:
+            needed = ctx.needs_input_grad[1:]
+        inputs, state = _saved(ctx.saved_tensors, call)
+        found = call.backend.backward(dtotal, call.terms, call.mean, inputs, state, needed)
+        return None, *_placed(found, needed)
+
+
+# What Function.apply and its node's apply look up in each call, looked up once: functorch's transforms, which they
+# serve, never come here, and neither does a `vjp` in place of `backward`.
+_apply = super(torch.autograd.Function, AdversarialLoss).apply
+AdversarialLoss._backward_cls.apply = AdversarialLoss.backward  # type: ignore[attr-defined]
+
+
+def _second_order(ctx: Any, dtotal: Tensor) -> Sequence[Tensor | None]:
+    call, needed = ctx.call, ctx.needs_input_grad[1:]
+    inputs, state = _saved(ctx.saved_tensors, call)
+    rest = (*columns_of(call.terms), call.mean, call.backend.name)
+    return _placed(backward_op(dtotal, state, list(needed), *_arguments(inputs), *rest), needed)
 
 
 class TracedAdversarialLoss(torch.autograd.Function):
     """The same for tracers, modes and subclasses: through the dispatcher, and all outputs are outputs."""
 
     @staticmethod
-    def forward(ctx: Any, terms: Terms, mean: bool, inputs: Inputs, backend: str, *_: Tensor):
-        total, values, slopes = below_autograd(forward_op, *_arguments(inputs), *columns_of(terms), mean, backend)
-        _save(ctx, terms, mean, inputs, slopes, backend)
-        ctx.mark_non_differentiable(values, slopes)
-        return total, values, slopes
+    def forward(ctx: Any, terms: Terms, mean: bool, inputs: Inputs, backend: str, *tensors: Tensor):
+        total, values, state = below_autograd(forward_op, *_arguments(inputs), *columns_of(terms), mean, backend)
+        ctx.static = terms, mean, backend
+        ctx.counts, ctx.peers = (len(inputs.logits), len(inputs.others), len(inputs.weights)), inputs.peers
+        ctx.save_for_backward(*tensors, *inputs.weights, inputs.centres, state if inputs.peers else None)
+        ctx.mark_non_differentiable(values, state)
+        return total, values, state
 
     @staticmethod
-    def backward(ctx: Any, dtotal: Tensor, _dvalues: Tensor, _dslopes: Tensor):
-        return None, None, None, None, *_gradients(ctx, dtotal, ctx.needs_input_grad[4:], direct=False)
+    def backward(ctx: Any, dtotal: Tensor, _dvalues: Tensor, _dstate: Tensor):
+        (terms, mean, backend), needed = ctx.static, ctx.needs_input_grad[4:]
+        inputs, state = _saved(ctx.saved_tensors, ctx)
+        rest = (*columns_of(terms), mean, backend)
+        found = backward_op(dtotal, state, list(needed), *_arguments(inputs), *rest)
+        return None, None, None, None, *_placed(found, needed)
 
 
-def _save(ctx: Any, terms: Terms, mean: bool, inputs: Inputs, slopes: Tensor | None, backend: str) -> None:
-    logits, others, weights, centres, peers = inputs
-    if not others and not weights and centres is None:
-        ctx.static = terms, mean, backend, None, ()
-        ctx.save_for_backward(*logits)
-        return
-    ctx.static = terms, mean, backend, (len(logits), len(others), len(weights)), peers
-    ctx.save_for_backward(*logits, *others, *weights, centres, slopes if peers else None)
-
-
-def _gradients(ctx: Any, dtotal: Tensor, needed: Sequence[bool], direct: bool = True) -> Sequence[Tensor | None]:
-    terms, mean, backend, counts, peers = ctx.static
-    inputs, slopes = _saved(ctx.saved_tensors, counts, peers)
-    if direct and not torch.is_grad_enabled():
-        found = OP.backends[backend].backward(dtotal, terms, mean, inputs, slopes, needed)
-    else:
-        arguments = (slopes, list(needed), *_arguments(inputs), *columns_of(terms), mean, backend)
-        found = backward_op(dtotal, *arguments)
+def _placed(found: Sequence[Tensor], needed: Sequence[bool]) -> Sequence[Tensor | None]:
+    """The gradients that were needed, each in its place, with None in the others'."""
     if len(found) == len(needed):
         return found
     rest = iter(found)
     return [next(rest) if need else None for need in needed]
 
 
-def _saved(
-    saved: Sequence[Tensor], counts: tuple[int, int, int] | None, peers: Sequence[int]
-) -> tuple[Inputs, Tensor | None]:
+def _saved(saved: Sequence[Tensor], layout: Any) -> tuple[Inputs, Tensor | None]:
+    """(inputs, state); layout: has the counts of logits, others and weights, or None for logits alone, and the peers"""
+    counts = layout.counts
     if counts is None:
         return Inputs(saved), None
     second, third = counts[0] + counts[1], sum(counts)
-    return Inputs(saved[: counts[0]], saved[counts[0] : second], saved[second:third], saved[-2], peers), saved[-1]
+    logits, others, weights = saved[: counts[0]], saved[counts[0] : second], saved[second:third]
+    if len(saved) == third:
+        return Inputs(logits, others), None
+    return Inputs(logits, others, weights, saved[-2], layout.peers), saved[-1]
 
 
 def _arguments(inputs: Inputs) -> tuple:
@@ -147,11 +192,17 @@ def _rows(phi: list[int], *numbers: list[float]) -> Terms:
 
 def _forward_kernel(logits, others, weights, centres, peers, phi, sign, shift, weight, tilt, mean, backend):
     inputs = Inputs(logits, others, weights, centres, peers)
-    return OP.backends[backend].forward(_rows(phi, sign, shift, weight, tilt), mean, inputs, True)
+    return _all_tensors(OP.backends[backend].forward(_rows(phi, sign, shift, weight, tilt), mean, inputs, True))
 
 
 def _forward_fake(logits, others, weights, centres, peers, phi, sign, shift, weight, tilt, mean, backend):
-    return empty_outputs(Inputs(logits, others, weights, centres, peers), True)
+    return _all_tensors(empty_outputs(Inputs(logits, others, weights, centres, peers), True))
+
+
+def _all_tensors(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+    total, values, state = outputs
+    assert values is not None
+    return total, values, values.new_empty(0) if state is None else state
 
 
 def _forward_differentiable(logits, others, weights, centres, peers, phi, sign, shift, weight, tilt, mean, backend):
@@ -160,16 +211,16 @@ def _forward_differentiable(logits, others, weights, centres, peers, phi, sign, 
     return TracedAdversarialLoss.apply(terms, mean, inputs, backend, *logits, *others)
 
 
-def _backward_kernel(dtotal, slopes, needed, *rest):
+def _backward_kernel(dtotal, state, needed, *rest):
     inputs, (*columns, mean, backend) = Inputs(*rest[:5]), rest[5:]
-    return OP.backends[backend].backward(dtotal, _rows(*columns), mean, inputs, slopes, needed)
+    return OP.backends[backend].backward(dtotal, _rows(*columns), mean, inputs, state, needed)
 
 
-def _backward_fake(dtotal, slopes, needed, logits, others, *rest):
+def _backward_fake(dtotal, state, needed, logits, others, *rest):
     return [torch.empty_like(x) for x, need in zip((*logits, *others), needed, strict=True) if need]
 
 
-def _backward_differentiable(dtotal, slopes, needed, *rest):
+def _backward_differentiable(dtotal, state, needed, *rest):
     inputs, (*columns, mean, _backend) = Inputs(*rest[:5]), rest[5:]
     if inputs.peers:
         # the means, too, depend on the logits
@@ -179,13 +230,13 @@ def _backward_differentiable(dtotal, slopes, needed, *rest):
 
 
 forward_op = define(
-    f"adversarial_forward({_INPUTS}, {_TERMS}) -> (Tensor total, Tensor values, Tensor slopes)",
+    f"adversarial_forward({_INPUTS}, {_TERMS}) -> (Tensor total, Tensor values, Tensor state)",
     _forward_kernel,
     _forward_fake,
     _forward_differentiable,
 )
 backward_op = define(
-    f"adversarial_backward(Tensor dtotal, Tensor? slopes, bool[] needed, {_INPUTS}, {_TERMS}) -> Tensor[]",
+    f"adversarial_backward(Tensor dtotal, Tensor? state, bool[] needed, {_INPUTS}, {_TERMS}) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
     _backward_differentiable,

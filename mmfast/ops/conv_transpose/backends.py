@@ -3,7 +3,7 @@
 `forward(x, weight, bias, norm_weight, norm_bias, mean, var, geometry, epilogue, keep)` gives (out, saved, mean, var).
 out is in the layout PyTorch's convolution gives; saved is what the backward needs besides the inputs and out: the
 convolution's own result for a norm, silu and gelu, else (and without `keep`) an empty tensor; mean and var are the
-norm's moments, (Cout,) or (N, Cout), float64 for float64, else float32; empty without a norm, and where they are given.
+moments, (Cout,) or (N, Cout), float64 for float64, else float32; empty for norm "none", and where they are given.
 
 `backward(dout, x, weight, bias, norm_weight, norm_bias, mean, var, saved, geometry, epilogue, mask)`, saved being out
 where forward's was empty, gives the gradients of x, weight, bias, norm_weight, norm_bias that mask asks for, None for
@@ -12,6 +12,9 @@ the others.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,12 +22,12 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...dispatch import Backend, Op, TorchBackend
+from ...dispatch import Backend, GpuBackend, Op, TorchBackend
 from . import equations, products
 from .equations import Epilogue, Geometry
 
 #: enum mmfast_activation
-_NATIVE_ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4, "silu": 5}
+_NATIVE_ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4, "silu": 5, "gelu": 6}
 
 _NO_ACTIVATION = (0, Epilogue().negative_slope)
 
@@ -57,7 +60,14 @@ def moments_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def keeps_result(epilogue: Epilogue) -> bool:
     """Whether the backward needs the convolution's own result: out does not tell it."""
-    return epilogue.norm != "none" or epilogue.activation in ("silu", "gelu")
+    return epilogue.normalizes or epilogue.activation in ("silu", "gelu")
+
+
+def moments_shape(shape: Sequence[int], epilogue: Epilogue) -> Sequence[int]:
+    """The shape of mean and var for an output of `shape`."""
+    if not epilogue.measures:
+        return (0,)
+    return shape[:2] if epilogue.norm == "instance" else shape[1:2]
 
 
 def empty_output(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -92,7 +102,7 @@ class Torch(TorchBackend):
         parameters = (norm_weight, norm_bias, mean, var)
         out, y, mean, var = equations.forward(x, weight, bias, *parameters, geometry, epilogue)
         dtype = moments_dtype(x.dtype)
-        if mean is None or var is None or epilogue.norm == "given":
+        if mean is None or var is None or not epilogue.measures:
             mean, var = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
         saved = y if keep and keeps_result(epilogue) and y is not out else x.new_empty(0)
         return out, saved, mean.to(dtype), var.to(dtype)
@@ -149,8 +159,6 @@ class Cpu(Backend):
 
     def refusals(self, case: Case) -> list[str]:
         refusals = native.cpu_refusals("the input is", case.device, case.dtype)
-        if case.activation not in _NATIVE_ACTIVATIONS:
-            refusals.append(f"the activation is {case.activation} (supported: {', '.join(_NATIVE_ACTIVATIONS)})")
         if case.activation == "leaky_relu" and case.negative_slope < 0:
             refusals.append(f"leaky_relu's negative slope is {case.negative_slope} (supported: at least 0)")
         return refusals
@@ -186,20 +194,17 @@ class Cpu(Backend):
         y = self._convolve(x, weight, bias, geometry, fused)
         # torch's instance norm gives a contiguous result whatever it is given
         y = y.contiguous() if epilogue.norm == "instance" else y
-        out = torch.empty_like(y) if keep else y
-        if epilogue.norm == "none":
-            if keep:
-                native.cpu_activation_forward(activation, y, out)
-            return out, y if keep else nothing(x.dtype), nothing(), nothing()
-        measure = epilogue.norm != "given"
-        if measure:
-            shape = y.shape[:2] if epilogue.norm == "instance" else y.shape[1:2]
+        if epilogue.measures:
+            shape = moments_shape(y.shape, epilogue)
             mean, var = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        out = torch.empty_like(y) if keep else y
         parameters = [_as(p, dtype) for p in (norm_weight, norm_bias, mean, var)]
-        if y.numel():
-            layout = _layout(y, epilogue.norm)
-            native.cpu_normalize_forward(layout, activation, measure, epilogue.eps, y, parameters, out)
-        moments: Any = (mean, var) if measure else (nothing(), nothing())
+        options = _layout(y, epilogue.norm), activation, epilogue.measures, epilogue.eps
+        if y.numel() and epilogue.norm != "none":
+            native.cpu_normalize_forward(*options, y, parameters, out if epilogue.normalizes else None)
+        if not epilogue.normalizes and activation[0] and not fused[0]:
+            native.cpu_activation_forward(activation, y, out)
+        moments: Any = (mean, var) if epilogue.measures else (nothing(), nothing())
         return out, y if keep else nothing(x.dtype), *moments
 
     def backward(
@@ -259,12 +264,12 @@ class Cpu(Backend):
         """(dy, dnorm_weight (Cout,), dnorm_bias (Cout,))"""
         activation = (_NATIVE_ACTIVATIONS[epilogue.activation], epilogue.negative_slope)
         nothing = dout.new_empty(0)
-        if epilogue.norm == "none" and epilogue.activation == "none":
+        if not epilogue.normalizes and epilogue.activation == "none":
             return dout, nothing, nothing
         saved = _dense(saved)
         dout = dout if dout.stride() == saved.stride() else torch.empty_like(saved).copy_(dout)
         dy = torch.empty_like(saved)
-        if epilogue.norm == "none":
+        if not epilogue.normalizes:
             native.cpu_activation_backward(activation, saved, dout, dy)
             return dy, nothing, nothing
         dtype = moments_dtype(saved.dtype)
@@ -275,7 +280,7 @@ class Cpu(Backend):
             native.cpu_normalize_backward(
                 layout,
                 activation,
-                epilogue.norm != "given",
+                epilogue.measures,
                 epilogue.eps,
                 saved,
                 [_as(p, dtype) for p in parameters],
@@ -322,4 +327,122 @@ def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.detach().to(dtype).contiguous()
 
 
-OP = Op("conv_transpose", Case, [Cpu(), Torch()])
+class Triton(GpuBackend):
+    """triton_kernels.py, on a CUDA device; on CPU tensors in the interpreter. Convolution gradients are torch's."""
+
+    name = "triton"
+
+    def refusals(self, case: Case) -> list[str]:
+        kernels, error = _triton_kernels()
+        if kernels is None:
+            return [error]
+        refusals = []
+        interpreted = kernels.INTERPRETED
+        if case.device == "cpu" and not interpreted:
+            refusals.append("the input is on cpu, where Triton needs TRITON_INTERPRET=1, set before it is imported")
+        if case.device not in ("cpu", "cuda"):
+            refusals.append(f"the input is on {case.device} (supported: cuda, and cpu in Triton's interpreter)")
+        if case.device == "cuda" and interpreted:
+            refusals.append("TRITON_INTERPRET=1 is set, so Triton compiles nothing in this process")
+        # arithmetic on bfloat16 is wrong in the interpreter
+        dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * (not interpreted)
+        if case.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            refusals.append(f"the input is {case.dtype} (supported: {names})")
+        if case.activation == "leaky_relu" and case.negative_slope < 0:
+            refusals.append(f"leaky_relu's negative slope is {case.negative_slope} (supported: at least 0)")
+        return refusals
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        geometry: Geometry,
+        epilogue: Epilogue,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kernels = _triton_kernels()[0]
+        keep = keep and keeps_result(epilogue)
+        out = empty_output(x, weight, geometry)
+        if epilogue.norm == "instance":
+            # torch's instance norm gives a contiguous result whatever it is given
+            out = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        saved = torch.empty_like(out) if keep else out.new_empty(0)
+        shape = moments_shape(out.shape, epilogue)
+        found_mean, found_var = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+        if not out.numel() or not x.numel():
+            return out, saved, found_mean, found_var
+        wide = [_as(p, torch.float32) for p in (norm_weight, norm_bias, mean, var)]
+        given = wide if epilogue.norm == "given" else None
+        # a norm that measures reads the convolution's result, which is then out's or saved's own memory
+        y = saved if keep and epilogue.normalizes and given is None else out
+        with _on_device(x):
+            separate = saved if keep and y is out else None
+            parts = kernels.convolve(_dense(x), _dense(weight), bias, given, geometry, epilogue, y, separate)
+            if epilogue.measures:
+                kernels.merge(kernels.moments(y, epilogue.norm) if parts is None else parts, found_mean, found_var)
+            if epilogue.normalizes and given is None:
+                kernels.normalize(y, [*wide[:2], found_mean, found_var], epilogue, out)
+        return out, saved, found_mean, found_var
+
+    def backward(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        saved: Tensor,
+        geometry: Geometry,
+        epilogue: Epilogue,
+        mask: Sequence[bool],
+    ) -> list[Tensor | None]:
+        dnorm_weight = dnorm_bias = None
+        dy = dout
+        if saved.numel() and (epilogue.normalizes or epilogue.activation != "none"):
+            kernels = _triton_kernels()[0]
+            saved = _dense(saved)
+            dout = dout if dout.stride() == saved.stride() else torch.empty_like(saved).copy_(dout)
+            dy = torch.empty_like(saved)
+            with _on_device(saved):
+                if epilogue.normalizes:
+                    wide = [_as(p, torch.float32) for p in (norm_weight, norm_bias, mean, var)]
+                    dnorm_weight, dnorm_bias = kernels.normalize_backward(saved, dout, wide, epilogue, dy)
+                else:
+                    kernels.activation_backward(saved, dout, epilogue, dy)
+        return [
+            *equations.convolve_backward(dy, x, weight, geometry, mask[:3]),
+            _summed(dnorm_weight, norm_weight, mask[3]),
+            _summed(dnorm_bias, norm_bias, mask[4]),
+        ]
+
+
+def _summed(gradient: Tensor | None, parameter: Tensor | None, asked: bool) -> Tensor | None:
+    """The gradient (sets, C) of a norm's parameter, summed over its sets; zero where there were no elements."""
+    if parameter is None or not asked:
+        return None
+    return torch.zeros_like(parameter) if gradient is None else gradient.sum(0).to(parameter.dtype)
+
+
+@functools.cache
+def _triton_kernels() -> tuple[Any, str]:
+    # only a call that considers Triton imports it: that takes longer than the rest of mmfast
+    try:
+        return importlib.import_module(".triton_kernels", __package__), ""
+    except ImportError as error:
+        return None, f"Triton could not be imported ({error})"
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+OP = Op("conv_transpose", Case, [Cpu(), Triton(), Torch()])

@@ -6,7 +6,7 @@
 
 norm "batch" takes mean and (biased) var over the batch and all positions of a channel (Ioffe and Szegedy,
 arXiv:1502.03167), "instance" over the positions of one sample's channel (Ulyanov et al., arXiv:1607.08022), "given"
-from the caller: a batch norm in evaluation.
+from the caller: a batch norm in evaluation. "moments" only tells mean and var, those of norm "batch", and leaves u = y.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu")
-NORMS = ("none", "batch", "instance", "given")
+NORMS = ("none", "batch", "instance", "given", "moments")
 
 
 class Geometry(NamedTuple):
@@ -46,6 +46,16 @@ class Epilogue(NamedTuple):
     eps: float = 1e-5
     activation: str = "none"
     negative_slope: float = 0.01
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether there is a norm."""
+        return self.norm in ("batch", "instance", "given")
+
+    @property
+    def measures(self) -> bool:
+        """Whether mean and var are results."""
+        return self.norm in ("batch", "instance", "moments")
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -75,7 +85,7 @@ def convolve_backward(
 
 def moment_dims(dims: int, norm: str) -> list[int]:
     """The dimensions of a tensor of `dims` dimensions over which a norm takes its moments."""
-    return [*([0] if norm == "batch" else []), *range(2, dims)]
+    return [*([] if norm == "instance" else [0]), *range(2, dims)]
 
 
 def moments(y: Tensor, norm: str) -> tuple[Tensor, Tensor]:
@@ -124,13 +134,13 @@ def forward(
     geometry: Geometry,
     epilogue: Epilogue,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(out, y, mean, var); mean and var are read for norm "given", else computed, and None without a norm."""
+    """(out, y, mean, var); mean and var are read for norm "given", else computed, and None for norm "none"."""
     y = convolve(x, weight, bias, geometry)
     u = y
-    if epilogue.norm != "none":
+    if epilogue.measures:
+        mean, var = moments(_wide(y), epilogue.norm)
+    if epilogue.normalizes:
         wide = _wide(y)
-        if epilogue.norm != "given":
-            mean, var = moments(wide, epilogue.norm)
         u = _argument(_normalized(wide, mean, var, epilogue.eps), norm_weight, norm_bias)
     return activate(u, epilogue.activation, epilogue.negative_slope).to(y.dtype), y, mean, var
 
@@ -170,12 +180,11 @@ def backward(
     """
     y = convolve(x, weight, bias, geometry)
     dnorm_weight = dnorm_bias = None
-    if epilogue.norm == "none":
+    if not epilogue.normalizes:
         dy = dout * activation_slope(y, epilogue.activation, epilogue.negative_slope)
     else:
-        measured = epilogue.norm != "given"
         wide = _wide(y)
-        if measured:
+        if epilogue.measures:
             mean, var = moments(wide, epilogue.norm)
         assert var is not None
         normalized = _normalized(wide, mean, var, epilogue.eps)
@@ -184,7 +193,7 @@ def backward(
         every = [0, *range(2, y.dim())]
         dnorm_weight, dnorm_bias = (du * normalized).sum(every), du.sum(every)
         dnormalized = du if norm_weight is None else du * _spread(norm_weight, du)
-        if measured:
+        if epilogue.measures:
             dims = moment_dims(y.dim(), epilogue.norm)
             along = (dnormalized * normalized).mean(dims, keepdim=True)
             dnormalized = dnormalized - dnormalized.mean(dims, keepdim=True) - normalized * along

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...dispatch import is_plain
 from ..library import below_autograd, define, needs_gradient
 from . import equations
-from .backends import OP, empty_output, keeps_result, moments_dtype
+from .backends import OP, empty_output, keeps_result, moments_dtype, moments_shape
 from .equations import Epilogue, Geometry
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var"
@@ -100,9 +100,7 @@ def _forward_fake(*args):
     x, weight, keep = args[0], args[1], args[-2]
     geometry, epilogue = _unflatten(args[7:-2])
     out = empty_output(x, weight, geometry)
-    shape: Sequence[int] = (0,)
-    if epilogue.norm in ("batch", "instance"):
-        shape = out.shape[1:2] if epilogue.norm == "batch" else out.shape[:2]
+    shape: Sequence[int] = moments_shape(out.shape, epilogue)
     moments = [x.new_empty(shape, dtype=moments_dtype(x.dtype)) for _ in range(2)]
     saved = torch.empty_like(out) if keep and keeps_result(epilogue) else x.new_empty(0)
     return out, saved, *moments

@@ -9,11 +9,13 @@ LSTM, gates and cell of an RNN or without `keep` -, a tensor is empty.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ... import native
 from ...dispatch import Backend, Op, TorchBackend
@@ -40,40 +42,58 @@ class Case(NamedTuple):
     gradients: bool = True
     #: batch * hidden_size > MANY, where the batch may be looked at: in eager
     many: bool = True
+    #: at most SHORT steps, where the steps may be looked at: in eager
+    short: bool = False
     cell: bool = False
+    resets: bool = False
+    zoneout: bool = False
+    recurrent_dropout: bool = False
+
+    @property
+    def extras(self) -> list[str]:
+        """What is asked for that PyTorch's layers lack, as the parameters are named."""
+        named = {"reset_mask": self.resets, "zoneout": self.zoneout, "recurrent_dropout": self.recurrent_dropout}
+        return [name for name, asked in named.items() if asked]
 
 
 #: Units of all rows of a step, up to which an LSTM's step is so short that PyTorch's overhead decides.
 MANY = 512
+#: Hidden size up to which an LSTM trains here as fast as in oneDNN: 0.94 to 0.98 of its speed at 1024.
+LARGE = 512
+#: Steps up to which PyTorch's loop takes less time than a call of the op, which takes about 150 us with its backward.
+SHORT = {"RNN_TANH": 6, "RNN_RELU": 6, "GRU": 2, "LSTM": 2}
 
 
 class Sizes(NamedTuple):
-    """Of a layer's call: N rows, steps, batch, hidden size."""
+    """Of a layer's call: N rows, steps, batch, hidden size, size of h (the projection's or the hidden size)."""
 
     rows: int
     steps: int
     batch: int
     hidden: int
+    output: int
 
 
 def sizes_of(x: Tensor, weights: Sequence[Tensor], layer: Layer) -> Sizes:
-    hidden = weights[1].shape[1]
+    rows, output = weights[1].shape
+    hidden = rows // GATES[layer.mode]
     if layer.batch_sizes is not None:
-        return Sizes(x.shape[0], layer.batch_sizes.shape[0], int(layer.batch_sizes[0]), hidden)
+        return Sizes(x.shape[0], layer.batch_sizes.shape[0], int(layer.batch_sizes[0]), hidden, output)
     steps, batch = x.shape[:2]
-    return Sizes(batch * steps, steps, batch, hidden)
+    return Sizes(batch * steps, steps, batch, hidden, output)
 
 
 def empty_outputs(x: Tensor, weights: Sequence[Tensor], layer: Layer, keep: bool, batch: int) -> tuple[Tensor, ...]:
     """Unwritten (y, hn, cn, gates, cell); also the op's fake. Gates are those of the input side, to be overwritten."""
-    hidden = weights[1].shape[1]
-    y = x.new_empty((*x.shape[:-1], layer.directions * hidden))
-    hn = x.new_empty((layer.directions, batch, hidden))
-    cn = torch.empty_like(hn) if layer.mode == "LSTM" else x.new_empty(0)
+    rows, output = weights[1].shape
+    hidden, D = rows // GATES[layer.mode], layer.directions
+    y = x.new_empty((*x.shape[:-1], D * output))
+    hn = x.new_empty((D, batch, output))
+    cn = x.new_empty((D, batch, hidden) if layer.mode == "LSTM" else 0)
+    steps = math.prod(x.shape[:-1])
     gated = keep and GATES[layer.mode] > 1
-    rows = y.numel() // y.shape[-1] if y.shape[-1] else 0
-    gates = x.new_empty((rows, layer.directions * weights[1].shape[0]) if gated else 0)
-    cell = x.new_empty((rows, layer.directions * hidden) if gated else 0)
+    gates = x.new_empty((steps, D * rows) if gated else 0)
+    cell = x.new_empty((steps, D * hidden) if gated or (keep and layer.zones) else 0)
     return y, hn, cn, gates, cell
 
 
@@ -84,33 +104,39 @@ class Cpu(Backend):
 
     def refusals(self, case: Case) -> list[str]:
         refusals = native.cpu_refusals("the input is", case.device, case.dtype)
-        if case.proj_size:
-            refusals.append(f"proj_size is {case.proj_size} (supported: 0)")
         if case.autocast:
             refusals.append("autocast is on (supported: off)")
         return refusals
 
     def reluctance(self, case: Case) -> str:
-        """PyTorch's RNN and GRU, a loop over its operators, were slower everywhere: 1.1 to 15 times. Its LSTM runs in
-        oneDNN, but not in float64 or float16 (1.6 times slower than here) nor packed (2 to 13 times).
+        """PyTorch's RNN and GRU, loops over its operators, were slower beyond a few steps: 1.1 to 15 times. Its LSTM
+        runs in oneDNN, but not in float64 or float16 (1.6 times slower than here) nor packed (2 to 15 times).
 
-        Against oneDNN, AMD Zen 4 (AVX-512), 1 thread, PyTorch 2.13, time of torch / time here, padded float32:
-            batch * H <= 512                         training 1.0 to 1.5      inference 1.2 to 1.5
-            above, H a multiple of 16                training 0.95 to 1.17    inference 0.85 to 1.2
-            above, H = 73, 79, 98, 294               training 0.80 to 1.07
-            bfloat16, H = 128                        training 0.82            inference 0.75
+        Against oneDNN, AMD EPYC, 1 thread, PyTorch 2.13, time of torch / time here, padded float32:
+                                                     AVX-512 (Zen 4)    AVX2
+            training, batch * H <= 512               1.0 to 1.5         1.0 to 1.1
+            training, above, H a multiple of 16      0.95 to 1.17       1.0 to 1.15, at H = 1024 0.94 to 0.98
+            training, above, H = 73, 79, 98, 294     0.80 to 1.07       0.94 to 1.0
+            inference, batch * H <= 512              1.2 to 1.5         1.0 to 1.3
+            inference, above                         0.85 to 1.2        0.94 to 1.2
+            bfloat16, H = 128                        0.75 to 0.82       PyTorch's raises
         """
         if case.cell:
-            return "PyTorch's cells were measured as fast or faster: 1.0 to 2 times"
-        onednn = case.mode == "LSTM" and case.dtype in (torch.float32, torch.bfloat16)
+            return "PyTorch's cells with gradients were measured as fast" if case.gradients else ""
+        if case.short and not case.extras:
+            return f"PyTorch's loop was measured faster for at most {SHORT[case.mode]} steps"
+        narrow = case.dtype == torch.bfloat16 and native.isa() == "avx512"  # below, PyTorch's LSTM raises
+        onednn = case.mode == "LSTM" and (case.dtype == torch.float32 or narrow)
         if not onednn or case.packed or case.lengths or case.transformed:
             return ""
-        if case.dtype == torch.bfloat16:
+        if narrow:
             return "PyTorch's LSTM in bfloat16, oneDNN's, was measured faster"
         if not case.many:
             return ""
         if not case.gradients:
             return f"PyTorch's LSTM without gradients, oneDNN's, was measured faster for batch * hidden_size > {MANY}"
+        if case.hidden_size > LARGE:
+            return f"PyTorch's LSTM, oneDNN's, was measured faster for hidden sizes above {LARGE}"
         if case.hidden_size % 16:
             return (
                 f"PyTorch's LSTM, oneDNN's, was measured faster for hidden size {case.hidden_size}, no multiple of 16"
@@ -124,15 +150,45 @@ class Cpu(Backend):
         gx = _input_side(x.reshape(sizes.rows, x.shape[-1]), parts)
         y, hn, cn, gates, cell = empty_outputs(x, weights, layer, False, sizes.batch)
         if keep and GATES[layer.mode] > 1:
+            gates = gx
+        if keep and (GATES[layer.mode] > 1 or layer.zones):
             # the kernel leaves out what is past a length
             empty = y.new_empty if layer.lengths is None else y.new_zeros
-            gates, cell = gx, empty((sizes.rows, layer.directions * sizes.hidden))
-        row, alive = _native_layer(x.dtype, layer, sizes, parts, h0, c0)
+            cell = empty((sizes.rows, layer.directions * sizes.hidden))
+        row, alive = native_layer(layer, sizes, parts, h0, c0)
         native.cpu_rnn_forward(row, gx, gates if keep else None, cell if keep else None, y, hn, cn)
         del alive
         return y, hn, cn, gates, cell
 
-    def backward(
+    def cell(
+        self,
+        mode: str,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """(h, c) after one step, without gradients, of an RNN or GRU h twice; None where sizes or dtypes do not fit."""
+        if not fits_cell(mode, x, h0, c0, w_ih, w_hh, b_ih, b_hh):
+            return None
+        (batch, inputs), hidden, dtype = x.shape, w_hh.shape[1], x.dtype
+        gx = gh = None
+        if batch > FEW_ROWS or (dtype is not torch.float32 and dtype is not torch.float64):
+            gx = linear(x, w_ih, b_ih)
+            gh = linear(x.new_zeros(batch, hidden) if h0 is None else h0, w_hh, b_hh)
+        like = x.new_empty((batch, hidden)) if h0 is None else h0
+        h = torch.empty_like(like, memory_format=torch.contiguous_format)
+        c = torch.empty_like(h) if mode == "LSTM" else h
+        native.cpu_rnn_cell(MODES[mode], (batch, inputs, hidden), (gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0), h, c)
+        return h, c
+
+    def backward(self, *arguments: Any) -> list[Tensor | None]:
+        return self.backward_and_deltas(*arguments)[0]
+
+    def backward_and_deltas(
         self,
         given: Sequence[Tensor | None],
         x: Tensor,
@@ -142,33 +198,68 @@ class Cpu(Backend):
         layer: Layer,
         saved: Sequence[Tensor],
         need: Sequence[bool],
-    ) -> list[Tensor | None]:
+    ) -> tuple[list[Tensor | None], tuple[Tensor, Tensor | None]]:
+        """The gradients, and (dgates, dm) of csrc/mmfast.h."""
         sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
-        y = saved[0]
-        width = layer.directions * sizes.hidden
-        dgates = y.new_empty((sizes.rows, layer.directions * weights[1].shape[0]))
+        y, directions, each = saved[0], layer.directions, len(weights) // layer.directions
+        width = directions * sizes.output
+        dgates = y.new_empty((sizes.rows, directions * weights[1].shape[0]))
         dm = y.new_empty((sizes.rows, width)) if layer.mode == "GRU" else None
-        shifted = layer.batch_sizes is None and layer.lengths is None
-        each = len(weights) // layer.directions
-        previous = None
-        if not shifted and any(need[4::each]):
+        dh = u = previous = None
+        if parts[0].w_hr is not None:
+            dh, u = y.new_empty((sizes.rows, width)), y.new_empty((sizes.rows, directions * sizes.hidden))
+        masks = layer.batch_sizes, layer.lengths, layer.reset_mask, layer.dropout_mask
+        if any(need[4::each]) and any(mask is not None for mask in masks):
             previous = y.new_empty((sizes.rows, width))
         dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format) if h0 is not None and need[1] else None
         dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format) if c0 is not None and need[2] else None
-        row, alive = _native_layer(x.dtype, layer, sizes, parts, h0, c0)
-        dense = [None if d is None else d.contiguous() for d in given]
-        native.cpu_rnn_backward(row, saved, dense, (dgates, dm, previous, dh0, dc0))
+        row, alive = native_layer(layer, sizes, parts, h0, c0)
+        dense = [_dense(d) for d in given]
+        native.cpu_rnn_backward(row, saved, dense, (dgates, dm, dh, u, previous, dh0, dc0))
         del alive, dense
         dx = None
         if need[0]:
-            dx = _input_gradient(dgates, [part.w_ih for part in parts]).view(x.shape)
+            dx = _input_gradient(dgates, [part.w_ih for part in parts], GATES[layer.mode]).view(x.shape)
         side = _RecurrentSide(y.view(sizes.rows, width), h0, previous, sizes, dm)
         x = x.reshape(sizes.rows, x.shape[-1])
         dweights: list[Tensor | None] = []
-        for d in range(layer.directions):
-            mine = dgates if layer.directions == 1 else dgates.chunk(2, 1)[d]
-            dweights += _weight_gradients(mine, x, side, d, need[3 + d * each : 3 + (d + 1) * each])
-        return [dx, dh0, dc0, *dweights]
+        for d in range(directions):
+            mine = dgates if directions == 1 else dgates.chunk(2, 1)[d]
+            wanted = need[3 + d * each : 3 + (d + 1) * each]
+            dweights += _weight_gradients(mine, x, side, d, wanted[: each // 2 * 2])
+            if dh is not None and u is not None:
+                dweights.append(_projection_gradient(dh, u, sizes, d) if wanted[-1] else None)
+        return [dx, dh0, dc0, *dweights], (dgates, dm)
+
+
+#: Rows up to which a Cell's products are made by its kernel: a call of torch.mm takes longer.
+FEW_ROWS = 2
+
+
+def fits_cell(
+    mode: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> bool:
+    """Whether a Cell's tensors are of one dtype and of the sizes that its equations demand."""
+    # numbers of elements where they tell as much: a shape takes three times as long to be had
+    (batch, inputs), (rows, hidden), dtype = x.shape, w_hh.shape, x.dtype
+    if rows != GATES[mode] * hidden or w_ih.shape != (rows, inputs):
+        return False
+    if w_ih.dtype is not dtype or w_hh.dtype is not dtype or (b_ih is None) is not (b_hh is None):
+        return False
+    for bias in (b_ih, b_hh):
+        if bias is not None and (bias.numel() != rows or bias.dtype is not dtype or bias.dim() != 1):
+            return False
+    for state in (h0, c0):
+        if state is not None and (state.shape != (batch, hidden) or state.dtype is not dtype):
+            return False
+    return True
 
 
 def _input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:
@@ -180,9 +271,9 @@ def _input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:
     return torch.mm(x, w_ih.t()) if b_ih is None else torch.addmm(b_ih, x, w_ih.t())
 
 
-def _native_layer(
-    dtype: torch.dtype, layer: Layer, sizes: Sizes, parts: Sequence[Weights], h0, c0
-) -> tuple[tuple, list]:
+def native_layer(
+    layer: Layer, sizes: Sizes, parts: Sequence[Weights], h0: Tensor | None, c0: Tensor | None
+) -> tuple[tuple, native.RnnTensors]:
     """mmfast_rnn_layer, and the tensors that have to outlive it."""
     offsets = lengths = None
     if layer.batch_sizes is not None:
@@ -190,12 +281,17 @@ def _native_layer(
         offsets = torch.tensor([0, *itertools.accumulate(layer.batch_sizes.tolist())])
     elif layer.lengths is not None:
         lengths = layer.lengths.to(torch.int64).contiguous()
+    masks = layer.reset_mask, layer.zoneout_mask, layer.dropout_mask
+    reset, zones, drop, h0, c0 = map(_dense, (*masks, h0, c0))
     w_hh = [part.w_hh.contiguous() for part in parts]
-    b_hh = [None if part.b_hh is None else part.b_hh.contiguous() for part in parts]
-    h0, c0 = (None if state is None else state.contiguous() for state in (h0, c0))
-    shape = sizes.steps, sizes.batch, sizes.hidden
-    row = native.rnn_layer(dtype, MODES[layer.mode], shape, offsets, lengths, w_hh, b_hh, h0, c0)
-    return row, [offsets, lengths, w_hh, b_hh, h0, c0]
+    b_hh, w_hr = [_dense(part.b_hh) for part in parts], [_dense(part.w_hr) for part in parts]
+    tensors = native.RnnTensors(offsets, lengths, reset, zones, drop, w_hh, b_hh, w_hr, h0, c0)
+    shape = sizes.steps, sizes.batch, sizes.hidden, 0 if parts[0].w_hr is None else sizes.output
+    return native.rnn_layer(parts[0].w_hh.dtype, MODES[layer.mode], shape, layer.zoneout, tensors), tensors
+
+
+def _dense(a: Tensor | None) -> Tensor | None:
+    return None if a is None else a.contiguous()
 
 
 class _RecurrentSide(NamedTuple):
@@ -209,8 +305,8 @@ class _RecurrentSide(NamedTuple):
 
     def times(self, dgates: Tensor, direction: int, out: Tensor) -> None:
         """out = dgates^T times the state before each row"""
-        hidden, batch = self.sizes.hidden, self.sizes.batch
-        columns = slice(direction * hidden, (direction + 1) * hidden)
+        size, batch = self.sizes.output, self.sizes.batch
+        columns = slice(direction * size, (direction + 1) * size)
         if self.previous is not None:
             _sum_over_rows(dgates, self.previous[:, columns], out)
             return
@@ -229,13 +325,21 @@ class _RecurrentSide(NamedTuple):
 #: Columns of the result from which on torch.mm sums in blocks; with fewer its rms error was up to 7 times as large.
 WIDE = 16
 #: Rows up to which torch.mm sums them in one chain; longer ones it sums in blocks.
-SHORT = 512
+ONE_CHAIN = 512
 
 
-def _input_gradient(dgates: Tensor, w_ih: Sequence[Tensor]) -> Tensor:
+#: Elements of the result up to which a sum over the gates is made gate by gate.
+SMALL = 1 << 16
+
+
+def _input_gradient(dgates: Tensor, w_ih: Sequence[Tensor], gates: int) -> Tensor:
     """dgates W_ih, added over the directions: (N, I)"""
     first, *rest = dgates.chunk(len(w_ih), 1)
-    if w_ih[0].shape[1] < WIDE:
+    inputs = w_ih[0].shape[1]
+    if gates == 4 and len(first) * inputs <= SMALL and first.dtype == torch.float32:
+        # one chain over all four gates is less accurate than oneDNN's
+        return sum(map(_by_gates, dgates.chunk(len(w_ih), 1), w_ih))  # type: ignore[return-value]
+    if inputs < WIDE:
         dx = torch.mm(w_ih[0].t(), first.t())
         for mine, w in zip(rest, w_ih[1:], strict=True):
             dx.addmm_(w.t(), mine.t())
@@ -246,12 +350,20 @@ def _input_gradient(dgates: Tensor, w_ih: Sequence[Tensor]) -> Tensor:
     return dx
 
 
+def _by_gates(dgates: Tensor, w_ih: Tensor) -> Tensor:
+    """dgates W_ih of four gates, each a sum of its own."""
+    of_gates, w = dgates.unflatten(1, (4, -1)).transpose(0, 1), w_ih.unflatten(0, (4, -1))
+    if w_ih.shape[1] < WIDE <= len(dgates):
+        return torch.bmm(w.transpose(1, 2), of_gates.transpose(1, 2)).sum(0).t().contiguous()
+    return torch.bmm(of_gates, w).sum(0)
+
+
 def _sum_over_rows(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """out = left^T right"""
     if right.shape[1] < WIDE:
         return out.copy_(torch.mm(right.t(), left).t())
     rows = left.shape[0]
-    if rows > SHORT or out.dtype != torch.float32:
+    if rows > ONE_CHAIN or out.dtype != torch.float32:
         return torch.mm(left.t(), right, out=out)
     # in four: PyTorch adds step after step, which is more accurate than one chain over all rows
     part = max(16, -(-rows // 4))
@@ -259,6 +371,13 @@ def _sum_over_rows(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     for start in range(part, rows, part):
         out.addmm_(left[start : start + part].t(), right[start : start + part])
     return out
+
+
+def _projection_gradient(dh: Tensor, u: Tensor, sizes: Sizes, direction: int) -> Tensor:
+    """Of one direction's W_hr: dh^T u"""
+    left = dh[:, direction * sizes.output : (direction + 1) * sizes.output]
+    right = u[:, direction * sizes.hidden : (direction + 1) * sizes.hidden]
+    return _sum_over_rows(left, right, u.new_empty((sizes.output, sizes.hidden)))
 
 
 def _weight_gradients(dgates: Tensor, x: Tensor, side: _RecurrentSide, direction: int, need: Sequence[bool]) -> list:
@@ -269,7 +388,7 @@ def _weight_gradients(dgates: Tensor, x: Tensor, side: _RecurrentSide, direction
         gradients[0] = _sum_over_rows(dgates, x, dgates.new_empty((dgates.shape[1], x.shape[1])))
     dm = None if side.dm is None else side.dm[:, direction * hidden : (direction + 1) * hidden]
     if need[1]:
-        dw = gradients[1] = dgates.new_empty((dgates.shape[1], hidden))
+        dw = gradients[1] = dgates.new_empty((dgates.shape[1], side.sizes.output))
         if dm is None:
             side.times(dgates, direction, dw)
         else:

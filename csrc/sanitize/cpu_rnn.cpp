@@ -1,0 +1,209 @@
+// Runs the recurrent CPU kernels under AddressSanitizer and UBSan on random layers: every mode, dtype, layout and
+// extra, sizes that fill no vector, more threads than rows. Every buffer is a heap block of exactly its size; outputs
+// start as NaN and must be finite afterwards. The first argument is the number of layers, a second one "overflow" makes
+// a buffer an element too short, to show that the sanitizer is awake. Compiled with one instruction set, as
+// csrc/cpu/rnn.cpp is.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/half.h"
+#include "mmfast.h"
+
+namespace mmfast {
+bool forked() { return false; }
+namespace MMFAST_ISA {
+int rnn_forward(const mmfast_rnn_forward_args& args);
+int rnn_backward(const mmfast_rnn_backward_args& args);
+int rnn_cell(const mmfast_rnn_cell_args& args);
+}  // namespace MMFAST_ISA
+}  // namespace mmfast
+
+using namespace mmfast::MMFAST_ISA;
+
+namespace {
+
+std::mt19937 g_random(1);
+
+int64_t pick(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(g_random); }
+
+// The buffers of one layer, freed together.
+class Buffers {
+  public:
+    explicit Buffers(int dtype) : dtype_(dtype) {}
+
+    void* made(int64_t elements, bool random) {
+        const size_t each = dtype_ == MMFAST_FLOAT64 ? 8 : dtype_ == MMFAST_FLOAT32 ? 4 : 2;
+        blocks_.emplace_back(new char[size_t(elements) * each], elements, !random);
+        for (int64_t i = 0; i < elements; ++i)
+            set(blocks_.back().data.get(), i,
+                random ? std::normal_distribution<double>(0, 0.3)(g_random) : double(NAN));
+        return blocks_.back().data.get();
+    }
+    const void* input(int64_t elements) { return made(elements, true); }
+    void* output(int64_t elements) { return made(elements, false); }
+    const void* maybe(int64_t elements) { return pick(0, 1) ? input(elements) : nullptr; }
+
+    // what the caller of a layer with lengths zeroes itself
+    void zero(void* p, int64_t elements) const {
+        for (int64_t i = 0; i < elements; ++i) set(static_cast<char*>(p), i, 0);
+    }
+    bool all_written() const {
+        for (const Block& block : blocks_)
+            for (int64_t i = 0; block.output && i < block.size; ++i)
+                if (!isfinite(get(block.data.get(), i))) return false;
+        return true;
+    }
+
+  private:
+    struct Block {
+        Block(char* p, int64_t n, bool out) : data(p), size(n), output(out) {}
+        std::unique_ptr<char[]> data;
+        int64_t size;
+        bool output;
+    };
+
+    void set(char* p, int64_t i, double value) const {
+        if (dtype_ == MMFAST_FLOAT64) memcpy(p + 8 * i, &value, 8);
+        const float narrow = float(value);
+        if (dtype_ == MMFAST_FLOAT32) memcpy(p + 4 * i, &narrow, 4);
+        Half half;
+        Bf16 brain;
+        from_float(narrow, &half);
+        from_float(narrow, &brain);
+        if (dtype_ == MMFAST_FLOAT16) memcpy(p + 2 * i, &half, 2);
+        if (dtype_ == MMFAST_BFLOAT16) memcpy(p + 2 * i, &brain, 2);
+    }
+    double get(const char* p, int64_t i) const {
+        double wide;
+        float narrow;
+        Half half;
+        Bf16 brain;
+        switch (dtype_) {
+            case MMFAST_FLOAT64:
+                memcpy(&wide, p + 8 * i, 8);
+                return wide;
+            case MMFAST_FLOAT32:
+                memcpy(&narrow, p + 4 * i, 4);
+                return narrow;
+            case MMFAST_FLOAT16:
+                memcpy(&half, p + 2 * i, 2);
+                return to_float(half);
+            default:
+                memcpy(&brain, p + 2 * i, 2);
+                return to_float(brain);
+        }
+    }
+
+    int dtype_;
+    std::vector<Block> blocks_;
+};
+
+bool run_layer(bool overflow) {
+    mmfast_rnn_layer layer{};
+    layer.dtype = int(pick(0, 3)), layer.mode = int(pick(0, 3)), layer.directions = int(pick(1, 2));
+    layer.steps = pick(1, 6), layer.batch = pick(1, 9), layer.hidden = pick(1, 70), layer.threads = int(pick(1, 4));
+    const bool lstm = layer.mode == MMFAST_LSTM, gru = layer.mode == MMFAST_GRU;
+    if (lstm && pick(0, 1)) layer.proj = pick(1, 40);
+    const int64_t D = layer.directions, T = layer.steps, B = layer.batch, H = layer.hidden;
+    const int64_t P = layer.proj ? layer.proj : H, G = lstm ? 4 : gru ? 3 : 1;
+
+    std::vector<int64_t> lengths(static_cast<size_t>(B)), offsets(static_cast<size_t>(T + 1));
+    const int64_t kind = pick(0, 2);
+    int64_t rows = T * B;
+    if (kind == 1) {
+        for (int64_t& length : lengths) length = pick(-1, T + 1);
+        layer.lengths = lengths.data();
+    } else if (kind == 2) {
+        for (int64_t t = 0, size = B; t < T; ++t, size = pick(1, size))
+            offsets[size_t(t + 1)] = offsets[size_t(t)] + size;
+        layer.offsets = offsets.data();
+        rows = offsets.back();
+    }
+    std::vector<uint8_t> reset(static_cast<size_t>(rows)), zones(static_cast<size_t>(rows * D * P));
+    for (uint8_t& flag : reset) flag = pick(0, 3) == 0;
+    for (uint8_t& flag : zones) flag = uint8_t(pick(0, 1));
+    if (pick(0, 1)) layer.reset = reset.data();
+    const int64_t zoneout = pick(0, 2);
+    if (zoneout == 1) layer.zoneout_mask = zones.data();
+    if (zoneout == 2) layer.zoneout = 0.25;
+
+    Buffers buffers(layer.dtype);
+    layer.dropout_mask = buffers.maybe(D * B * P);
+    const bool bias = pick(0, 1);
+    for (int64_t d = 0; d < D; ++d) {
+        layer.w_hh[d] = buffers.input(G * H * P - overflow);
+        layer.b_hh[d] = bias ? buffers.input(G * H) : nullptr;
+        layer.w_hr[d] = layer.proj ? buffers.input(P * H) : nullptr;
+    }
+    layer.h0 = buffers.maybe(D * B * P);
+    layer.c0 = lstm ? buffers.maybe(D * B * H) : nullptr;
+
+    mmfast_rnn_forward_args forward{};
+    forward.layer = layer;
+    forward.gx = buffers.input(rows * D * G * H);
+    const bool cells = G > 1 || zoneout;
+    forward.gates = G > 1 ? buffers.output(rows * D * G * H) : nullptr;
+    forward.cell = cells ? buffers.output(rows * D * H) : nullptr;
+    if (kind == 1) {
+        if (forward.gates) buffers.zero(forward.gates, rows * D * G * H);
+        if (forward.cell) buffers.zero(forward.cell, rows * D * H);
+    }
+    forward.y = buffers.output(rows * D * P);
+    forward.hn = buffers.output(D * B * P);
+    forward.cn = lstm ? buffers.output(D * B * H) : nullptr;
+    if (rnn_forward(forward) != MMFAST_OK || !buffers.all_written()) return false;
+
+    mmfast_rnn_backward_args backward{};
+    backward.layer = layer;
+    backward.y = forward.y, backward.gates = forward.gates, backward.cell = forward.cell;
+    backward.dy = buffers.maybe(rows * D * P);
+    backward.dhn = buffers.maybe(D * B * P);
+    backward.dcn = lstm ? buffers.maybe(D * B * H) : nullptr;
+    backward.dgates = buffers.output(rows * D * G * H);
+    backward.dm = gru ? buffers.output(rows * D * H) : nullptr;
+    if (layer.proj) backward.dh = buffers.output(rows * D * P), backward.u = buffers.output(rows * D * H);
+    if (pick(0, 1)) backward.previous = buffers.output(rows * D * P);
+    if (layer.h0) backward.dh0 = buffers.output(D * B * P);
+    if (layer.c0) backward.dc0 = buffers.output(D * B * H);
+    return rnn_backward(backward) == MMFAST_OK && buffers.all_written();
+}
+
+bool run_cell() {
+    mmfast_rnn_cell_args args{};
+    args.dtype = int(pick(0, 3)), args.mode = int(pick(0, 3));
+    args.batch = pick(0, 4), args.input = pick(1, 40), args.hidden = pick(1, 40);
+    const int64_t rows = (args.mode == MMFAST_LSTM ? 4 : args.mode == MMFAST_GRU ? 3 : 1) * args.hidden;
+    const int64_t state = args.batch * args.hidden;
+    Buffers buffers(args.dtype);
+    if (args.dtype == MMFAST_FLOAT16 || args.dtype == MMFAST_BFLOAT16 || pick(0, 1)) {
+        args.gx = buffers.input(args.batch * rows), args.gh = buffers.input(args.batch * rows);
+    } else {
+        args.x = buffers.input(args.batch * args.input), args.w_ih = buffers.input(rows * args.input);
+        args.w_hh = buffers.input(rows * args.hidden);
+        args.b_ih = buffers.maybe(rows), args.b_hh = buffers.maybe(rows);
+    }
+    args.h0 = buffers.maybe(state);
+    args.c0 = buffers.maybe(state);
+    args.h = buffers.output(state), args.c = args.mode == MMFAST_LSTM ? buffers.output(state) : args.h;
+    return rnn_cell(args) == MMFAST_OK && buffers.all_written();
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    const int layers = count > 1 ? atoi(arguments[1]) : 100;
+    const bool overflow = count > 2 && !strcmp(arguments[2], "overflow");
+    for (int i = 0; i < layers; ++i)
+        if (!run_layer(overflow) || !run_cell()) {
+            printf("layer %d: an output is not finite, or the kernel refused\n", i);
+            return 1;
+        }
+    printf("passed: %d layers and cells\n", layers);
+    return 0;
+}

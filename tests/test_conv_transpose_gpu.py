@@ -1,0 +1,312 @@
+"""The transposed convolution's kernels for GPUs, on whatever can run them here.
+
+Without a GPU that is Triton's interpreter, which needs a process of its own: test_triton_interpreter.py runs this file
+there, with TRITON_INTERPRET=1. With one, the Triton kernels run on it.
+"""
+
+import os
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import mmfast.functional as MF
+from mmfast import numerics
+from mmfast.ops.conv_transpose import equations
+from mmfast.ops.conv_transpose.backends import OP, empty_output
+from mmfast.ops.conv_transpose.equations import Epilogue, Geometry
+from mmfast.ops.conv_transpose.op import conv_transpose
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
+SERVED = [("triton", "cpu")] if INTERPRETED else [("triton", "cuda")] if torch.cuda.is_available() else []
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
+
+by_backend = pytest.mark.parametrize(("name", "device"), SERVED, ids=["-".join(served) for served in SERVED])
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Float32 products are not rounded to TF32, which integers and the rule's yardstick would feel."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """What torch.empty allocates starts as NaN, so an element that a kernel forgets is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def geometry(dims, stride=1, padding=0, output_padding=0, dilation=1, groups=1, crop=None):
+    sizes = [(n,) * dims if isinstance(n, int) else n for n in (stride, padding, output_padding, dilation)]
+    return Geometry(*sizes, groups, crop or (0,) * (2 * dims))
+
+
+class Problem:
+    """Random tensors of a layer, and (out, gradients, moments) of it by a backend, by PyTorch and in float64."""
+
+    def __init__(self, seed, dtype, g, epilogue, channels, size, kernel, batch=2, layout=torch.contiguous_format):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        self.g, self.epilogue, self.layout = g, epilogue, layout
+        cin, cout = channels
+        x, weight = normal(batch, cin, *size), normal(cin, cout // g.groups, *[kernel] * len(size))
+        parameters = [None] * 4
+        if epilogue.normalizes:
+            parameters[:2] = [normal(cout) + 1, normal(cout)]
+        if epilogue.norm == "given":
+            parameters[2:] = [normal(cout), normal(cout).square() + 0.1]
+        tensors = [x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), normal(cout)]
+        self.tensors = [*(t.to(dtype) for t in tensors), *(None if p is None else p.float() for p in parameters)]
+        self.dout = normal(*empty_output(x, weight, g).shape).to(dtype).contiguous(memory_format=layout)
+
+    def run(self, backend, device="cpu"):
+        """Outputs by a backend; backend "stock": PyTorch's functions; "exact": the formula in float64."""
+        dtype = torch.float64 if backend == "exact" else None
+        tensors = [None if t is None else t.detach().to(device, dtype).requires_grad_(i < 5)
+                   for i, t in enumerate(self.tensors)]  # fmt: skip
+        moments = []
+        if backend == "exact":
+            out, _, *moments = equations.forward(*tensors, self.g, self.epilogue)
+        elif backend == "stock":
+            out = stock(tensors, self.g, self.epilogue)
+        else:
+            out, *moments = conv_transpose(tuple(tensors), self.g, self.epilogue, backend)
+        wanted = [t for t in tensors[:5] if t is not None]
+        gradients = torch.autograd.grad(out, wanted, self.dout.to(device, dtype))
+        moments = [m.detach() for m in moments if m is not None and m.numel()] if self.epilogue.measures else []
+        return [out.detach(), *gradients], moments
+
+
+def stock(tensors, g, epilogue):
+    """What a user of torch.nn.functional writes."""
+    x, weight, bias, norm_weight, norm_bias, mean, var = tensors
+    y = equations.convolve(x, weight, bias, g)
+    if epilogue.norm == "instance":
+        y = F.instance_norm(y, weight=norm_weight, bias=norm_bias, eps=epilogue.eps)
+    elif epilogue.normalizes:
+        y = F.batch_norm(y, mean, var, norm_weight, norm_bias, epilogue.norm == "batch", eps=epilogue.eps)
+    return equations.activate(y, epilogue.activation, epilogue.negative_slope)
+
+
+LAYERS = {
+    # (channels, size, kernel), geometry: phases in the grid, in the columns, and one phase
+    "k4s2": (((20, 24), (4, 5), 4), geometry(2, 2, 1)),
+    "C3": (((20, 3), (9, 7), 4), geometry(2, 2, 1)),
+    "k2s2": (((20, 24), (5, 4), 2), geometry(2, 2)),
+    "k3s1": (((20, 24), (5, 6), 3), geometry(2, 1, 1)),
+}
+EPILOGUES = [
+    ("none", "tanh"),
+    ("none", "gelu"),
+    # no relu: a value that rounding brings to the other side of 0 makes more of an error than the rest together
+    ("batch", "tanh"),
+    ("given", "silu"),
+    ("instance", "sigmoid"),
+    ("moments", "sigmoid"),
+]
+
+
+@by_backend
+@by_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("norm", "activation"), EPILOGUES, ids=["-".join(pair) for pair in EPILOGUES])
+@pytest.mark.parametrize("layer", ["k4s2"])
+def test_numerics(seed, name, device, dtype, layer, norm, activation, layout):
+    check_numerics(seed, name, device, dtype, layer, Epilogue(norm, 1e-5, activation, 0.2), LAYOUTS[layout])
+
+
+@by_backend
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer != "k4s2"])
+def test_numerics_of_the_forms(seed, name, device, dtype, layer, layout):
+    check_numerics(seed, name, device, dtype, layer, Epilogue("batch", 1e-5, "tanh"), LAYOUTS[layout])
+
+
+def check_numerics(seed, name, device, dtype, layer, epilogue, layout):
+    """The rule for out and all gradients (dx and dweight are torch's own products of our dy)."""
+    (channels, size, kernel), g = LAYERS[layer]
+    pools: dict[int, numerics.Errors] = {}
+    for at in range(seed, seed + 1):
+        problem = Problem(at, dtype, g, epilogue, channels, size, kernel, 6, layout)
+        (ours, moments), (theirs, _), (exact, truth) = (
+            problem.run(*how) for how in ((name, device), ("stock", device), ("exact", "cpu"))
+        )
+        for i, row in enumerate(zip(ours, theirs, exact, strict=True)):
+            pools.setdefault(i, numerics.Errors(str(i))).add(*row)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        for found, expected in zip(moments, truth if moments else [], strict=True):
+            torch.testing.assert_close(found.cpu().double(), expected.detach(), rtol=tolerance, atol=tolerance)
+    for i, pool in pools.items():
+        # too few values for the rule's bare bounds are held to twice them
+        comparison = pool.compare()
+        slack = 1 if pool.enough else 2
+        assert comparison.ours.rms <= slack * comparison.rms_bound, (i, comparison)
+        assert comparison.ours.max <= slack * comparison.max_bound, (i, comparison)
+
+
+GRID = [
+    # dims, stride, padding, output_padding, dilation, groups, crop
+    (1, 2, 1, 0, 1, 1, (0, 0)),
+    (1, 1, 0, 2, 3, 1, (1, 0)),
+    (1, 3, 2, 2, 2, 2, (0, 2)),
+    (1, 4, 0, 0, 6, 1, (2, 1)),
+    (1, 3, 2, 0, 1, 6, (1, 0)),
+    (2, 2, 1, 1, 1, 1, (0, 0, 0, 0)),
+    (2, (1, 3), (0, 1), (1, 2), (2, 1), 1, (1, 0, 0, 1)),
+    (2, 3, 1, 0, 1, 1, (0, 1, 0, 0)),
+    (2, 2, 1, 0, 1, 3, (0, 0, 0, 0)),
+    (3, (2, 1, 2), 1, (1, 0, 0), 1, 1, (0, 0, 0, 0, 1, 0)),
+    (3, 3, 0, 0, 1, 2, None),
+]
+IDS = ["x".join(map(str, row)).replace(" ", "") for row in GRID]
+
+
+def integers(generator, *shape):
+    return torch.randint(-4, 5, shape, generator=generator).float()
+
+
+@by_backend
+@pytest.mark.parametrize(("out_channels", "last"), [(6, False), (36, True)], ids=["C6-first", "C36-last"])
+@pytest.mark.parametrize("row", GRID, ids=IDS)
+def test_integers_are_exact(seed, name, device, row, out_channels, last):
+    dims, *rest, groups, crop = row
+    g = geometry(dims, *rest, groups, crop)
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (
+        integers(generator, 2, 6, *[5, 4, 3][:dims]),
+        integers(generator, 6, out_channels // groups, *[3] * dims),
+    )
+    if last:
+        x, weight = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, weight))
+    bias = integers(generator, out_channels)
+    tensors = [t.to(device) for t in (x, weight, bias)]
+    out, mean, var = conv_transpose((*tensors, *[None] * 4), g, Epilogue("moments", activation="relu"), name)
+    exact = equations.convolve(x.double(), weight.double(), bias.double(), g)
+    assert torch.equal(out.cpu().double(), exact.relu())
+    dims_of_moments = [0, *range(2, exact.dim())]
+    torch.testing.assert_close(mean.cpu().double(), exact.mean(dims_of_moments), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(var.cpu().double(), exact.var(dims_of_moments, correction=0), rtol=1e-5, atol=1e-5)
+
+
+@by_backend
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_torchs_own_samples(name, device, dims):
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (info,) = [op for op in op_db if op.name == f"nn.functional.conv_transpose{dims}d"]
+    count = 0
+    for sample in info.sample_inputs(device, torch.float32, requires_grad=False):
+        expected = info.op(sample.input, *sample.args, **sample.kwargs)
+        ours = getattr(MF, f"conv_transpose{dims}d")(sample.input, *sample.args, **sample.kwargs, backend=name)
+        assert ours.stride() == expected.stride()
+        torch.testing.assert_close(ours, expected)
+        count += 1
+    assert count > 3
+
+
+@by_backend
+def test_sliced_input_and_empty_batch(seed, name, device):
+    generator = torch.Generator().manual_seed(seed)
+    x = integers(generator, 2, 12, 9, 10)[:, ::2, 1:, ::3]
+    weight = integers(generator, 6, 20, 3, 3)
+    g = geometry(2, 2, 1)
+    out = conv_transpose((x.to(device), weight.to(device), *[None] * 5), g, Epilogue(), name)[0]
+    assert torch.equal(out.cpu(), equations.convolve(x, weight, None, g))
+    assert MF.conv_transpose2d(x[:0].to(device), weight.to(device), backend=name).shape[0] == 0
+
+
+@by_backend
+def test_values_that_are_not_finite_stay_where_they_are(seed, name, device):
+    """An input that is NaN or infinite reaches the outputs that its taps reach, and no other."""
+    generator = torch.Generator().manual_seed(seed)
+    for (channels, size, kernel), g in LAYERS.values():
+        x, weight = (
+            integers(generator, 2, channels[0], *size),
+            torch.rand(*channels, kernel, kernel, generator=generator),
+        )
+        weight += 0.5
+        x[0, 0, 1, 1], x[1, 2, 2, 1] = torch.nan, torch.inf
+        out = conv_transpose((x.to(device), weight.to(device), *[None] * 5), g, Epilogue(), name)[0].cpu()
+        touched = equations.convolve(x.isfinite().logical_not().float(), torch.ones_like(weight), None, g) > 0
+        assert torch.equal(out.isfinite(), ~touched)
+
+
+@by_backend
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_gradients_of_relu(seed, name, device, norm, activation):
+    """Integers, so that no sign is in doubt: without a norm exact, 0 where the argument is 0."""
+    problem = Problem(seed, torch.float32, geometry(2, 2, 1), Epilogue(norm, 1e-5, activation, 0.25), (6, 5), (4, 4), 4)
+    problem.tensors = [None if t is None else t.round() for t in problem.tensors]
+    problem.dout = problem.dout.mul(4).round()
+    (ours, _), (exact, _) = problem.run(name, device), problem.run("exact")
+    for found, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=0, atol=0 if norm == "none" else 2e-3)
+
+
+@by_backend
+def test_second_order(seed, name, device):
+    """A penalty on the input's gradient: the formula of equations.py behind the kernels."""
+    problem = Problem(seed, torch.float32, geometry(2, 2, 1), Epilogue("batch", 1e-3, "tanh"), (4, 6), (3, 3), 4)
+    found = []
+    for backend, dtype in ((name, None), ("torch", torch.float64)):
+        tensors = [None if t is None else t.detach().to(device, dtype).requires_grad_() for t in problem.tensors]
+        out = conv_transpose(tuple(tensors), problem.g, problem.epilogue, backend)[0]
+        (dx,) = torch.autograd.grad(out, tensors[0], problem.dout.to(device, dtype), create_graph=True)
+        found.append([g.double().cpu() for g in torch.autograd.grad(dx.square().sum(), tensors[:2])])
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 1e-4 * exact.norm()
+
+
+@by_backend
+def test_repeatable(seed, name, device):
+    problem = Problem(seed, torch.float32, geometry(2, 2, 1), Epilogue("batch", 1e-5, "silu"), (20, 24), (7, 7), 4)
+    (first, moments), (second, again) = problem.run(name, device), problem.run(name, device)
+    assert all(torch.equal(a, b) for a, b in zip([first[0], *moments], [second[0], *again], strict=True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="its kernel is run by Triton's interpreter, in a process of its own")
+def test_offsets_of_triton_past_2_to_31():
+    """The first row of a tile and the divisions within it, for more rows than 31 bits count."""
+    import triton
+    import triton.language as tl
+
+    from mmfast.ops.conv_transpose import triton_kernels
+
+    first_row, divide = triton_kernels.first_row, triton_kernels._divide
+
+    @triton.jit
+    def probe(out, i_tile, positions, channels, n, WIDE: tl.constexpr):
+        sample, start = first_row(i_tile + tl.program_id(0), positions, 128)
+        tl.store(out, sample * positions * channels)
+        tl.store(out + 1, start.to(tl.int64))
+        tl.store(out + 2, divide(n + tl.arange(0, 1), positions, WIDE).to(tl.int64), mask=tl.arange(0, 1) >= 0)
+
+    for i_tile, positions, channels, n in ((2**25 + 3, 4097, 3, 2**31 - 200), (2**30, 77, 512, 76), (5, 1, 1, 2**21)):
+        for wide in (False, True):
+            out = torch.zeros(3, dtype=torch.int64)
+            probe[(1,)](out, i_tile, positions, channels, n, WIDE=wide)
+            sample, start = divmod(i_tile * 128, positions)
+            assert out.tolist() == [sample * positions * channels, start, n // positions]
+
+
+def test_refusals_are_sentences():
+    case = OP.case("cpu", torch.float64, 4, 4, (3,), (1,), (0,), (0,), (1,), 1)
+    refusals = OP.backends["triton"].refusals(case)
+    assert any("float64" in sentence and "supported" in sentence for sentence in refusals)
+    assert OP.select(case) != "triton"
+    serving = case._replace(device="cuda", dtype=torch.float16)
+    assert OP.backends["triton"].reluctance(serving) == "not measured on this device"
