@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ... import native
-from ...dispatch import Backend, Op, TorchBackend
+from ...dispatch import Backend, GpuBackend, Op, TorchBackend
+from .. import portable
 from . import equations
 from .equations import GATES, MODES, Layer, Weights
 
@@ -97,8 +98,100 @@ def empty_outputs(x: Tensor, weights: Sequence[Tensor], layer: Layer, keep: bool
     return y, hn, cn, gates, cell
 
 
-class Cpu(Backend):
-    """csrc/cpu/rnn.cpp for the walk through time; all products over whole sequences are torch's."""
+class Walker(Backend):
+    """Kernels for the walk through time; all products over whole sequences are torch's."""
+
+    def walk(
+        self,
+        layer: Layer,
+        sizes: Sizes,
+        parts: Sequence[Weights],
+        h0: Tensor | None,
+        c0: Tensor | None,
+        gx: Tensor,
+        kept: tuple[Tensor | None, Tensor | None],
+        results: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Fills kept, (gates, cell) or None each, and results, (y, hn, cn)."""
+        raise NotImplementedError
+
+    def walk_back(
+        self,
+        layer: Layer,
+        sizes: Sizes,
+        parts: Sequence[Weights],
+        h0: Tensor | None,
+        c0: Tensor | None,
+        saved: Sequence[Tensor],
+        given: Sequence[Tensor | None],
+        results: tuple[Tensor | None, ...],
+    ) -> None:
+        """Fills results, (dgates, dm, dh, u, previous, dh0, dc0); None: not wanted."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, layer: Layer, keep: bool
+    ) -> tuple[Tensor, ...]:
+        sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
+        gx = _input_side(x.reshape(sizes.rows, x.shape[-1]), parts)
+        y, hn, cn, gates, cell = empty_outputs(x, weights, layer, False, sizes.batch)
+        if keep and GATES[layer.mode] > 1:
+            gates = gx
+        if keep and (GATES[layer.mode] > 1 or layer.zones):
+            # the kernel leaves out what is past a length
+            empty = y.new_empty if layer.lengths is None else y.new_zeros
+            cell = empty((sizes.rows, layer.directions * sizes.hidden))
+        kept = (gates, cell) if keep else (None, None)
+        self.walk(layer, sizes, parts, h0, c0, gx, kept, (y, hn, cn))
+        return y, hn, cn, gates, cell
+
+    def backward(self, *arguments: Any) -> list[Tensor | None]:
+        return self.backward_and_deltas(*arguments)[0]
+
+    def backward_and_deltas(
+        self,
+        given: Sequence[Tensor | None],
+        x: Tensor,
+        weights: Sequence[Tensor],
+        h0: Tensor | None,
+        c0: Tensor | None,
+        layer: Layer,
+        saved: Sequence[Tensor],
+        need: Sequence[bool],
+    ) -> tuple[list[Tensor | None], tuple[Tensor, Tensor | None]]:
+        """The gradients, and (dgates, dm) of csrc/mmfast.h."""
+        sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
+        y, directions, each = saved[0], layer.directions, len(weights) // layer.directions
+        width = directions * sizes.output
+        dgates = y.new_empty((sizes.rows, directions * weights[1].shape[0]))
+        dm = y.new_empty((sizes.rows, width)) if layer.mode == "GRU" else None
+        dh = u = previous = None
+        if parts[0].w_hr is not None:
+            dh, u = y.new_empty((sizes.rows, width)), y.new_empty((sizes.rows, directions * sizes.hidden))
+        masks = layer.batch_sizes, layer.lengths, layer.reset_mask, layer.dropout_mask
+        if any(need[4::each]) and any(mask is not None for mask in masks):
+            previous = y.new_empty((sizes.rows, width))
+        dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format) if h0 is not None and need[1] else None
+        dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format) if c0 is not None and need[2] else None
+        dense = [_dense(d) for d in given]
+        self.walk_back(layer, sizes, parts, h0, c0, saved, dense, (dgates, dm, dh, u, previous, dh0, dc0))
+        dx = None
+        if need[0]:
+            dx = _input_gradient(dgates, [part.w_ih for part in parts], GATES[layer.mode]).view(x.shape)
+        side = _RecurrentSide(y.view(sizes.rows, width), h0, previous, sizes, dm)
+        x = x.reshape(sizes.rows, x.shape[-1])
+        dweights: list[Tensor | None] = []
+        for d in range(directions):
+            mine = dgates if directions == 1 else dgates.chunk(2, 1)[d]
+            wanted = need[3 + d * each : 3 + (d + 1) * each]
+            dweights += _weight_gradients(mine, x, side, d, wanted[: each // 2 * 2])
+            if dh is not None and u is not None:
+                dweights.append(_projection_gradient(dh, u, sizes, d) if wanted[-1] else None)
+        return [dx, dh0, dc0, *dweights], (dgates, dm)
+
+
+class Cpu(Walker):
+    """csrc/cpu/rnn.cpp"""
 
     name = "cpu"
 
@@ -143,22 +236,15 @@ class Cpu(Backend):
             )
         return ""
 
-    def forward(
-        self, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, layer: Layer, keep: bool
-    ) -> tuple[Tensor, ...]:
-        sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
-        gx = _input_side(x.reshape(sizes.rows, x.shape[-1]), parts)
-        y, hn, cn, gates, cell = empty_outputs(x, weights, layer, False, sizes.batch)
-        if keep and GATES[layer.mode] > 1:
-            gates = gx
-        if keep and (GATES[layer.mode] > 1 or layer.zones):
-            # the kernel leaves out what is past a length
-            empty = y.new_empty if layer.lengths is None else y.new_zeros
-            cell = empty((sizes.rows, layer.directions * sizes.hidden))
+    def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
         row, alive = native_layer(layer, sizes, parts, h0, c0)
-        native.cpu_rnn_forward(row, gx, gates if keep else None, cell if keep else None, y, hn, cn)
+        native.cpu_rnn_forward(row, gx, *kept, *results)
         del alive
-        return y, hn, cn, gates, cell
+
+    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results) -> None:
+        row, alive = native_layer(layer, sizes, parts, h0, c0)
+        native.cpu_rnn_backward(row, saved, given, results)
+        del alive
 
     def cell(
         self,
@@ -185,51 +271,40 @@ class Cpu(Backend):
         native.cpu_rnn_cell(MODES[mode], (batch, inputs, hidden), (gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0), h, c)
         return h, c
 
-    def backward(self, *arguments: Any) -> list[Tensor | None]:
-        return self.backward_and_deltas(*arguments)[0]
 
-    def backward_and_deltas(
-        self,
-        given: Sequence[Tensor | None],
-        x: Tensor,
-        weights: Sequence[Tensor],
-        h0: Tensor | None,
-        c0: Tensor | None,
-        layer: Layer,
-        saved: Sequence[Tensor],
-        need: Sequence[bool],
-    ) -> tuple[list[Tensor | None], tuple[Tensor, Tensor | None]]:
-        """The gradients, and (dgates, dm) of csrc/mmfast.h."""
-        sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
-        y, directions, each = saved[0], layer.directions, len(weights) // layer.directions
-        width = directions * sizes.output
-        dgates = y.new_empty((sizes.rows, directions * weights[1].shape[0]))
-        dm = y.new_empty((sizes.rows, width)) if layer.mode == "GRU" else None
-        dh = u = previous = None
-        if parts[0].w_hr is not None:
-            dh, u = y.new_empty((sizes.rows, width)), y.new_empty((sizes.rows, directions * sizes.hidden))
-        masks = layer.batch_sizes, layer.lengths, layer.reset_mask, layer.dropout_mask
-        if any(need[4::each]) and any(mask is not None for mask in masks):
-            previous = y.new_empty((sizes.rows, width))
-        dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format) if h0 is not None and need[1] else None
-        dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format) if c0 is not None and need[2] else None
-        row, alive = native_layer(layer, sizes, parts, h0, c0)
-        dense = [_dense(d) for d in given]
-        native.cpu_rnn_backward(row, saved, dense, (dgates, dm, dh, u, previous, dh0, dc0))
-        del alive, dense
-        dx = None
-        if need[0]:
-            dx = _input_gradient(dgates, [part.w_ih for part in parts], GATES[layer.mode]).view(x.shape)
-        side = _RecurrentSide(y.view(sizes.rows, width), h0, previous, sizes, dm)
-        x = x.reshape(sizes.rows, x.shape[-1])
-        dweights: list[Tensor | None] = []
-        for d in range(directions):
-            mine = dgates if directions == 1 else dgates.chunk(2, 1)[d]
-            wanted = need[3 + d * each : 3 + (d + 1) * each]
-            dweights += _weight_gradients(mine, x, side, d, wanted[: each // 2 * 2])
-            if dh is not None and u is not None:
-                dweights.append(_projection_gradient(dh, u, sizes, d) if wanted[-1] else None)
-        return [dx, dh0, dc0, *dweights], (dgates, dm)
+class Triton(Walker, GpuBackend):
+    """triton_kernels.py, on a CUDA device; on CPU tensors in Triton's interpreter."""
+
+    name = "triton"
+
+    def refusals(self, case: Case) -> list[str]:
+        kernels, error = portable.kernels(__package__)
+        if kernels is None:
+            return [error]
+        refusals = portable.refusals("the input is", case.device, case.dtype, kernels.INTERPRETED)
+        if not 1 <= case.hidden_size <= kernels.HIDDEN:
+            refusals.append(f"hidden_size is {case.hidden_size} (supported: 1 to {kernels.HIDDEN})")
+        if case.proj_size:
+            refusals.append(f"proj_size is {case.proj_size} (supported: 0)")
+        refusals += [f"{name} is given (supported: reset_mask)" for name in case.extras if name != "reset_mask"]
+        if case.cell:
+            refusals.append("a single step of a cell was asked for (supported: layers over sequences)")
+        if case.autocast:
+            refusals.append("autocast is on (supported: off)")
+        return refusals
+
+    def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
+        shape = sizes.steps, sizes.batch, sizes.hidden
+        with portable.on_device(gx):
+            kernels = portable.kernels(__package__)[0]
+            kernels.forward(layer, shape, parts, _dense(h0), _dense(c0), gx, kept, results)
+
+    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results) -> None:
+        shape = sizes.steps, sizes.batch, sizes.hidden
+        dgates, dm, _, _, *others = results
+        with portable.on_device(saved[0]):
+            kernels = portable.kernels(__package__)[0]
+            kernels.backward(layer, shape, parts, _dense(h0), _dense(c0), saved, given, (dgates, dm, *others))
 
 
 #: Rows up to which a Cell's products are made by its kernel: a call of torch.mm takes longer.
@@ -405,4 +480,4 @@ def _weight_gradients(dgates: Tensor, x: Tensor, side: _RecurrentSide, direction
     return [*gradients, db if need[2] else None, db_hh]
 
 
-OP = Op("rnn", Case, [Cpu(), TorchBackend()])
+OP = Op("rnn", Case, [Cpu(), Triton(), TorchBackend()])

@@ -28,8 +28,15 @@ A program is compiled for a mode, dtype, H and what there is of states, lengths 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .equations import GATES, MODES, Layer, Weights
 
 _TANH = tl.constexpr(0)
 _RELU = tl.constexpr(1)
@@ -183,15 +190,17 @@ def _first_row(offsets, t, batch, PACKED: tl.constexpr):
     if PACKED:
         row = tl.load(offsets + t)
     else:
-        row = t.to(tl.int64) * batch
+        row = tl.cast(t, tl.int64) * batch
     return row
 
 
 @triton.jit
 def _cut(resets, offsets, t, first, o_row, b_length, batch, i_d, PACKED: tl.constexpr, RESETS: tl.constexpr):
     # the sequences into whose step t no state passes: in the reverse direction the step after tells
-    m_cut = (t + i_d < b_length) & RESETS
-    if RESETS:
+    m_cut = t + i_d < b_length
+    if not RESETS:
+        m_cut = b_length < 0
+    else:
         t = tl.minimum(t + i_d, tl.max(b_length) - 1)
         p_reset = resets + _first_row(offsets, t, batch, PACKED) + first
         m_cut = m_cut & (tl.load(p_reset + o_row, mask=m_cut, other=0) != 0)
@@ -236,7 +245,7 @@ def forward_kernel(
     PART: tl.constexpr,
 ):
     DTYPE: tl.constexpr = y.dtype.element_ty
-    PRECISE: tl.constexpr = DTYPE == tl.float32
+    PRECISE: tl.constexpr = tl.float32 == DTYPE
     WIDTH: tl.constexpr = DIRECTIONS * GATES * H
     UNITS: tl.constexpr = DIRECTIONS * H
     i_d = tl.program_id(1)
@@ -276,7 +285,7 @@ def forward_kernel(
         b_g0, b_g1, b_g2, b_g3 = b_x0, b_x1, b_x2, b_x3
         t_next = tl.minimum(tl.maximum(t + 1 - 2 * i_d, 0), last - 1)
         p_x = gx + (_first_row(offsets, t_next, batch, PACKED) + first) * WIDTH
-        m_x = ((t_next < b_length) & (i + 1 < last))[:, None] & m_h
+        m_x = (t_next < b_length)[:, None] & m_h
         b_x0, b_x1, b_x2, b_x3 = _gates(p_x, o_x, m_x, H, GATES)
 
         b_before, b_c_before = b_h, b_c
@@ -328,7 +337,7 @@ def forward_kernel(
             tl.store(y + row * UNITS + o_y, tl.where(m_active, b_new, 0.0).to(DTYPE), mask=m_row)
     if LENGTHS and not PACKED:
         for t in range(last, steps):
-            row = t.to(tl.int64) * batch + first
+            row = tl.cast(t, tl.int64) * batch + first
             tl.store(y + row * UNITS + o_y, tl.zeros((ROWS, BLOCK), DTYPE), mask=m_row)
     tl.store(hn + state + o_state, b_h.to(DTYPE), mask=m_row)
     if MODE == _LSTM:
@@ -336,16 +345,14 @@ def forward_kernel(
 
 
 @triton.jit
-def _before(
-    p_all, p_initial, o_all, o_initial, b_length, t, i_d, distance, m_row, m_cut, INITIAL: tl.constexpr
-):
+def _before(p_all, p_initial, o_all, o_initial, b_length, t, i_d, distance, m_row, m_cut, INITIAL: tl.constexpr):
     # the state before step t, (ROWS, BLOCK), of what is saved for every row
-    m_begin = tl.where(i_d == 0, t == 0, t + 1 >= b_length)[:, None]
-    m_read = m_row & (t < b_length)[:, None] & (m_cut == 0)
-    b_x = tl.load(p_all + distance + o_all, mask=m_read & (m_begin == 0), other=0.0).to(tl.float32)
+    b_left = tl.where(i_d == 0, t + 0 * b_length, b_length - 1 - t)[:, None]
+    m_read = m_row & (t < b_length)[:, None]
+    b_x = tl.load(p_all + distance + o_all, mask=m_read & (b_left > 0), other=0.0).to(tl.float32)
     if INITIAL:
-        b_x += tl.load(p_initial + o_initial, mask=m_read & m_begin, other=0.0).to(tl.float32)
-    return b_x
+        b_x += tl.load(p_initial + o_initial, mask=m_read & (b_left <= 0), other=0.0).to(tl.float32)
+    return tl.where(m_cut, 0.0, b_x)
 
 
 @triton.jit(do_not_specialize=["steps", "batch"])
@@ -393,7 +400,7 @@ def backward_kernel(
     PART: tl.constexpr,
 ):
     DTYPE: tl.constexpr = y.dtype.element_ty
-    PRECISE: tl.constexpr = DTYPE == tl.float32
+    PRECISE: tl.constexpr = tl.float32 == DTYPE
     WIDTH: tl.constexpr = DIRECTIONS * GATES * H
     UNITS: tl.constexpr = DIRECTIONS * H
     i_d = tl.program_id(1)
@@ -505,7 +512,7 @@ def backward_kernel(
     if LENGTHS and not PACKED:
         b_zero = tl.zeros((ROWS, BLOCK), DTYPE)
         for t in range(last, steps):
-            row = t.to(tl.int64) * batch + first
+            row = tl.cast(t, tl.int64) * batch + first
             _store_gates(dgates + row * WIDTH, o_x, m_row, b_zero, b_zero, b_zero, b_zero, H, GATES)
             if MODE == _GRU:
                 tl.store(dm + row * UNITS + o_y, b_zero, mask=m_row)
@@ -515,3 +522,145 @@ def backward_kernel(
         tl.store(dh0 + state + o_state, b_dh.to(DTYPE), mask=m_row)
     if DC0:
         tl.store(dc0 + state + o_state, b_dc.to(DTYPE), mask=m_row)
+
+
+#: Whether TRITON_INTERPRET=1 made these kernels Python, for CPU tensors.
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
+#: Hidden size up to which there are kernels.
+HIDDEN = 128
+#: Bytes of shared memory that a program needs next to W_hh.
+_OPERANDS = 16384
+#: What the interpreter, which has no limit, is taken to have: the smallest device's since compute capability 8.0.
+_INTERPRETED_SHARED = 101376
+_PART = 32
+
+
+class Plan(NamedTuple):
+    """How a program is built for a hidden size; see the kernels' parameters."""
+
+    block: int
+    streamed: bool
+    precision: str
+    warps: int
+
+    def constants(self) -> dict[str, Any]:
+        part = min(_PART, self.block)
+        sizes = {"ROWS": ROWS, "BLOCK": self.block, "PART": part}
+        return {"STREAMED": self.streamed, "PRECISION": self.precision, **sizes}
+
+
+def plan(mode: str, hidden: int, dtype: torch.dtype, shared: int, tf32: bool) -> Plan:
+    """shared: bytes of shared memory that a program may have."""
+    block = max(16, triton.next_power_of_2(hidden))
+    precise = dtype == torch.float32 and not tf32
+    # products in full float32 hold their right operand in registers
+    streamed = GATES[mode] * block * block * dtype.itemsize + _OPERANDS > shared or (precise and block > 64)
+    return Plan(block, streamed, "ieee" if precise else "tf32", min(8, block // 8))
+
+
+def uses_tf32() -> bool:
+    """Whether PyTorch's settings let recurrent layers round float32 to TF32."""
+    precision = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
+    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
+
+
+class _Walk:
+    """What forward and backward share of a call."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        shape: tuple[int, int, int],
+        parts: Sequence[Weights],
+        h0: Tensor | None,
+        c0: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        self.steps, self.batch, hidden = shape
+        self.y, self.h0, self.c0 = y, h0, c0
+        self.w_hh = [parts[0].w_hh.contiguous(), parts[-1].w_hh.contiguous()]
+        self.lengths = self.offsets = self.resets = None
+        if layer.batch_sizes is not None:
+            ends = layer.batch_sizes.cumsum(0)
+            # a sequence has as many steps as there are batches larger than its number
+            rising = layer.batch_sizes.flip(0)
+            lengths = self.steps - torch.searchsorted(rising, torch.arange(self.batch), right=True)
+            both = torch.cat([ends.new_zeros(1), ends, lengths]).to(y.device)
+            self.offsets, self.lengths = both.split([self.steps + 1, self.batch])
+        elif layer.lengths is not None:
+            self.lengths = layer.lengths.to(torch.int64).contiguous()
+        if layer.reset_mask is not None:
+            self.resets = layer.reset_mask.contiguous().view(torch.uint8)
+        shared = _INTERPRETED_SHARED
+        if y.is_cuda:
+            properties: Any = torch.cuda.get_device_properties(y.device)
+            shared = properties.shared_memory_per_block_optin
+        self.plan = plan(layer.mode, hidden, y.dtype, shared, uses_tf32())
+        self.grid = (triton.cdiv(self.batch, ROWS), layer.directions)
+        self.scratch = y
+        if self.plan.streamed:
+            programs = self.grid[0] * layer.directions
+            self.scratch = y.new_empty(programs * GATES[layer.mode] * ROWS * self.plan.block)
+        self.constants = dict(
+            MODE=MODES[layer.mode],
+            GATES=GATES[layer.mode],
+            DIRECTIONS=layer.directions,
+            H=hidden,
+            H0=h0 is not None,
+            C0=c0 is not None,
+            LENGTHS=self.lengths is not None,
+            PACKED=self.offsets is not None,
+            RESETS=self.resets is not None,
+            **self.plan.constants(),
+            num_warps=self.plan.warps,
+            num_stages=1,
+        )
+
+    def some(self, *tensors: Tensor | None) -> list[Tensor]:
+        """The tensors, y in the places of those that are absent."""
+        return [self.y if tensor is None else tensor for tensor in tensors]
+
+    def rows(self) -> list[Tensor]:
+        return self.some(self.h0, self.c0, self.lengths, self.offsets, self.resets, self.scratch)
+
+
+def forward(
+    layer: Layer,
+    shape: tuple[int, int, int],
+    parts: Sequence[Weights],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    gx: Tensor,
+    kept: tuple[Tensor | None, Tensor | None],
+    results: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Fills kept, (gates, cell), and results, (y, hn, cn). shape: steps, batch, hidden size."""
+    walk = _Walk(layer, shape, parts, h0, c0, results[0])
+    if not walk.batch:
+        return
+    b_hh = [None if part.b_hh is None else part.b_hh.contiguous() for part in (parts[0], parts[-1])]
+    gates, cell = walk.some(*kept)
+    bias, keep = b_hh[0] is not None, kept[1] is not None
+    tensors = gx, *walk.w_hh, *walk.some(*b_hh), *walk.rows(), gates, cell, *results
+    forward_kernel[walk.grid](*tensors, walk.steps, walk.batch, BIAS=bias, KEEP=keep, **walk.constants)
+
+
+def backward(
+    layer: Layer,
+    shape: tuple[int, int, int],
+    parts: Sequence[Weights],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    saved: Sequence[Tensor],
+    given: Sequence[Tensor | None],
+    results: Sequence[Tensor | None],
+) -> None:
+    """Fills results, (dgates, dm, previous, dh0, dc0), from saved, (y, gates, cell), and given, (dy, dhn, dcn)."""
+    walk = _Walk(layer, shape, parts, h0, c0, saved[0])
+    if not walk.batch:
+        return
+    tensors = *walk.w_hh, *walk.rows(), *saved, *walk.some(*given, *results)
+    there = [tensor is not None for tensor in (*given, *results[2:])]
+    flags = dict(zip(("DY", "DHN", "DCN", "PREVIOUS", "DH0", "DC0"), there, strict=True))
+    backward_kernel[walk.grid](*tensors, walk.steps, walk.batch, **flags, **walk.constants)

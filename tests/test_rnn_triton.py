@@ -1,0 +1,141 @@
+"""The recurrent op's Triton kernels in Triton's interpreter.
+
+They run in a process of their own: test_triton_interpreter.py runs this file there, with TRITON_INTERPRET=1. Of the
+tests here only that of refusals runs without it.
+"""
+
+import functools
+import os
+import pathlib
+import sys
+
+import pytest
+import torch
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent))
+
+from test_module_db import INFOS, RECURRENT, hold_to_torch
+from test_rnn import Problem, draw, grouped, name_of, of_torch, results
+
+import mmfast
+from mmfast import numerics
+from mmfast.ops.rnn import equations
+from mmfast.ops.rnn.backends import OP, Case
+from mmfast.ops.rnn.equations import MODES
+from mmfast.ops.rnn.op import sequence
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+triton = functools.partial(sequence, backend="triton")
+per_mode = pytest.mark.parametrize("mode", list(MODES))
+per_kind = pytest.mark.parametrize("kind", ["padded", "packed", "lengths"])
+
+
+def test_triton_refusals():
+    case = Case("cpu", torch.float32, "LSTM", 8, 16)
+    asked = {
+        "torch.float64": case._replace(dtype=torch.float64),
+        "hidden_size is 129": case._replace(hidden_size=129),
+        "proj_size is 3": case._replace(proj_size=3),
+        "zoneout is given": case._replace(zoneout=True),
+        "recurrent_dropout is given": case._replace(recurrent_dropout=True),
+        "a single step": case._replace(cell=True),
+        "autocast is on": case._replace(autocast=True),
+    }
+    refused = OP.backends["triton"].refusals
+    assert len(refused(case._replace(resets=True))) == (0 if INTERPRETED else 1)
+    for words, other in asked.items():
+        assert any(words in sentence for sentence in refused(other)), words
+    if not INTERPRETED:
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+            OP.select(case, "triton")
+    assert OP.select(case) != "triton"
+
+
+if INTERPRETED:
+
+    @pytest.fixture(autouse=True)
+    def poisoned(monkeypatch):
+        """Unwritten memory is NaN: what a kernel leaves out shows."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        assert torch.empty(3).isnan().all()
+        yield
+        torch.use_deterministic_algorithms(False)
+
+    def close(problem: Problem, tolerance: float = 2e-5) -> None:
+        found, expected = results(triton, problem.to(torch.float32)), results(equations.sequence, problem)
+        found = {name: value.double() for name, value in found.items()}
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+    @per_mode
+    @per_kind
+    @pytest.mark.parametrize("extras", [(), ("resets",)], ids=["plain", "resets"])
+    @pytest.mark.parametrize("directions", [1, 2], ids=["uni", "bi"])
+    def test_triton_is_the_formula(mode, kind, extras, directions):
+        """Two programs a direction, the second one with a single sequence; sizes that fill no block."""
+        states = directions == 2
+        close(draw(mode, (5, 17, 3, 19), directions, seed=2, kind=kind, extras=extras, states=states, bias=states))
+
+    @per_mode
+    @pytest.mark.parametrize("precise", [False, True], ids=["tf32", "ieee"])
+    def test_triton_where_weights_are_streamed(mode, precise, monkeypatch):
+        """By the formula where W_hh of 77 units does not fit, and in full float32."""
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not precise)
+        close(draw(mode, (3, 4, 3, 77), 2, seed=3, kind="lengths", extras=("resets",)))
+
+    @per_mode
+    @pytest.mark.parametrize("shape", [(1, 1, 2, 1), (3, 0, 2, 5), (2, 3, 1, 128)], ids=str)
+    def test_triton_shapes(mode, shape):
+        close(draw(mode, shape, 2, seed=4))
+
+    @per_mode
+    def test_triton_lengths_of_zero(mode):
+        problem = draw(mode, (4, 3, 2, 5), 2, seed=10)
+        close(problem._replace(layer=problem.layer._replace(lengths=torch.tensor([4, 0, -3]))))
+        close(problem._replace(layer=problem.layer._replace(lengths=torch.tensor([0, 0, 0]))))
+
+    @per_mode
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
+    @pytest.mark.parametrize("kind", ["padded", "packed"])
+    def test_triton_numerics(mode, dtype, kind, seed):
+        def one(draw_seed):
+            problem = draw(mode, (7, 9, 5, 33), 2, seed=draw_seed, kind=kind, dtype=dtype)
+            reference, narrow = results(equations.sequence, problem), problem.to(dtype)
+            ours, theirs = results(triton, narrow), results(of_torch, narrow)
+            if mode == "RNN_RELU":
+                # relu's slope jumps where rounding carries a sum across 0, as in test_rnn.py
+                reference = {name: reference[name] for name in ("y", "hn")}
+            return {
+                name: tuple(torch.cat([of[key].flatten() for key in keys]) for of in (ours, theirs, reference))
+                for name, keys in grouped(reference).items()
+            }
+
+        numerics.assert_pooled(one, first_seed=seed)
+
+    @per_mode
+    @per_kind
+    def test_triton_double_backward(mode, kind):
+        problem = draw(mode, (4, 3, 3, 5), 2, seed=5, kind=kind)
+
+        def second(function, problem):
+            inputs = [a.clone().requires_grad_() for a in problem.tensors]
+            states, weights = inputs[1 : 1 + len(problem.states)], inputs[1 + len(problem.states) :]
+            y = function(inputs[0], weights, *(*states, None)[:2], problem.layer)[0]
+            first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True, allow_unused=True)
+            return torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), inputs)
+
+        found, expected = second(triton, problem.to(torch.float32)), second(equations.sequence, problem)
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-5
+
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    @pytest.mark.parametrize("name", [name for name in RECURRENT if not name.endswith("Cell")])
+    def test_triton_module_db(name, training, outcome, same):
+        with mmfast.use_backend("triton"):
+            hold_to_torch(INFOS[name], name, "f32", training, None, outcome, same)
+
+    def test_triton_repeats_its_bits():
+        problem = draw("GRU", (6, 5, 4, 20), 2, seed=6, kind="packed").to(torch.float32)
+        first, second = results(triton, problem), results(triton, problem)
+        assert all(torch.equal(first[name], second[name]) for name in first)
