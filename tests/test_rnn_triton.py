@@ -19,6 +19,7 @@ from test_rnn import Problem, draw, grouped, name_of, of_torch, results
 
 import mmfast
 from mmfast import numerics
+from mmfast.ops import portable
 from mmfast.ops.rnn import equations
 from mmfast.ops.rnn.backends import OP, Case
 from mmfast.ops.rnn.equations import MODES
@@ -81,7 +82,9 @@ if INTERPRETED:
     @pytest.mark.parametrize("precise", [False, True], ids=["tf32", "ieee"])
     def test_triton_where_weights_are_streamed(mode, precise, monkeypatch):
         """By the formula where W_hh of 77 units does not fit, and in full float32."""
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not precise)
+        kernels = portable.kernels("mmfast.ops.rnn")[0]
+        monkeypatch.setattr(kernels, "uses_tf32", lambda: not precise)
+        monkeypatch.setattr(kernels, "_INTERPRETED_SHARED", 2**15)
         close(draw(mode, (3, 4, 3, 77), 2, seed=3, kind="lengths", extras=("resets",)))
 
     @per_mode

@@ -161,8 +161,7 @@ def _streamed(
         o_k = start + tl.arange(0, PART)
         o_part = o_row + o_k[None, :]
         b_w0, b_w1, b_w2, b_w3 = _weights(p_w, o_k, GATES, H, K, N, BLOCK)
-        b_l0 = tl.load(p_scratch + o_part)
-        b_0 = tl.dot(b_l0, b_w0, b_0, input_precision=PRECISION)
+        b_0 = tl.dot(tl.load(p_scratch + o_part), b_w0, b_0, input_precision=PRECISION)
         if GATES > 1:
             b_1 = tl.dot(tl.load(p_scratch + (SECOND + o_part)), b_w1, b_1, input_precision=PRECISION)
             b_2 = tl.dot(tl.load(p_scratch + (2 * SECOND + o_part)), b_w2, b_2, input_precision=PRECISION)
