@@ -8,8 +8,8 @@
 Grid: (ceil(B / ROWS), D). A program owns ROWS sequences in one direction for all steps: sequences are independent, so
 that no program waits for another. H is padded to BLOCK by masks. W_hh is loaded once, into shared memory, from where a
 step's products (ROWS, BLOCK) x (BLOCK, BLOCK), one for each gate, read it; h, c and their gradients stay in registers,
-and the next step's loads are on their way while this step computes. Where W_hh does not fit (STREAMED: float32 GRU and
-LSTM above 64 units, small shared memories) its columns are read again at every step, PART at a time, and the left
+and the next step's loads are on their way while this step computes. Where W_hh does not fit (STREAMED: float32 LSTM
+above 64 units, small shared memories) its columns are read again at every step, PART at a time, and the left
 operands of the products pass through `scratch`.
 
 Row and column layouts, N rows, and what is saved: csrc/mmfast.h. All in one dtype - float32, float16 or bfloat16 - and
@@ -549,12 +549,14 @@ class Plan(NamedTuple):
         return {"STREAMED": self.streamed, "PRECISION": self.precision, **sizes}
 
 
-def plan(mode: str, hidden: int, dtype: torch.dtype, shared: int, tf32: bool) -> Plan:
+def plan(mode: str, hidden: int, dtype: torch.dtype, shared: int, tf32: bool, resets: bool = False) -> Plan:
     """shared: bytes of shared memory that a program may have."""
     block = max(16, triton.next_power_of_2(hidden))
     precise = dtype == torch.float32 and not tf32
     # products in full float32 hold their right operand in registers
     streamed = GATES[mode] * block * block * dtype.itemsize + _OPERANDS > shared or (precise and block > 64)
+    # with resets the compiler holds W_hh in registers, and those of an LSTM of 128 units spill
+    streamed = streamed or (resets and GATES[mode] == 4 and block == 128)
     return Plan(block, streamed, "ieee" if precise else "tf32", min(8, block // 8))
 
 
@@ -595,7 +597,7 @@ class _Walk:
         if y.is_cuda:
             properties: Any = torch.cuda.get_device_properties(y.device)
             shared = properties.shared_memory_per_block_optin
-        self.plan = plan(layer.mode, hidden, y.dtype, shared, uses_tf32())
+        self.plan = plan(layer.mode, hidden, y.dtype, shared, uses_tf32(), self.resets is not None)
         self.grid = (triton.cdiv(self.batch, ROWS), layer.directions)
         self.scratch = y
         if self.plan.streamed:
