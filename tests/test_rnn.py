@@ -241,11 +241,13 @@ def test_numerics(mode, dtype, shape, kind, seed):
 
 
 EXTREMES = {
-    "saturated": (8.0, (40, 48, 4, 64)),
-    "small": (1e-3, (40, 48, 4, 64)),
-    "T1": (1.0, (1, 48, 16, 256)),
-    "T128": (1.0, (128, 16, 16, 256)),
-    "T4096": (1.0, (4096, 2, 16, 256)),
+    # scale, shape, and how many draws make one sample: where gates saturate few values carry the largest error, and
+    # between two of PyTorch's own kernels the max of c_n over two draws differs by up to 1.7 x
+    "saturated": (8.0, (40, 48, 4, 64), 4),
+    "small": (1e-3, (40, 48, 4, 64), 1),
+    "T1": (1.0, (1, 48, 16, 256), 1),
+    "T128": (1.0, (128, 16, 16, 256), 1),
+    "T4096": (1.0, (4096, 2, 16, 256), 1),
 }
 
 
@@ -253,11 +255,14 @@ EXTREMES = {
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_numerics_of_extremes(mode, extreme, seed):
     """Saturating weights, pre-activations around 1e-3, one step and thousands; PyTorch in float64 is the truth."""
-    scale, shape = EXTREMES[extreme]
+    scale, shape, draws = EXTREMES[extreme]
 
     def one(draw_seed):
-        problem = draw(mode, shape, seed=draw_seed, scale=scale, dtype=torch.float32)
-        return triples(problem, torch.float32, truth=of_torch)
+        problems = [
+            draw(mode, shape, seed=draw_seed * draws + i, scale=scale, dtype=torch.float32) for i in range(draws)
+        ]
+        found = [triples(problem, torch.float32, truth=of_torch) for problem in problems]
+        return {name: tuple(map(torch.cat, zip(*(of[name] for of in found), strict=True))) for name in found[0]}
 
     numerics.assert_pooled(one, first_seed=seed)
 
