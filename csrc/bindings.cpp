@@ -123,6 +123,27 @@ int cpu_adversarial_forward(const Terms& terms, int dtype, bool mean, const Poin
     return status || gradients.empty() ? status : run(mmfast_cpu_adversarial_backward, call.args);
 }
 
+// One or two tensors of few logits, without weights and peers: two terms of x and y, or one of x, less y where y is
+// not 0; dx, dy: 0 where one is not wanted.
+int cpu_adversarial_few(const Terms& list, int dtype, bool mean, Pointer x, int64_t x_size, Pointer y, int64_t y_size,
+                        Pointer total, Pointer dx, Pointer dy) {
+    const size_t count = list.terms.size();
+    if (count < 1 || count > 2 || (count == 1 && y && y_size != x_size))
+        throw std::invalid_argument("one or two terms are expected, and as many elements of tensors that meet");
+    mmfast_adversarial_term terms[2] = {list.terms.front(), list.terms.back()};
+    terms[0].logits = as_pointer(x), terms[0].size = x_size, terms[0].dlogits = as_pointer(dx);
+    if (count == 2) {
+        terms[1].logits = as_pointer(y), terms[1].size = y_size, terms[1].dlogits = as_pointer(dy);
+    } else {
+        terms[0].other = as_pointer(y), terms[0].dother = as_pointer(dy);
+    }
+    mmfast_adversarial_args args{};
+    args.dtype = dtype, args.mean = mean, args.count = int64_t(count), args.terms = terms, args.threads = 1;
+    args.total = as_pointer(total);
+    const int status = run(mmfast_cpu_adversarial_forward, args);
+    return status || !(dx || dy) ? status : run(mmfast_cpu_adversarial_backward, args);
+}
+
 int cpu_adversarial_backward(const Terms& terms, int dtype, bool mean, const Pointers& logits,
                              const std::vector<int64_t>& sizes, const Pointers& others, const py::object& extras,
                              Pointer dtotal, Pointer slopes, const Pointers& gradients, int threads) {
@@ -293,6 +314,7 @@ void bind_cpu(py::module_& m) {
     m.def("supported_isas", &mmfast_supported_isas);
 
     m.def("cpu_adversarial_forward", &cpu_adversarial_forward);
+    m.def("cpu_adversarial_few", &cpu_adversarial_few);
     m.def("cpu_adversarial_backward", &cpu_adversarial_backward);
     m.def("cpu_rnn_forward", &rnn_forward);
     m.def("cpu_rnn_backward", &rnn_backward);

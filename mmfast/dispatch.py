@@ -224,6 +224,17 @@ def needs_formula(tensors: Sequence[torch.Tensor]) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def is_watched() -> bool:
+    """Whether anything would miss a kernel that is called directly: explain, a transform, forward-mode AD, a tracer."""
+    return bool(
+        _listeners
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
 def autocasts(device: str) -> bool:
     """Whether autocast is on for the device; some devices, such as meta, have none."""
     return (

@@ -204,6 +204,36 @@ def cpu_adversarial_forward(
         check(status)
 
 
+def cpu_adversarial_few(
+    terms: Terms,
+    mean: bool,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    total: torch.Tensor,
+    dx: torch.Tensor | None,
+    dy: torch.Tensor | None,
+) -> None:
+    """Fills total () and its gradients that are wanted, from terms of x and y, or one term of x, less y if there is y.
+
+    Dense CPU tensors of one dtype, without weights and peers; x and y of one shape where they meet.
+    """
+    copy = terms.copies.get("_C") or _adversarial_terms(terms, "_C")
+    status = library().cpu_adversarial_few(
+        copy,
+        DTYPES[x.dtype],
+        mean,
+        x.data_ptr(),
+        x.numel(),
+        0 if y is None else y.data_ptr(),
+        0 if y is None else y.numel(),
+        total.data_ptr(),
+        0 if dx is None else dx.data_ptr(),
+        0 if dy is None else dy.data_ptr(),
+    )
+    if status:
+        check(status)
+
+
 def cpu_adversarial_backward(
     terms: Terms,
     mean: bool,

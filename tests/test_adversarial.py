@@ -549,3 +549,56 @@ def test_unwritten_memory_would_be_seen(served, dtype):
     """The poison that the other tests rely on reaches the buffers that this backend fills."""
     outputs = [torch.empty_like(torch.ones(5, device=served.device)), torch.ones(1, device=served.device).new_empty(3)]
     assert all(x.isnan().all() for x in outputs)
+
+
+@pytest.mark.parametrize("n", [64, 5000])
+@pytest.mark.parametrize("mode", ["wasserstein", "non-saturating", "relativistic", "relativistic-average"])
+def test_a_logit_changed_in_place(mode, n):
+    weight = torch.ones(n, requires_grad=True)
+    logits = weight * 1
+    loss = mmfast.functional.adversarial_discriminator_loss(logits, torch.zeros(n), mode)
+    with torch.no_grad():
+        logits.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("n", [64, 5000])
+@pytest.mark.parametrize("mode", ["wasserstein", "relativistic"])
+def test_backward_again(mode, n):
+    x, y = torch.randn(n, requires_grad=True), torch.randn(n, requires_grad=True)
+    loss = mmfast.functional.adversarial_discriminator_loss(x, y, mode)
+    once = torch.autograd.grad(loss, (x, y), retain_graph=True)
+    twice = torch.autograd.grad(2 * loss, (x, y))
+    for one, two in zip(once, twice, strict=True):
+        torch.testing.assert_close(2 * one, two)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, (x, y))
+
+
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["wasserstein", "hinge", "lsgan", "non-saturating", "relativistic"])
+def test_a_tensor_is_a_list_of_one(mode, dtype, which):
+    x, y = (torch.randn(63, 1, dtype=dtype, requires_grad=wanted) for wanted in which)
+    wanted = [t for t, need in zip((x, y), which, strict=True) if need]
+    for few, many in [
+        (
+            mmfast.functional.adversarial_discriminator_loss(x, y, mode),
+            mmfast.functional.adversarial_discriminator_loss([x], [y], mode),
+        ),
+        (
+            mmfast.functional.adversarial_generator_loss(y, x if mode == "relativistic" else None, mode),
+            mmfast.functional.adversarial_generator_loss([y], [x], mode),
+        ),
+    ]:
+        assert torch.equal(few, many)
+        assert few.requires_grad == many.requires_grad
+        if not few.requires_grad:
+            continue
+        for seen, expected in zip(
+            torch.autograd.grad(few, wanted, allow_unused=True),
+            torch.autograd.grad(many, wanted, allow_unused=True),
+            strict=True,
+        ):
+            assert (seen is None and expected is None) or torch.equal(seen, expected)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...dispatch import Backend, GpuBackend, Op, TorchBackend
+from ...dispatch import Backend, GpuBackend, Op, TorchBackend, is_watched
 from . import equations
 from .equations import Inputs, Term, Terms, values_dtype
 
@@ -118,6 +118,20 @@ class Cpu(Backend):
         gradients = empty_gradients(inputs, needed)
         native.cpu_adversarial_backward(terms, mean, inputs, dtotal, state, gradients)
         return [g for g in gradients if g is not None]
+
+
+def are_few(x: Any, y: Any) -> bool:
+    """Whether x and y, if there is y, are dense tensors of few logits on the CPU that a kernel may read directly."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or is_watched() or not x.is_cpu:
+        return False
+    dtype, count = x.dtype, x.numel()
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        return False
+    if y is not None:
+        if type(y) is not Tensor or y.dtype is not dtype or not y.is_cpu or not y.is_contiguous():
+            return False
+        count += y.numel()
+    return count <= _FEW and x.is_contiguous()
 
 
 def _are_few(logits: Sequence[Tensor]) -> bool:

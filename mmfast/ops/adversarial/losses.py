@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...dispatch import autocasts, needs_formula
 from . import equations
-from .backends import OP, Case
+from .backends import OP, Case, are_few
 from .equations import IDENTITY, LEAKY_SQUARE, LECAM, MODES, SOFTPLUS, SQUARE, TILTED, Inputs, Mode, Term, Terms
-from .op import is_eager, loss, means_of
+from .op import is_eager, loss, loss_of_few, means_of
 
 Logits = Any  # a tensor, or a list, nested to any depth, of tensors
 Smoothing = float | tuple[float, float]
@@ -64,6 +64,12 @@ def adversarial_discriminator_loss(
     Raises ValueError for an unknown mode, reduction or backend, an empty list, lists of different lengths or pairs of
         different shapes; RuntimeError for logits that are not floating point or not on one device.
     """
+    plain = real_weight is None and fake_weight is None and not return_values and process_group is None
+    if plain and are_few(real_logits, fake_logits):
+        recipe = _remembered(_discriminator_recipe, 1, mode, scale, smoothing, reduction, across)
+        meet = recipe.pairing == "pairs"
+        if _is_cpus(recipe, real_logits, backend) and (not meet or real_logits.shape == fake_logits.shape):
+            return loss_of_few(recipe.terms, recipe.mean, real_logits, fake_logits)
     real, fake = _flat("real_logits", real_logits), _flat("fake_logits", fake_logits)
     if len(real) != len(fake):
         raise ValueError(
@@ -100,6 +106,11 @@ def adversarial_generator_loss(
     return_values: the values are (K,), for relativistic averages (K, 2), of real and fake logits.
     All else: `adversarial_discriminator_loss`. ValueError where a relativistic mode has no real logits.
     """
+    plain = real_weight is None and fake_weight is None and not return_values and process_group is None
+    if plain and real_logits is None and are_few(fake_logits, None):
+        recipe = _remembered(_generator_recipe, 1, mode, scale, 0.0, reduction, across)
+        if not recipe.pairing and _is_cpus(recipe, fake_logits, backend):
+            return loss_of_few(recipe.terms, recipe.mean, fake_logits, None)
     fake = _flat("fake_logits", fake_logits)
     recipe = _remembered(_generator_recipe, len(fake), mode, scale, 0.0, reduction, across)
     weights = None if real_weight is None and fake_weight is None else (real_weight, fake_weight)
@@ -485,6 +496,11 @@ def _element_weights(logits: list[Tensor], weights: tuple[Tensor | None, ...] | 
             )
         found.append(weight.detach().to(x.device, dtype))
     return found
+
+
+def _is_cpus(recipe: Recipe, x: Tensor, backend: str | None) -> bool:
+    """Whether the CPU's kernel serves a loss that has no peers."""
+    return recipe.pairing != "means" and recipe.reduced and _select(x, True, backend) == "cpu"
 
 
 def _select(x: Tensor, reduced: bool, backend: str | None) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import native
 from ...dispatch import is_plain
 from ..library import below_autograd, define
 from . import equations
@@ -52,17 +53,31 @@ class _Call:
 
     values: an attribute that the forward fills, and no output, of which each would cost its gradient.
     gradients: of the total, where they were computed together with it, until a backward has handed them out.
+    inputs: None where the total, too, is there already.
     """
 
-    __slots__ = ("backend", "counts", "gradients", "group", "inputs", "mean", "peers", "terms", "values", "wanted")
+    __slots__ = (
+        "backend",
+        "counts",
+        "gradients",
+        "group",
+        "inputs",
+        "mean",
+        "peers",
+        "terms",
+        "total",
+        "values",
+        "wanted",
+    )
 
-    def __init__(self, terms: Terms, mean: bool, inputs: Inputs, backend: str, wanted: bool, group: Any) -> None:
+    def __init__(self, terms: Terms, mean: bool, inputs: Inputs | None, backend: str, wanted: bool, group: Any) -> None:
         self.terms = terms
         self.mean = mean
         self.inputs: Any = inputs
         self.backend = OP.backends[backend]
         self.wanted = wanted
         self.group = group
+        self.total: Any = None
         self.values: Tensor | None = None
         self.gradients: list[Tensor | None] = []
         self.counts: tuple[int, int, int] | None = None
@@ -82,12 +97,39 @@ def is_eager(tensors: Sequence[Tensor]) -> bool:
     return is_plain(tensors)
 
 
+def loss_of_few(terms: Terms, mean: bool, x: Tensor, y: Tensor | None) -> Tensor:
+    """The total for one or two dense tensors of few logits on the CPU, whose gradients are computed with it.
+
+    Two terms are of x and y, one term of x alone or of x - y. The tensors are plain, in float32 or float64.
+    """
+    total = torch.empty((), dtype=x.dtype, device=x.device)
+    dx = dy = None
+    if torch.is_grad_enabled():
+        dx = torch.empty_like(x) if x.requires_grad else None
+        dy = torch.empty_like(y) if y is not None and y.requires_grad else None
+    native.cpu_adversarial_few(terms, mean, x, y, total, dx, dy)
+    if dx is None and dy is None:
+        return total
+    call = _Call(terms, mean, None, "cpu", False, None)
+    call.total = total
+    if y is None:
+        call.gradients = [dx]
+        return _apply(call, x)
+    call.gradients = [dx, dy]
+    if len(terms) == 1:
+        call.counts = 1, 1, 0
+    return _apply(call, x, y)
+
+
 class AdversarialLoss(torch.autograd.Function):
     """One node for the whole list, in eager: the backend is called without the dispatcher between."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor):
         inputs, backend, group = call.inputs, call.backend, call.group
+        if inputs is None:
+            total, call.total, ctx.to_save, ctx.call = call.total, None, tensors, call
+            return total
         if backend.name == "cpu" and group is None:
             outputs, call.gradients = backend.forward_with_gradients(
                 call.terms, call.mean, inputs, call.wanted, ctx.needs_input_grad[1:]
@@ -116,6 +158,8 @@ class AdversarialLoss(torch.autograd.Function):
         call = ctx.call
         if torch.is_grad_enabled():
             return None, *_second_order(ctx, dtotal)
+        # raises where a logit was changed in place, and in a second backward
+        saved = ctx.saved_tensors
         if call.gradients:
             gradients, call.gradients = call.gradients, []
             if dtotal.item() == 1:
@@ -123,7 +167,7 @@ class AdversarialLoss(torch.autograd.Function):
             needed: Sequence[bool] = [g is not None for g in gradients]
         else:
             needed = ctx.needs_input_grad[1:]
-        inputs, state = _saved(ctx.saved_tensors, call)
+        inputs, state = _saved(saved, call)
         found = call.backend.backward(dtotal, call.terms, call.mean, inputs, state, needed)
         return None, *_placed(found, needed)
 
