@@ -4,8 +4,9 @@ A backend says in sentences what it *cannot* do (`refusals`) and, of what it can
 than PyTorch (`reluctance`). The first backend of an op that neither refuses nor is reluctant serves; `torch`, the last,
 does neither. An explicit choice asks only for refusals and raises where there are any.
 
-A choice depends on static facts only - device, dtype, channels, kernel, mode, hidden size; never on the length of a
-sequence or the size of a batch -, so a compiled graph chooses once, while it is traced.
+A traced choice depends on static facts only - device, dtype, channels, kernel, mode, hidden size; never on the length
+of a sequence or the size of a batch -, so a compiled graph chooses once. In eager mode a recurrent layer may also yield
+to PyTorch where a sequence or a batch is so small that the cost of the call decides.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ import os
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.nn import functional as F
 
 import mmfast.functional as MF
 from mmfast import numerics
-from mmfast.ops.conv_transpose import equations
+from mmfast.ops.conv_transpose import equations, triton_kernels
 from mmfast.ops.conv_transpose.backends import OP, empty_output
 from mmfast.ops.conv_transpose.equations import Epilogue, Geometry
 from mmfast.ops.conv_transpose.op import conv_transpose
@@ -210,9 +212,13 @@ def test_torchs_own_samples(name, device, dims):
     count = 0
     for sample in info.sample_inputs(device, torch.float32, requires_grad=False):
         expected = info.op(sample.input, *sample.args, **sample.kwargs)
+        if INTERPRETED and expected.numel() * sample.args[0][0, 0].numel() > 1_000_000:
+            # a minute of the interpreter's; the grid has its like: stride 3, dilation, output_padding, groups
+            continue
         ours = getattr(MF, f"conv_transpose{dims}d")(sample.input, *sample.args, **sample.kwargs, backend=name)
         assert ours.stride() == expected.stride()
-        torch.testing.assert_close(ours, expected)
+        # what cancels in a sum is rounded as its terms are
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
         count += 1
     assert count > 3
 
@@ -228,6 +234,8 @@ def test_sliced_input_and_empty_batch(seed, name, device):
     assert MF.conv_transpose2d(x[:0].to(device), weight.to(device), backend=name).shape[0] == 0
 
 
+# the interpreter computes by numpy, which tells of them
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @by_backend
 def test_values_that_are_not_finite_stay_where_they_are(seed, name, device):
     """An input that is NaN or infinite reaches the outputs that its taps reach, and no other."""
@@ -278,23 +286,18 @@ def test_repeatable(seed, name, device):
     assert all(torch.equal(a, b) for a, b in zip([first[0], *moments], [second[0], *again], strict=True))
 
 
+@triton.jit
+def probe(out, i_tile, positions, channels, n, WIDE: tl.constexpr):
+    sample, start = triton_kernels.first_row(i_tile + tl.program_id(0), positions, 128)
+    tl.store(out, sample * positions * channels)
+    tl.store(out + 1, start.to(tl.int64))
+    b_n = n + tl.arange(0, 1)
+    tl.store(out + 2 + tl.arange(0, 1), triton_kernels._divide(b_n, positions, WIDE).to(tl.int64))
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="its kernel is run by Triton's interpreter, in a process of its own")
 def test_offsets_of_triton_past_2_to_31():
     """The first row of a tile and the divisions within it, for more rows than 31 bits count."""
-    import triton
-    import triton.language as tl
-
-    from mmfast.ops.conv_transpose import triton_kernels
-
-    first_row, divide = triton_kernels.first_row, triton_kernels._divide
-
-    @triton.jit
-    def probe(out, i_tile, positions, channels, n, WIDE: tl.constexpr):
-        sample, start = first_row(i_tile + tl.program_id(0), positions, 128)
-        tl.store(out, sample * positions * channels)
-        tl.store(out + 1, start.to(tl.int64))
-        tl.store(out + 2, divide(n + tl.arange(0, 1), positions, WIDE).to(tl.int64), mask=tl.arange(0, 1) >= 0)
-
     for i_tile, positions, channels, n in ((2**25 + 3, 4097, 3, 2**31 - 200), (2**30, 77, 512, 76), (5, 1, 1, 2**21)):
         for wide in (False, True):
             out = torch.zeros(3, dtype=torch.int64)

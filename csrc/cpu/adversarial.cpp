@@ -4,9 +4,9 @@
 // Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. Forward reads each element once (twice where it
 // measures the centres); backward reads it once and writes its gradient, so both are bound by memory for large tensors
 // and by the call for small ones. Each tensor is cut into chunks of kChunk elements, whatever the number of threads. A
-// chunk is summed in four vectors of the compute type (float for 16-bit and float32 logits), chunks are added in
-// double, in order: the same bits for any number of threads. Backward: d = dtotal * weight_k [/ n_k] * sign_k * w_i *
-// phi_k'(u), less the peer's part.
+// block of a chunk is summed in four vectors of the compute type (float for 16-bit and float32 logits), blocks and
+// chunks are added in double, in order: the same bits for any number of threads. Backward: d = dtotal * weight_k [/
+// n_k] * sign_k * w_i * phi_k'(u), less the peer's part.
 //
 // Blocks of a chunk that are not what the loops over phi read - 16-bit logits, x - other, weights - pass through a
 // buffer in the first-level cache, so that there is one loop for each phi and compute type.
@@ -76,7 +76,7 @@ struct Function {
     }
 };
 
-// A chunk's running sum, in lanes.
+// A block's running sum, in lanes.
 template <typename C>
 struct Lanes {
     Vec<C> part[4] = {};
@@ -189,31 +189,35 @@ void weigh(const Term& term, int64_t begin, int size, C* y) {
     }
 }
 
-// The sums of w * phi over a chunk, and of its slope where `slope` is not null.
+// The sums of w * phi over a chunk, and of its slope where `slope` is not null. Blocks are added in double: a lane's
+// chain over a whole chunk would be less accurate than PyTorch's cascade.
 template <typename T, typename C>
 void sum_chunk(const Term& term, int64_t begin, int64_t size, double* value, double* slope) {
     const Loops<C>& loops = loops_of<C>(term.phi);
-    Lanes<C> values, slopes;
     C room[kBlock], y[kBlock];
-    const auto add = [&](Lanes<C>& lanes, int64_t from, int n) {
+    const auto sum = [&](int64_t from, int n) {
         if (term.weights) weigh(term, from, n, y);
+        Lanes<C> lanes;
         add_each(lanes, y, n, [](Vec<C> v) { return v; });
+        return double(lanes.sum());
     };
+    *value = 0;
+    if (slope) *slope = 0;
     for (int64_t i = 0; i < size; i += kBlock) {
         const int n = size - i < kBlock ? int(size - i) : kBlock;
         const C* d = differences<T, C>(term, begin + i, n, room);
         if (!term.weights) {
-            loops.add_values(term, d, n, values);
+            Lanes<C> lanes;
+            loops.add_values(term, d, n, lanes);
+            *value += double(lanes.sum());
         } else {
             loops.values(term, d, n, y);
-            add(values, begin + i, n);
+            *value += sum(begin + i, n);
         }
         if (!slope) continue;
         loops.slopes(term, d, n, C(1), C(0), y);
-        add(slopes, begin + i, n);
+        *slope += sum(begin + i, n);
     }
-    *value = double(values.sum());
-    if (slope) *slope = double(slopes.sum());
 }
 
 // to = from, or its negative
