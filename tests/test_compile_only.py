@@ -21,6 +21,8 @@ from triton.compiler import ASTSource
 from mmfast.ops.adversarial import triton_kernels as adversarial
 from mmfast.ops.conv_transpose import triton_kernels as conv_transpose
 from mmfast.ops.conv_transpose.equations import Geometry
+from mmfast.ops.rnn import triton_kernels as rnn
+from mmfast.ops.rnn.equations import GATES, MODES
 
 CSRC = pathlib.Path(__file__).resolve().parent.parent / "csrc"
 CUDA_SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
@@ -197,6 +199,51 @@ def test_triton_conv_transpose(tmp_path, capsys, layer, dtype, capability):
     assert re.search({80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}[capability], found.sass), "no matrix instruction"
     if last:
         assert re.search(r"LDGSTS\.E\.\S*128", found.sass), "x is not copied 16 bytes at a time"
+
+
+RNN_DTYPES = {**CONV_DTYPES, "fp16": torch.float16}
+#: shared memory that a program may have, by compute capability
+SHARED = {80: 166912, 90: 232448, 100: 232448}
+# mode, dtype, H, compute capability, and what is given beside the states: lengths or packed offsets, reset masks
+RNN_CASES = [(mode, "bf16", 128, capability, ()) for mode in ("RNN_TANH", "GRU", "LSTM") for capability in SHARED]
+RNN_CASES += [("LSTM", "bf16", 100, capability, ("LENGTHS", "RESETS")) for capability in SHARED]
+RNN_CASES += [("GRU", "fp16", 100, 90, ("LENGTHS", "PACKED")), ("LSTM", "fp32", 128, 90, ("LENGTHS", "RESETS"))]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("mode", "dtype", "hidden", "capability", "given"),
+    RNN_CASES,
+    ids=["-".join((m, d, f"H{h}", f"sm{c}", *g)) for m, d, h, c, g in RNN_CASES],
+)
+def test_triton_rnn(tmp_path, capsys, direction, mode, dtype, hidden, capability, given):
+    """Two directions with initial states, as a layer's forward and backward launch it."""
+    plan = rnn.plan(mode, hidden, RNN_DTYPES[dtype], SHARED[capability], True, "RESETS" in given)
+    lstm = mode == "LSTM"
+    constants = {
+        **plan.constants(), "MODE": MODES[mode], "GATES": GATES[mode], "DIRECTIONS": 2, "H": hidden,
+        **{name: name in given for name in ("LENGTHS", "PACKED", "RESETS")},
+        **dict.fromkeys(("BIAS", "H0", "KEEP", "DY", "DHN", "DH0"), True),
+        **dict.fromkeys(("C0", "DCN", "DC0"), lstm), "PREVIOUS": "LENGTHS" in given,
+    }  # fmt: skip
+    kernel = getattr(rnn, f"{direction}_kernel")
+    kinds = {**dict.fromkeys(("steps", "batch"), "i32"), "lengths": "*i64", "offsets": "*i64", "resets": "*u8"}
+    signature = {name: "constexpr" if name in constants else kinds.get(name, f"*{dtype}") for name in kernel.arg_names}
+    given_constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    source = ASTSource(kernel, signature, given_constants, {(i,): [["tt.divisibility", 16]] for i in pointers})
+    options = {**plan.options(), "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    (found,) = resources(cubin, f"sm_{capability}")
+    label = f"rnn.{direction} {mode} {dtype} H{hidden}{' streamed' * plan.streamed}"
+    found = found._replace(kernel=label, shared=compiled.metadata.shared)
+    with capsys.disabled():
+        print(f"\n{found.row()}", end="")
+    check(found, 255)
+    assert found.shared <= SHARED[capability]
+    assert re.search(r"HMMA|HGMMA|UTC\w*MMA", found.sass), "no matrix instruction"
 
 
 def check(found: Resources, registers: int = 128) -> None:

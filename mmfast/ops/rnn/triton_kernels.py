@@ -548,6 +548,10 @@ class Plan(NamedTuple):
         sizes = {"ROWS": ROWS, "BLOCK": self.block, "PART": part}
         return {"STREAMED": self.streamed, "PRECISION": self.precision, **sizes}
 
+    def options(self) -> dict[str, Any]:
+        """How it is compiled: with all of a thread's registers, for shared memory has room for one program only."""
+        return {"num_warps": self.warps, "num_stages": 1, "maxnreg": 255}
+
 
 def plan(mode: str, hidden: int, dtype: torch.dtype, shared: int, tf32: bool, resets: bool = False) -> Plan:
     """shared: bytes of shared memory that a program may have."""
@@ -614,8 +618,7 @@ class _Walk:
             PACKED=self.offsets is not None,
             RESETS=self.resets is not None,
             **self.plan.constants(),
-            num_warps=self.plan.warps,
-            num_stages=1,
+            **self.plan.options(),
         )
 
     def some(self, *tensors: Tensor | None) -> list[Tensor]:
