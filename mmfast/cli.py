@@ -54,6 +54,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, metavar="B", help="captions in a step (64)")
     add("--seed", type=int, metavar="K", help="of weights, order and noise (0)")
     add("--backend", metavar="NAME", help="torch, cpu, triton or cuda (chosen for each case)")
+    add("--device", metavar="NAME", help="cpu or cuda (cpu)")
+    add("--amp", metavar="TYPE", help="train in half precision: bf16, or fp16 with a gradient scaler")
+    add("--compile", action="store_const", const=True, help="let torch.compile compile the chains of layers")
+    add("--fsdp", action="store_const", const=True, help="under torchrun: share the weights among the processes, too")
+    add("--preset", metavar="NAME", help="default, or article: the source article's own modules, pictures 28 x 28")
+    add("--log", metavar="NAME", help="tensorboard: the losses for TensorBoard, too")
     add("--save-every", type=int, metavar="N", help="steps between checkpoints (200)")
     add("--resume", type=Path, metavar="RUN", help="go on with a run; --steps and --minutes count from its start")
     parser.set_defaults(run=_train)
@@ -64,6 +70,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, metavar="RUN", help="a folder that mmfast train made")
     add("text", nargs="?", help='what to draw: "red heart"')
+    add("--to", metavar="TEXT", help="draw the way from what is given to another text")
     add("--audio", type=Path, metavar="F.wav", help="a spoken caption")
     add("--image", type=Path, metavar="F.png", help="a picture to draw again")
     add(
@@ -91,18 +98,23 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> None:
     given = {
         name: value
-        for name in ("minutes", "steps", "data", "cache", "size", "batch", "seed", "backend", "save_every")
+        for name in (
+            *("minutes", "steps", "data", "cache", "size", "batch", "seed", "backend", "save_every"),
+            *("device", "amp", "compile", "fsdp", "preset", "log"),
+        )
         if (value := getattr(args, name)) is not None
     }
     if args.resume is not None:
         _resume(args, given)
         return
     from mmfast.train import loop
-    from mmfast.train.settings import Settings
+    from mmfast.train.settings import ARTICLE_SIZE, Settings
 
     for name in ("data", "cache"):
         if name in given:
             given[name] = str(given[name].absolute())
+    if given.get("preset") == "article":
+        given.setdefault("size", ARTICLE_SIZE)
     if "steps" not in given:
         given.setdefault("minutes", 8.0)
     loop.start(Settings(**given), args.out)
@@ -121,7 +133,7 @@ def _resume(args: argparse.Namespace, given: dict[str, object]) -> None:
 def _sample(args: argparse.Namespace) -> None:
     from mmfast.train.sample import sample
 
-    sample(args.folder, args.text, args.audio, args.image, args.out)
+    sample(args.folder, args.text, args.audio, args.image, args.out, args.to)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -85,7 +85,10 @@ def test_speech_loss_is_the_mean_over_real_frames():
 
 
 def output_of(codes, spoken):
-    return Output(codes, *[None] * 6, speech=None)._replace(spoken=spoken)
+    present = torch.ones(codes.shape[:2], dtype=torch.bool)
+    present[:, 2] = False
+    present[spoken, 2] = True
+    return Output(codes, present, spoken, *[None] * 5)
 
 
 def test_alignment_loss_is_the_cross_entropy_against_other_pictures():
@@ -156,7 +159,7 @@ def test_averaged_weights_follow_the_trained_ones(settings, dataset):
     step = Step(settings, torch.nn, PlainHinge())
     before = copy.deepcopy(step.averaged)
     rows = dataset.train[:4]
-    step(dataset.batch(rows), dataset.picture_of[rows], *loop.draw(settings, 4))
+    step(dataset.batch(rows), dataset.picture_of[rows], *loop.draw(settings, 4, 0))
     decay = (1 + 1) / (10 + 1)
     for old, new, now in zip(before.parameters(), step.averaged.parameters(), step.model.parameters(), strict=True):
         torch.testing.assert_close(new, decay * old + (1 - decay) * now)

@@ -10,6 +10,7 @@ the same `state_dict` keys and shapes, so weights move freely between them.
 
 from mmfast.models.adversaries import ConditionalDiscriminator, ConditionalGenerator
 from mmfast.models.article import Decoder, Discriminator, Encoder, Generator
+from mmfast.models.article_gan import ArticleDiscriminator, ArticleModel
 from mmfast.models.image import ImageDecoder, ImageEncoder
 from mmfast.models.multimodal import MODALITIES, Multimodal, Output, combine
 from mmfast.models.speech import SpeechDecoder, SpeechEncoder
@@ -17,6 +18,8 @@ from mmfast.models.text import TextDecoder, TextEncoder
 
 __all__ = [
     "MODALITIES",
+    "ArticleDiscriminator",
+    "ArticleModel",
     "ConditionalDiscriminator",
     "ConditionalGenerator",
     "Decoder",

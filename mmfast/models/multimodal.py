@@ -8,7 +8,7 @@ from torch import Tensor
 from mmfast.models.adversaries import ConditionalGenerator
 from mmfast.models.image import ImageDecoder, ImageEncoder
 from mmfast.models.speech import SpeechDecoder, SpeechEncoder
-from mmfast.models.text import TextDecoder, TextEncoder
+from mmfast.models.text import TextDecoder, TextEncoder, TextWriter
 
 MODALITIES = ("image", "text", "speech")
 
@@ -24,8 +24,17 @@ def combine(codes: Tensor, present: Tensor) -> Tensor:
     return kept.sum(1) / present.sum(1).clamp(min=1)[:, None]
 
 
+def spoken_rows(speech_lengths: Tensor) -> Tensor:
+    """The rows (R,) int64 that have speech, by their lengths (B,) on the CPU; where none has, the first alone.
+
+    So that every weight takes part in every step, as training in several processes wants it.
+    """
+    rows = speech_lengths.nonzero().squeeze(1)
+    return rows if len(rows) else rows.new_zeros(1)
+
+
 class Output(NamedTuple):
-    """What one forward pass makes of B captions, of which R have speech (rows `spoken` of the batch)."""
+    """What one forward pass makes of B captions, of which those in rows `spoken` (R,) have speech, see spoken_rows."""
 
     codes: Tensor  # (B, 3, code_size): of image, text, speech; 0 where there is no speech
     present: Tensor  # (B, 3) bool
@@ -44,6 +53,15 @@ class Multimodal(torch.nn.Module):
     `size`: side of the images, a power of two >= 8 (else ValueError). `mels`: values of one speech frame.
     """
 
+    # Any modules that are called alike.
+    encode_image: torch.nn.Module
+    encode_text: torch.nn.Module
+    encode_speech: torch.nn.Module
+    decode_image: torch.nn.Module
+    decode_text: TextWriter
+    decode_speech: torch.nn.Module
+    generator: torch.nn.Module
+
     def __init__(
         self, size: int = 32, mels: int = 40, code_size: int = 128, noise_size: int = 32, *, nn: Any = torch.nn
     ) -> None:
@@ -61,15 +79,13 @@ class Multimodal(torch.nn.Module):
         """Codes (B, 3, code_size) and `present` (B, 3) of a batch with images, text and, in some rows, speech."""
         image = self.encode_image(batch.images)
         text = self.encode_text(batch.text, batch.text_lengths)
-        heard = batch.speech_lengths.to(image.device) > 0
-        speech = torch.zeros_like(image)
-        spoken = heard.nonzero().squeeze(1)
-        if len(spoken):
-            speech = speech.index_copy(
-                0, spoken, self.encode_speech(batch.speech[spoken], batch.speech_lengths[spoken])
-            )
+        rows = spoken_rows(batch.speech_lengths)
+        heard = (batch.speech_lengths > 0).to(image.device)
+        said = self.encode_speech(batch.speech[rows.to(image.device)], batch.speech_lengths[rows].clamp(min=1))
+        speech = torch.zeros_like(image).index_copy(0, rows.to(image.device), said.to(image.dtype))
         always = torch.ones_like(heard)
-        return torch.stack([image, text, speech], 1), torch.stack([always, always, heard], 1)
+        codes = torch.stack([image, text.to(image.dtype), speech * heard[:, None]], 1)
+        return codes, torch.stack([always, always, heard], 1)
 
     def forward(self, batch: Any, noise: Tensor, wanted: Tensor) -> Output:
         """Encodes, decodes and generates.
@@ -82,7 +98,7 @@ class Multimodal(torch.nn.Module):
         used = present & wanted
         used = torch.stack([used[:, 0], used[:, 1] | ~used.any(1), used[:, 2]], 1)
         condition = combine(codes, used)
-        spoken = present[:, 2].nonzero().squeeze(1)
+        spoken = spoken_rows(batch.speech_lengths).to(codes.device)
         return Output(
             codes=codes,
             present=present,
@@ -91,5 +107,5 @@ class Multimodal(torch.nn.Module):
             picture=self.generator(noise, condition),
             image=self.decode_image(codes[:, 0]),
             text=self.decode_text(codes[:, 1], batch.text, batch.text_lengths),
-            speech=self.decode_speech(codes[spoken, 2], batch.speech.shape[1]) if len(spoken) else batch.speech[:0],
+            speech=self.decode_speech(codes[spoken, 2], batch.speech.shape[1]),
         )

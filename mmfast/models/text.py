@@ -52,8 +52,21 @@ class TextEncoder(torch.nn.Module):
         return self.code(pooled_rnn(self.rnn, x, -(-lengths // self.stride)))
 
 
-class TextDecoder(torch.nn.Module):
-    """A code to bytes: a GRU started from the code that sees the bytes so far and the code at each step."""
+class TextWriter(torch.nn.Module):
+    """What decodes a code to bytes."""
+
+    def bytes_of(self, codes: Tensor, longest: int) -> Tensor:
+        """The likeliest bytes of each code (B, code_size), one after the other: (B, longest) int64."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def write(self, codes: Tensor, longest: int = 64) -> list[str]:
+        """The likeliest caption of each code (B, code_size), at most `longest` bytes."""
+        return [bytes(row).split(b"\0")[0].decode(errors="ignore") for row in self.bytes_of(codes, longest).tolist()]
+
+
+class TextDecoder(TextWriter):
+    """A code to bytes: a packed GRU started from the code that sees the bytes so far and the code at each step."""
 
     def __init__(self, code_size: int, hidden_size: int = 128, embedding_size: int = 64, *, nn: Any = torch.nn) -> None:
         super().__init__()
@@ -71,18 +84,16 @@ class TextDecoder(torch.nn.Module):
         """
         before = torch.nn.functional.pad(text, (1, 0))
         x = self.embedding(before) + self.given(codes)[:, None]
-        hidden, _ = self.rnn(x, self.start(codes)[None])
+        packed = pack_padded_sequence(x, lengths.cpu() + 1, batch_first=True, enforce_sorted=False)
+        hidden, _ = pad_packed_sequence(self.rnn(packed, self.start(codes)[None])[0], batch_first=True)
         return self.byte(hidden[within(lengths.to(hidden.device) + 1, hidden.shape[1])])
 
-    @torch.no_grad()
-    def write(self, codes: Tensor, longest: int = 64) -> list[str]:
-        """The likeliest caption of each code (B, code_size), byte by byte, at most `longest` bytes."""
+    def bytes_of(self, codes: Tensor, longest: int) -> Tensor:
         given, state = self.given(codes)[:, None], self.start(codes)[None]
         byte = torch.zeros(len(codes), 1, dtype=torch.int64, device=codes.device)
-        written = []
+        written = [byte[:, :0]]
         for _ in range(longest):
             hidden, state = self.rnn(self.embedding(byte) + given, state)
             byte = self.byte(hidden).argmax(2)
             written.append(byte)
-        rows = torch.cat(written, 1).tolist() if written else [[] for _ in codes]
-        return [bytes(row).split(b"\0")[0].decode(errors="ignore") for row in rows]
+        return torch.cat(written, 1)

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mmfast import config
 from mmfast.train import UserError
+from mmfast.train.settings import ARTICLE_SIZE
 from mmfast.train.sources import (
     Caption,
     Material,
@@ -61,6 +62,7 @@ __all__ = [
     "SAMPLE_RATE",
     "Batch",
     "Dataset",
+    "first_spoken",
     "prepare",
     "read_image",
     "read_wav",
@@ -103,6 +105,11 @@ class Batch:
             self.speech_lengths,
         )
 
+    def rows(self, which: Callable[[Tensor], Tensor]) -> Batch:
+        """The rows that `which` picks from each tensor; padded as before, so that all parts have one shape."""
+        parts = (self.images, self.text, self.text_lengths, self.speech, self.speech_lengths)
+        return Batch(*(which(part) for part in parts))
+
 
 class Dataset:
     """A prepared data set: P pictures with C captions, some of them spoken. Its arrays stay on disk until used.
@@ -138,22 +145,31 @@ class Dataset:
             raise ValueError(f"the files in {folder} do not belong together")
         self.has_speech = torch.from_numpy(np.diff(self._speech.start) > 0)
 
-    def batch(self, captions: Tensor) -> Batch:
-        """The captions with these indices, (B,) int64, and their pictures and speech. B >= 1."""
+    def batch(self, captions: Tensor, heard: Tensor | None = None, *, multiple: int = 1) -> Batch:
+        """The captions with these indices, (B,) int64, and their pictures and speech. B >= 1.
+
+        heard: (B,) bool, whose speech is wanted; None: all. multiple: of which the longest text and the longest speech
+        are made by padding, so that batches come in few shapes.
+        """
         # Gathered by numpy, not torch: on several threads such small steps only get in the way of the training.
         rows = captions.numpy()
-        text, text_lengths = self._text.gather(rows)
-        speech, speech_lengths = self._speech.gather(rows)
+        text, text_lengths = self._text.gather(rows, multiple)
+        speech, speech_lengths = self._speech.gather(rows, multiple, None if heard is None else heard.numpy())
         behind_end = np.arange(speech.shape[1]) >= speech_lengths[:, None]
-        heard = _dequantised(speech)
-        heard[behind_end] = 0
+        frames = _dequantised(speech)
+        frames[behind_end] = 0
         return Batch(
             images=torch.from_numpy(_to_float(self.images.numpy()[self.picture_of.numpy()[rows]])),
             text=torch.from_numpy(text.astype(np.int64)),
             text_lengths=torch.from_numpy(text_lengths),
-            speech=torch.from_numpy(heard),
+            speech=torch.from_numpy(frames),
             speech_lengths=torch.from_numpy(speech_lengths),
         )
+
+
+def first_spoken(has_speech: Tensor, most: int) -> Tensor:
+    """(B,) bool: the first `most` of the rows that have speech. Speech is dear, and learned from fewer rows a step."""
+    return has_speech & (has_speech.cumsum(0) <= most)
 
 
 def prepare(
@@ -208,7 +224,7 @@ def read_image(path: str | os.PathLike[str], size: int) -> Tensor:
 
 
 def _check_size(size: int) -> None:
-    if size < MIN_SIZE or size & (size - 1):
+    if size != ARTICLE_SIZE and (size < MIN_SIZE or size & (size - 1)):
         raise UserError(f"the image size is {size}; it must be a power of two of at least {MIN_SIZE}, such as 32 or 64")
 
 
@@ -233,11 +249,18 @@ class _Ragged:
         self.values = _mapped(folder / f"{name}.npy").numpy()
         self.start = _mapped(folder / f"{name}_start.npy").numpy()
 
-    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows side by side, (R, longest, ...) with zeros behind their ends, longest >= 1; their lengths (R,)."""
+    def gather(
+        self, rows: np.ndarray, multiple: int = 1, wanted: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows side by side, (R, longest, ...) with zeros behind their ends, longest >= 1; their lengths (R,).
+
+        Rows that are not `wanted`, (R,) bool, have no length; longest is a multiple of `multiple`.
+        """
         first = self.start[rows]
         lengths = self.start[rows + 1] - first
-        steps = np.arange(max(1, lengths.max()))
+        if wanted is not None:
+            lengths *= wanted
+        steps = np.arange(multiple * max(1, -(-lengths.max() // multiple)))
         inside = steps < lengths[:, None]
         gathered = self.values[(first[:, None] + steps) * inside]
         gathered[~inside] = 0

@@ -1,8 +1,10 @@
 """What a run has learned, and how fast its step is: numbers, pictures and the closing table."""
 
+import copy
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,12 +15,14 @@ from rich.table import Table
 from torch import Tensor
 
 import mmfast
-from mmfast.models import MODALITIES, Multimodal
+from mmfast.models import MODALITIES, Multimodal, combine
+from mmfast.models.multimodal import spoken_rows
 from mmfast.models.text import within, written_bytes
 from mmfast.train import drawing
-from mmfast.train.data import MAX_BYTES, Dataset
+from mmfast.train.data import MAX_BYTES, Dataset, first_spoken
 from mmfast.train.settings import Settings
 from mmfast.train.step import PlainHinge, Step
+from mmfast.train.strip import Strip
 
 if TYPE_CHECKING:
     from mmfast.train.loop import Run
@@ -86,6 +90,47 @@ def mean_picture(dataset: Dataset, most: int = 1024) -> Tensor:
     return dataset.images[::stride].float().mean(0)
 
 
+@torch.no_grad()
+def recall(
+    model: Multimodal, dataset: Dataset, settings: Settings, most: int = 1000, rivals: int = 100
+) -> dict[str, float]:
+    """R@1: how often a picture drawn from a held-out caption is nearest to its own true one among `rivals` pictures.
+
+    Nearest by the cosine of 16 x 16 RGB (or less, of smaller pictures) from which the data's mean picture is taken; the
+    others are drawn at random. text, speech, image, all: what the generator is given; shuffled: the text of another
+    caption, a control; chance. The captions are new names of pictures that were trained on.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    captions = kept_out(dataset)
+    captions = captions[torch.randperm(len(captions), generator=generator)[:most]]
+    small = _thumbnails(dataset.images.float())
+    mean = small.mean(0)
+    known = torch.nn.functional.normalize(small - mean, dim=1)
+    others = torch.rand(len(captions), len(known), generator=generator)
+    own = dataset.picture_of[captions]
+    gallery = others.scatter(1, own[:, None], 2.0).topk(min(rivals, len(known)), 1).indices  # the own one first
+    means = Means()
+    for rows in torch.arange(len(captions)).split(settings.batch):
+        batch = dataset.batch(captions[rows])
+        codes, present = model.encode(batch)
+        noise = torch.randn(len(rows), settings.noise_size, generator=generator)
+        spoken = present[:, 2]
+        given = {name: codes[:, i] for i, name in enumerate(MODALITIES)}
+        given |= {"all": combine(codes, present), "shuffled": codes.roll(1, 0)[:, 1]}
+        for name, code in given.items():
+            drawn = _thumbnails(levels(model.generator(noise, code))) - mean
+            scores = torch.einsum("bd,bkd->bk", drawn, known[gallery[rows]])
+            hits = scores[:, 0] > scores[:, 1:].amax(1)
+            means.add(name, hits[spoken] if name == "speech" else hits)
+    return {name: means[name] for name in (*MODALITIES, "all", "shuffled")} | {"chance": 1 / gallery.shape[1]}
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    """(N, 3, S, S) to (N, 3 * 16 * 16), or fewer where S is smaller."""
+    side = min(16, images.shape[-1])
+    return torch.nn.functional.adaptive_avg_pool2d(images, side).flatten(1)
+
+
 class Speed(NamedTuple):
     """Two training steps side by side, from equal weights on equal batches."""
 
@@ -101,18 +146,20 @@ def compare_speed(
     """Trains plain PyTorch and mmfast side by side for `steps` steps after two to warm up, taking turns at going first.
 
     `state`: of Step.state_dict, which both start from; `captions`: (at least (steps + 2) * batch,) int64. Both see the
-    same batches and noise, so their losses differ by rounding alone. The global random state is left as it was.
+    same batches and noise, and before each step plain PyTorch is given mmfast's weights: so each step's losses differ
+    by that step's rounding alone, which GAN training would soon magnify. The global random state is left as it was.
     """
+    settings = replace(settings, device="cpu", amp=None, compile=False, fsdp=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         plain = Step(settings, torch.nn, PlainHinge())
         fast = Step(settings, mmfast.nn, mmfast.nn.AdversarialLoss("hinge"))
-        plain.load_state_dict(state)
-        fast.load_state_dict(state)
+        fast.load_state_dict({**state, "scaler": {}})
         times: dict[Step, list[float]] = {plain: [], fast: []}
         largest = 0.0
         for i, rows in enumerate(captions[: (steps + 2) * settings.batch].split(settings.batch)):
-            batch = dataset.batch(rows)
+            plain.load_state_dict(fast.state_dict())
+            batch = dataset.batch(rows, first_spoken(dataset.has_speech[rows], settings.spoken))
             noise = torch.randn(len(rows), settings.noise_size)
             wanted = torch.rand(len(rows), 3) < 0.5
             losses = {}
@@ -123,6 +170,56 @@ def compare_speed(
             # The last is no loss but the norm of the gradient.
             largest = max(largest, float((losses[plain] - losses[fast])[:-1].abs().max()))
     return Speed(median(times[plain][2:]), median(times[fast][2:]), largest, steps)
+
+
+def compare_parts(settings: Settings, dataset: Dataset, captions: Tensor, rounds: int = 5) -> dict[str, list[float]]:
+    """[plain PyTorch, mmfast]: the least ms, forward and backward, of each part of a step, taking turns."""
+    settings = replace(settings, device="cpu", amp=None, compile=False, fsdp=False)
+    batch = dataset.batch(captions, first_spoken(dataset.has_speech[captions], settings.spoken))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        sides = [
+            _part_calls(Step(settings, nn, loss), batch)
+            for nn, loss in ((torch.nn, PlainHinge()), (mmfast.nn, mmfast.nn.AdversarialLoss("hinge")))
+        ]
+    least = {name: [float("inf"), float("inf")] for name in sides[0]}
+    for _ in range(rounds):
+        for name in least:
+            for i, calls in enumerate(sides):
+                began = time.perf_counter()
+                calls[name]()
+                least[name][i] = min(least[name][i], 1000 * (time.perf_counter() - began))
+    return least
+
+
+def _part_calls(step: Step, batch: Any) -> dict[str, Callable[[], None]]:
+    """For each part of a step a function that runs it forward and backward."""
+    model, settings = step.model, step.settings
+    size = len(batch.images)
+    codes = torch.randn(size, settings.code_size, requires_grad=True)
+    noise = torch.randn(size, settings.noise_size)
+    real, fake = torch.randn(2, size, requires_grad=True).unbind()
+
+    def decode() -> list[Tensor]:
+        rows = spoken_rows(batch.speech_lengths)
+        text = model.decode_text(codes, batch.text, batch.text_lengths)
+        return [model.decode_image(codes), text, model.decode_speech(codes[rows], batch.speech.shape[1])]
+
+    def judge() -> list[Tensor]:
+        return [step.discriminator(torch.cat([batch.images, batch.images]), torch.cat([codes, codes]))]
+
+    makes: dict[str, Callable[[], list[Tensor]]] = {
+        "encoders": lambda: [model.encode(batch)[0]],
+        "decoders": decode,
+        "generator": lambda: [model.generator(noise, codes)],
+        "discriminator": judge,
+        "loss": lambda: [step.adversarial.discriminator(real, fake) + step.adversarial.generator(fake)],
+    }
+
+    def both_ways(make: Callable[[], list[Tensor]]) -> Callable[[], None]:
+        return lambda: torch.autograd.backward(made := make(), [torch.ones_like(x) for x in made])
+
+    return {name: both_ways(make) for name, make in makes.items()}
 
 
 @torch.no_grad()
@@ -202,16 +299,27 @@ def section(title: str, headings: list[str], texts: list[str], columns: Sequence
     return drawing.Section(title, headings, entries)
 
 
-def report(run: "Run") -> None:
-    """Draws the pictures, measures errors and speed, and prints the closing table."""
-    settings, folder, model = run.settings, run.folder, run.step.averaged
+def report(run: "Run", model: Multimodal, state: dict[str, Any]) -> None:
+    """Draws the pictures, measures errors and speed, and prints the closing table.
+
+    `model`: the averaged one, in eval mode; `state`: of Step.state_dict. Both whole, not sharded.
+    """
+    settings, folder, dataset = run.settings, run.folder, run.dataset
+    model = copy.deepcopy(model).cpu()
     drawing.draw_curves(folder / "curves.png", folder / "metrics.csv")
-    draw_samples(model, run.dataset, settings, folder / "samples.png")
-    errors = held_out_errors(model, run.dataset, settings)
-    captions = torch.cat([run.captions.at(run.step.done + i) for i in range(22)])
-    speed = compare_speed(settings, run.dataset, run.step.state_dict(), captions)
+    draw_samples(model, dataset, settings, folder / "samples.png")
+    written = ["samples.png", "curves.png", "speed.png"]
+    if run.strip.frames:
+        draw_strip(run.strip, dataset, folder / "strip.png")
+        written.append("strip.png")
     console = Console()
-    console.print(error_table(errors))
+    console.print(error_table(held_out_errors(model, dataset, settings)))
+    console.print(recall_table(recall(model, dataset, settings)))
+    captions = torch.cat([run.captions.at(run.step.done + i) for i in range(22)])
+    speed = compare_speed(settings, dataset, state, captions)
+    parts = compare_parts(settings, dataset, captions[: settings.batch]) | {"whole step": [speed.plain, speed.mmfast]}
+    drawing.draw_ratios(folder / "speed.png", parts)
+    console.print(parts_table(parts))
     trained = run.step.done * settings.batch / run.seconds
     console.print(
         f"{run.step.done} steps in {run.seconds / 60:.1f} minutes: {trained:.0f} images/s\n"
@@ -220,11 +328,40 @@ def report(run: "Run") -> None:
         f"largest difference between their losses over {speed.steps} steps: {speed.difference:.1e}",
         highlight=False,
     )
-    for line in run.dataset.attribution:
+    for line in dataset.attribution:
         console.print(line, highlight=False, markup=False)
-    for name in ("samples.png", "curves.png"):
+    for name in written:
         print(folder / name)
     print(f'draw your own: mmfast sample {folder} "red heart"')
+
+
+def draw_strip(strip: Strip, dataset: Dataset, path: Path) -> None:
+    """The strip of samples over time: a row for each caption, a column for each step drawn, the true picture last."""
+    true = dataset.batch(strip.captions).images
+    columns = [frames.float() / 127.5 - 1 for frames in strip.frames]
+    headings = [*(str(step) for step in strip.steps), "true"]
+    texts = [dataset.texts[i] for i in strip.captions]
+    drawing.draw_sections(path, [section("drawn after so many steps", headings, texts, [*columns, true])], columns=1)
+
+
+def recall_table(found: dict[str, float]) -> Table:
+    """`recall` as it is printed."""
+    table = Table("picture drawn from a held-out caption", "R@1", title_justify="left")
+    for name in MODALITIES:
+        table.add_row(f"its {name}", f"{found[name]:.3f}")
+    table.add_row("all together", f"{found['all']:.3f}")
+    table.add_row("another caption's text (control)", f"{found['shuffled']:.3f}")
+    table.add_row("chance", f"{found['chance']:.3f}")
+    table.caption = "nearest to its own true picture among random ones; new names of known pictures"
+    return table
+
+
+def parts_table(parts: dict[str, list[float]]) -> Table:
+    """The times of `compare_parts` and the whole step as they are printed."""
+    table = Table("forward and backward, ms", "plain PyTorch", "mmfast", "ratio", title_justify="left")
+    for name, (plain, fast) in parts.items():
+        table.add_row(name, f"{plain:.1f}", f"{fast:.1f}", f"{plain / fast:.2f}")
+    return table
 
 
 def error_table(errors: Means) -> Table:

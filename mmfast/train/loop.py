@@ -17,9 +17,11 @@ from torch import Tensor
 import mmfast
 from mmfast.train import UserError, checkpoint, data
 from mmfast.train.checkpoint import file_errors, write_bytes
+from mmfast.train.processes import ALONE, Processes, started
 from mmfast.train.progress import Progress
 from mmfast.train.settings import Settings, read_config, write_config
 from mmfast.train.step import LOSSES, Step
+from mmfast.train.strip import Strip
 
 FLUSH_EVERY = 10  # steps between looks at the losses
 
@@ -55,22 +57,30 @@ class Captions:
         return self._order
 
 
-def draw(settings: Settings, rows: int) -> tuple[Tensor, Tensor]:
+def draw(settings: Settings, rows: int, step: int) -> tuple[Tensor, Tensor]:
     """Noise (rows, noise_size), and which of image, text and speech the generator may see: (rows, 3) bool.
 
-    Drawn from torch's global generator. Mostly words or speech alone, for that is what it is asked for later.
+    A pure function of seed and step, like Captions. Mostly words or speech alone, for that is what it is asked for
+    later.
     """
-    noise = torch.randn(rows, settings.noise_size)
-    wanted = torch.rand(rows, 3) < torch.tensor([0.15, 0.6, 0.5])
+    generator = torch.Generator().manual_seed(((settings.seed << 32) + step) % 2**63)
+    noise = torch.randn(rows, settings.noise_size, generator=generator)
+    wanted = torch.rand(rows, 3, generator=generator) < torch.tensor([0.15, 0.6, 0.5])
     return noise, wanted
 
 
 class Metrics:
-    """metrics.csv: a row of LOSSES for each step, and no wall-clock number, so that equal runs have equal files."""
+    """metrics.csv: a row of LOSSES for each step, and no wall-clock number, so that equal runs have equal files.
 
-    def __init__(self, run: Path, step: int) -> None:
-        self.path = run / "metrics.csv"
+    `run`: None where nothing is to be written. `writer`: a tensorboard SummaryWriter that is given the same, or None.
+    """
+
+    def __init__(self, run: Path | None, step: int, writer: Any = None) -> None:
+        self.path = run and run / "metrics.csv"
+        self.writer = writer
         self.pending: list[tuple[int, Tensor]] = []
+        if self.path is None:
+            return
         header = ",".join(("step", *LOSSES)) + "\n"
         kept = header
         if step:
@@ -89,36 +99,68 @@ class Metrics:
         steps = [step for step, _ in self.pending]
         rows = torch.stack([losses for _, losses in self.pending]).tolist()
         self.pending.clear()
-        lines = [f"{step},{','.join(f'{x:.6g}' for x in row)}\n" for step, row in zip(steps, rows, strict=True)]
-        with file_errors(self.path), open(self.path, "a") as file:
-            file.writelines(lines)
+        self._write(steps, rows)
         for step, row in zip(steps, rows, strict=True):
             bad = [name for name, x in zip(LOSSES, row, strict=True) if x - x != 0]
             if bad:
                 raise FloatingPointError(f"{' and '.join(bad)} of step {step}")
         return {name: sum(column) / len(rows) for name, column in zip(LOSSES, zip(*rows, strict=True), strict=True)}
 
+    def _write(self, steps: list[int], rows: list[list[float]]) -> None:
+        lines = [f"{step},{','.join(f'{x:.6g}' for x in row)}\n" for step, row in zip(steps, rows, strict=True)]
+        if self.path is not None:
+            with file_errors(self.path), open(self.path, "a") as file:
+                file.writelines(lines)
+        if self.writer is None:
+            return
+        for step, row in zip(steps, rows, strict=True):
+            for name, x in zip(LOSSES, row, strict=True):
+                self.writer.add_scalar(f"loss/{name}", x, step)
+
+
+def summary_writer(settings: Settings, run: Path, step: int) -> Any:
+    """The SummaryWriter that --log asks for, in the run's folder, or None. What it held behind `step` is hidden."""
+    if settings.log is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    with file_errors(run):
+        return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
 
 class Run:
-    """A training run in its folder."""
+    """A training run in its folder, or one process's part of it."""
 
-    def __init__(self, folder: Path, settings: Settings, dataset: data.Dataset) -> None:
+    def __init__(self, folder: Path, settings: Settings, dataset: data.Dataset, processes: Processes = ALONE) -> None:
         self.folder = folder
         self.settings = settings
         self.dataset = dataset
+        self.processes = processes
         self.captions = Captions(dataset.train, settings.batch, settings.seed)
         self.seconds = 0.0  # trained so far, in all sittings
+        self.strip = Strip(settings, dataset)
         torch.manual_seed(settings.seed)
-        self.step = new_step(settings)
+        self.step = new_step(settings, processes)
+        if processes.rank:
+            # From here on only what a model draws itself comes from this generator, and that is each process's own.
+            torch.manual_seed(settings.seed + processes.rank)
 
     def load(self) -> None:
-        """Goes back to the last checkpoint."""
-        state = checkpoint.load(self.folder)
-        if state["fingerprint"] != self.dataset.fingerprint:
-            raise UserError(f"{self.folder} was trained on other data than this: give it the same data, or train anew")
+        """Goes back to the last checkpoint, which only the first process reads."""
+        state: Any = None
+        with self.processes.together():
+            if self.processes.first:
+                state = checkpoint.load(self.folder)
+                if state["fingerprint"] != self.dataset.fingerprint:
+                    raise UserError(
+                        f"{self.folder} was trained on other data than this: give it the same data, or train anew"
+                    )
+        state = self.processes.from_first(state)
         self.step.load_state_dict(state["training"])
         self.seconds = state["seconds"]
-        checkpoint.restore_random_state(state["random"])
+        self.strip.load_state_dict(state["strip"])
+        if self.processes.rank < len(state["random"]):
+            checkpoint.restore_random_state(state["random"][self.processes.rank])
 
     def save(self) -> None:
         """Replaces the checkpoint, unless a weight is not finite (FloatingPointError)."""
@@ -128,9 +170,12 @@ class Run:
             "fingerprint": self.dataset.fingerprint,
             "seconds": self.seconds,
             "training": self.step.state_dict(),
-            "random": checkpoint.random_state(),
+            "strip": self.strip.state_dict(),
+            "random": self.processes.every(checkpoint.random_state()),
         }
-        checkpoint.save(self.folder, state)
+        with self.processes.together():
+            if self.processes.first:
+                checkpoint.save(self.folder, state)
 
     def finished(self) -> bool:
         """Whether the steps or the minutes asked for are done."""
@@ -145,32 +190,53 @@ class Run:
         return min(1.0, max(by_steps, by_time))
 
     def train(self) -> bool:
-        """Steps until the limit; False where Ctrl-C or SIGTERM came first. Saves first, on the way and last."""
-        metrics = Metrics(self.folder, self.step.done)
+        """Steps until the limit; False where Ctrl-C or SIGTERM came first. Saves first, on the way and last.
+
+        Every process stops after the same step, whichever was told to, and only the first writes and shows.
+        """
         if not self.step.done:
             self.save()
-        began, before, first = time.monotonic(), self.seconds, self.step.done
-        with stop_signals() as stopped, Progress() as progress:
-            try:
-                while not self.finished() and not stopped:
-                    metrics.add(self.step.done + 1, self._once())
-                    self.seconds = before + time.monotonic() - began
-                    if self.step.done % FLUSH_EVERY == 0:
-                        speed = (self.step.done - first) * self.settings.batch / (self.seconds - before)
-                        progress.show(self.fraction(), self.step.done, metrics.flush(), speed)
-                    if self.step.done % self.settings.save_every == 0:
-                        metrics.flush()
-                        self.save()
-                metrics.flush()
-                self.save()
-            except FloatingPointError as error:
-                raise self._diverged(error) from None
-        return self.finished()
+        try:
+            with stop_signals() as stopped:
+                return self._steps(stopped)
+        except FloatingPointError as error:
+            raise self._diverged(error) from None
+
+    def _steps(self, stopped: list[int]) -> bool:
+        first = self.processes.first
+        writer = summary_writer(self.settings, self.folder, self.step.done) if first else None
+        metrics = Metrics(self.folder if first else None, self.step.done, writer)
+        began, before, done = time.monotonic(), self.seconds, self.step.done
+        with contextlib.closing(writer) if writer else contextlib.nullcontext(), Progress(shown=first) as progress:
+            while True:
+                told, over = self.processes.any([bool(stopped), self.finished()], self.step.device)
+                if told or over:
+                    break
+                metrics.add(self.step.done + 1, self._once())
+                self.seconds = before + time.monotonic() - began
+                if self.step.done % FLUSH_EVERY == 0:
+                    speed = (self.step.done - done) * self.settings.batch / (self.seconds - before)
+                    with self.processes.together():
+                        losses = metrics.flush()
+                    progress.show(self.fraction(), self.step.done, losses, speed)
+                if Strip.due(self.step.done):
+                    self.strip.draw(self.step.done, self.step.drawing_model())
+                if self.step.done % self.settings.save_every == 0:
+                    metrics.flush()
+                    self.save()
+            metrics.flush()
+            self.save()
+        return over
 
     def _once(self) -> Tensor:
-        captions = self.captions.at(self.step.done)
-        noise, wanted = draw(self.settings, len(captions))
-        return self.step(self.dataset.batch(captions), self.dataset.picture_of[captions], noise, wanted)
+        done, share = self.step.done, self.processes.share
+        captions = self.captions.at(done)
+        noise, wanted = draw(self.settings, len(captions), done)
+        heard = data.first_spoken(self.dataset.has_speech[captions], self.settings.spoken)
+        rows = share(captions)
+        # The joined batch, for its padding takes part in the speech decoder's batch statistics.
+        batch = self.dataset.batch(captions, heard, multiple=16 if self.settings.compile else 1).rows(share)
+        return self.step(batch, self.dataset.picture_of[rows], share(noise), share(wanted))
 
     def _diverged(self, error: FloatingPointError) -> UserError:
         kept = checkpoint.load(self.folder)["training"]["step"]
@@ -203,45 +269,57 @@ def stop_signals() -> Iterator[list[int]]:
 def start(settings: Settings, out: Path | None) -> None:
     """A new run: checks everything cheap first, then prepares the data, trains and reports."""
     settings = replace(settings, mels=data.MELS).check()
-    check_packages()
-    with new_folder(out) as folder, chosen_backend(settings):
-        dataset = prepare(settings)
-        run = Run(folder, settings, dataset)
-        write_config(folder, settings, facts(dataset))
-        carry_out(run)
+    check_packages(settings)
+    with started(torch.device(settings.device)) as processes:
+        settings.check_shares(processes.count)
+        with new_folder(out, processes) as folder, chosen_backend(settings):
+            dataset = prepare(settings)
+            run = Run(folder, settings, dataset, processes)
+            if processes.first:
+                write_config(folder, settings, facts(dataset))
+            carry_out(run)
 
 
 def resume(folder: Path, *, steps: int | None, minutes: float | None, backend: str | None) -> None:
-    """Goes on with a run as if it had never stopped; `steps` and `minutes`, from its start, replace its limits."""
+    """Goes on with a run as if it had never stopped; `steps` and `minutes`, from its start, replace its limits.
+
+    It may go on in another number of processes.
+    """
     settings, config = read_config(folder)
     if steps is not None or minutes is not None:
         settings = replace(settings, steps=steps, minutes=minutes)
     settings = replace(settings, backend=backend or settings.backend).check()
-    check_packages()
+    check_packages(settings)
     check_writable(folder)
-    with chosen_backend(settings):
-        run = Run(folder, settings, prepare(settings))
+    with started(torch.device(settings.device)) as processes, chosen_backend(settings):
+        settings.check_shares(processes.count)
+        run = Run(folder, settings, prepare(settings), processes)
         run.load()
-        if run.finished():
-            print(f"{folder} has done what it was asked for; --steps or --minutes, from its start, let it go on")
-        if config["threads"] != torch.get_num_threads():
-            print(f"begun on {config['threads']} threads, goes on with {torch.get_num_threads()}: rounding will differ")
-        write_config(folder, settings, {key: config[key] for key in ("data", "threads")})
+        if processes.first:
+            if run.finished():
+                print(f"{folder} has done what it was asked for; --steps or --minutes, from its start, let it go on")
+            if config["threads"] != torch.get_num_threads():
+                threads = torch.get_num_threads()
+                print(f"begun on {config['threads']} threads, goes on with {threads}: rounding will differ")
+            write_config(folder, settings, {key: config[key] for key in ("data", "threads")})
         carry_out(run)
 
 
 def carry_out(run: Run) -> None:
     from mmfast.train.evaluate import report
 
-    settings = run.settings
+    settings, first = run.settings, run.processes.first
     limits = [f"{settings.steps} steps"] if settings.steps else []
     limits += [f"{settings.minutes:g} minutes"] if settings.minutes else []
-    if not run.finished():
+    if not run.finished() and first:
         print(f"training in {run.folder} from step {run.step.done} to {' or '.join(limits)}", flush=True)
     if not run.train():
-        print(f"stopped at step {run.step.done}; go on with: mmfast train --resume {run.folder}")
+        if first:
+            print(f"stopped at step {run.step.done}; go on with: mmfast train --resume {run.folder}")
         raise SystemExit(130)
-    report(run)
+    model, state = run.step.drawing_model(), run.step.state_dict()
+    if first:
+        report(run, model, state)
 
 
 def facts(dataset: data.Dataset) -> dict[str, Any]:
@@ -262,8 +340,8 @@ def prepare(settings: Settings) -> data.Dataset:
     return data.prepare(folder, size=settings.size, source=source)
 
 
-def check_packages() -> None:
-    """UserError where a package of the [train] extra that every run needs is missing."""
+def check_packages(settings: Settings | None = None) -> None:
+    """UserError where a package of the [train] extra that every run needs is missing, or one that --log needs."""
     from importlib.util import find_spec
 
     missing = [name for name in ("matplotlib", "PIL", "scipy") if find_spec(name) is None]
@@ -271,6 +349,8 @@ def check_packages() -> None:
         raise UserError(
             f'training needs packages that are not installed ({", ".join(missing)}): pip install "mmfast[train]"'
         )
+    if settings is not None and settings.log == "tensorboard" and find_spec("tensorboard") is None:
+        raise UserError("--log tensorboard needs a package that is not installed: pip install tensorboard")
 
 
 @contextlib.contextmanager
@@ -299,12 +379,12 @@ def try_step(settings: Settings) -> None:
         speech=torch.randn(2, 5, settings.mels),
         speech_lengths=lengths,
     )
-    new_step(settings)(batch, torch.arange(2), *draw(settings, 2))
+    new_step(replace(settings, fsdp=False, compile=False))(batch, torch.arange(2), *draw(settings, 2, 0))
 
 
-def new_step(settings: Settings) -> Step:
+def new_step(settings: Settings, processes: Processes = ALONE) -> Step:
     """The training step of mmfast's layers and loss, with new weights."""
-    return Step(settings, mmfast.nn, mmfast.nn.AdversarialLoss("hinge"))
+    return Step(settings, mmfast.nn, mmfast.nn.AdversarialLoss("hinge"), processes)
 
 
 def check_writable(folder: Path) -> None:
@@ -321,16 +401,24 @@ def unused_name(parent: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path | None) -> Iterator[Path]:
-    """A new, empty, writable folder; taken away again where nothing was written into it."""
-    folder = out or unused_name(Path("runs"))
+def new_folder(out: Path | None, processes: Processes = ALONE) -> Iterator[Path]:
+    """A new, empty, writable folder, made by the first process; taken away again where nothing was written into it."""
+    folder = processes.from_first(out or unused_name(Path("runs")))
+    if not processes.first:
+        with processes.together():
+            pass
+        yield folder
+        return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with file_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                raise UserError(f"{folder} is not empty: name a new folder with --out, or go on with --resume {folder}")
-        check_writable(folder)
+        with processes.together():
+            with file_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                if any(folder.iterdir()):
+                    raise UserError(
+                        f"{folder} is not empty: name a new folder with --out, or go on with --resume {folder}"
+                    )
+            check_writable(folder)
         yield folder
     finally:
         for path in made:

@@ -24,13 +24,14 @@ class _Bar(RichProgress):
 
 
 class Progress:
-    """A context in which `show` tells how far the training is."""
+    """A context in which `show` tells how far the training is, if `shown`."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
         console = Console()
+        self.shown = shown
         self.said = float("-inf")
         self.bar: _Bar | None = None
-        if console.is_terminal:
+        if shown and console.is_terminal:
             self.bar = _Bar(
                 BarColumn(), "{task.percentage:3.0f} %", "{task.description}", TimeElapsedColumn(), console=console
             )
@@ -49,6 +50,8 @@ class Progress:
 
     def show(self, fraction: float, step: int, losses: dict[str, float], speed: float) -> None:
         """`fraction` of the run done, the step, the mean losses of late, the speed in images a second."""
+        if not self.shown:
+            return
         values = " ".join(f"{name} {losses[name]:.2f}" for name in SHOWN)
         pace = f"step {step}  {speed:.0f} images/s"
         if self.bar is not None:

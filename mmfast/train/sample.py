@@ -8,14 +8,18 @@ from mmfast.models import Multimodal, combine
 from mmfast.train import UserError, checkpoint, data, drawing
 from mmfast.train.loop import check_packages
 from mmfast.train.settings import read_config
+from mmfast.train.step import build
 
 DRAWN = 8
 
 
 @torch.no_grad()
-def sample(run: Path, text: str | None, audio: Path | None, image: Path | None, out: Path) -> None:
+def sample(
+    run: Path, text: str | None, audio: Path | None, image: Path | None, out: Path, to: str | None = None
+) -> None:
     """Draws DRAWN pictures with different noise from the mean code of what is given, and writes them to `out` (PNG).
 
+    `to`: another text; the pictures then lead to it from what is given, in equal steps of the code, with one noise.
     UserError where nothing is given, or something cannot be read.
     """
     if text is None and audio is None and image is None:
@@ -31,14 +35,21 @@ def sample(run: Path, text: str | None, audio: Path | None, image: Path | None, 
         "speech": data.read_wav(audio)[None] if audio is not None else None,
         "image": data.read_image(image, settings.size)[None] if image is not None else None,
     }
-    model = Multimodal(settings.size, settings.mels, settings.code_size, settings.noise_size).eval()
+    end = data.text_tensor(to)[None] if to is not None else None
+    model = build(settings, torch.nn)[0].eval()
     model.load_state_dict(checkpoint.load(run)["training"]["averaged"])
     codes = torch.stack(_codes(model, **inputs), 1)
     condition = combine(codes, torch.ones(codes.shape[:2], dtype=torch.bool))
     noise = torch.randn(DRAWN, settings.noise_size, generator=torch.Generator().manual_seed(settings.seed))
-    drawn = list(model.generator(noise, condition.expand(DRAWN, -1)))
+    condition = condition.expand(DRAWN, -1)
+    if end is not None:
+        way = torch.linspace(0, 1, DRAWN)[:, None]
+        condition = torch.lerp(condition, _codes(model, end, None, None)[0].expand(DRAWN, -1), way)
+        noise = noise[:1].expand(DRAWN, -1)
+    drawn = list(model.generator(noise, condition))
     given = [f'"{text}"'] if text is not None else []
     given += [path.name for path in (audio, image) if path is not None]
+    given += [f'to "{to}"'] if to is not None else []
     headings = ["drawn"] + [""] * (DRAWN - 1)
     if inputs["image"] is not None:
         drawn.insert(0, inputs["image"][0])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import mmfast
 from mmfast.train import UserError
 
-FORMAT = 1  # of a run folder; raised when an older one can no longer be read
+ARTICLE_SIZE = 28
+FORMAT = 2  # of a run folder; raised when an older one can no longer be read
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,14 @@ class Settings:
     data: str | None = None  # the user's own folder of pictures
     cache: str | None = None  # where prepared data is kept
     backend: str | None = None
+    device: str = "cpu"
+    amp: str | None = None  # bf16 or fp16
+    compile: bool = False
+    fsdp: bool = False
+    preset: str = "default"  # or article
+    log: str | None = None  # or tensorboard
     save_every: int = 200
+    spoken: int = 16  # at most so many captions of a step are heard, too
     mels: int = 40
     code_size: int = 128
     noise_size: int = 32
@@ -42,7 +51,10 @@ class Settings:
 
     def check(self) -> "Settings":
         """The same settings, or UserError where a number cannot be."""
-        if self.size < 8 or self.size & (self.size - 1):
+        if self.preset == "article":
+            if self.size != ARTICLE_SIZE:
+                raise UserError(f"--preset article has pictures of side {ARTICLE_SIZE}: leave out --size")
+        elif self.size < 8 or self.size & (self.size - 1):
             raise UserError(f"--size {self.size} is no power of two of at least 8: take 8, 16, 32, 64 or 128")
         for name, least in (("batch", 2), ("steps", 1), ("save_every", 1), ("seed", 0)):
             value = getattr(self, name)
@@ -50,7 +62,36 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} {value} is too small: take at least {least}")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
             raise UserError(f"--minutes {self.minutes:g} is no time to train for: take a number above 0")
+        for name, known in (("amp", ("bf16", "fp16")), ("preset", ("default", "article")), ("log", ("tensorboard",))):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise UserError(f"--{name} {value} is not known: take {' or '.join(known)}")
+        self._check_device()
         return self
+
+    def _check_device(self) -> None:
+        import torch
+
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError:
+            kind = ""
+        if kind not in ("cpu", "cuda"):
+            raise UserError(f"--device {self.device} is not known: take cpu or cuda")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device {self.device}: PyTorch sees no CUDA device here; take --device cpu")
+        if self.fsdp and "RANK" not in os.environ:
+            raise UserError("--fsdp shares the weights among processes: start it with torchrun -m mmfast train")
+        if self.fsdp and self.amp == "fp16":
+            raise UserError("--fsdp has no gradient scaler for --amp fp16: take --amp bf16")
+
+    def check_shares(self, processes: int) -> None:
+        """UserError unless every process gets equally many captions of a step, at least 2."""
+        if self.batch % processes or self.batch < 2 * processes:
+            raise UserError(
+                f"--batch {self.batch} cannot be shared among {processes} processes: take a multiple of {processes}, "
+                f"at least {2 * processes}"
+            )
 
 
 def write_config(run: Path, settings: Settings, facts: dict[str, Any]) -> None:

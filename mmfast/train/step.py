@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.models import ConditionalDiscriminator, Multimodal, Output
+from mmfast.models import ArticleDiscriminator, ArticleModel, ConditionalDiscriminator, Multimodal, Output
 from mmfast.models.text import within, written_bytes
+from mmfast.train.processes import ALONE, Processes, load_optimizer, load_weights, shard, spread, whole, whole_tree
 from mmfast.train.settings import Settings
 
 LOSSES = ("image", "text", "speech", "alignment", "picture", "generator", "discriminator", "gradient")
@@ -32,67 +33,87 @@ def image_loss(made: Tensor, true: Tensor) -> Tensor:
     return functional.l1_loss(made, true) + functional.mse_loss(made, true)
 
 
-def text_loss(logits: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
+def text_loss(logits: Tensor, text: Tensor, lengths: Tensor, processes: Processes = ALONE) -> Tensor:
     """Nats per byte, ends counted. `logits`: (N, 256) of TextDecoder, `text`: (B, T), `lengths`: (B,)."""
-    return functional.cross_entropy(logits, written_bytes(text, lengths))
+    bytes = written_bytes(text, lengths)
+    return processes.portion(functional.cross_entropy(logits, bytes, reduction="sum"), logits.new_tensor(len(bytes)))
 
 
-def speech_loss(made: Tensor, true: Tensor, lengths: Tensor) -> Tensor:
+def speech_loss(made: Tensor, true: Tensor, lengths: Tensor, processes: Processes = ALONE) -> Tensor:
     """Mean absolute error over the frames inside the lengths; 0 without any. `made`, `true`: (R, F, mels)."""
-    if not len(made):
-        return made.sum()
     inside = within(lengths.to(made.device), made.shape[1])
-    return functional.l1_loss(made[inside], true[inside])
+    summed = (made - true).abs().sum(2).masked_fill(~inside, 0).sum() / made.shape[2]
+    return processes.portion(summed, inside.sum().to(made.dtype))
 
 
-def alignment_loss(output: Output, pictures: Tensor, temperature: float = 0.1) -> Tensor:
+def alignment_loss(output: Output, pictures: Tensor, processes: Processes = ALONE, temperature: float = 0.1) -> Tensor:
     """Draws text and speech codes to the code of their own image, away from those of the batch's other pictures.
 
-    `pictures`: (B,) int64, which picture each row shows; rows of the same picture are no rivals.
-    Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding" (2018).
+    `pictures`: (B,) int64, which picture each row shows; rows of the same picture are no rivals, rows of other
+    processes are. Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding" (2018).
     """
     images, texts, speeches = functional.normalize(output.codes, dim=2).unbind(1)
-    total = _contrast(texts, images, pictures, pictures, temperature)
-    if len(output.spoken):
-        heard = pictures[output.spoken]
-        total = total + _contrast(speeches[output.spoken], images[output.spoken], heard, heard, temperature)
-    return total
+    heard = output.present[:, 2]
+    total = _contrast(texts, images, pictures, torch.ones_like(heard), processes, temperature)
+    return total + _contrast(speeches, images, pictures, heard, processes, temperature)
 
 
-def _contrast(a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, temperature: float) -> Tensor:
+def _contrast(
+    a: Tensor, b: Tensor, pictures: Tensor, there: Tensor, processes: Processes, temperature: float
+) -> Tensor:
     rows = torch.arange(len(a), device=a.device)
-    twins = (of_a[:, None] == of_b[None, :]).fill_diagonal_(False)
-    scores = (a @ b.T / temperature).masked_fill(twins, float("-inf"))
-    return (functional.cross_entropy(scores, rows) + functional.cross_entropy(scores.T, rows)) / 2
+    own = (len(a) * processes.rank + rows)[:, None]
+    twins = pictures[:, None] == processes.gathered(pictures)[None, :]
+    barred = (twins | ~processes.gathered(there)[None, :]).scatter(1, own, False)
+    losses = torch.zeros_like(a[:, 0])
+    for queries, keys in ((a, b), (b, a)):
+        scores = (queries @ processes.gathered(keys).T / temperature).masked_fill(barred, float("-inf"))
+        losses = losses + functional.cross_entropy(scores, own[:, 0], reduction="none") / 2
+    return processes.portion((losses * there).sum(), there.sum().to(losses.dtype))
 
 
 class Step:
     """Model, discriminator, their optimizers and the averaged weights; a call is one training step.
 
     `nn`: the namespace of all layers; `adversarial`: an object with .discriminator(real, fake) and .generator(fake).
+    `processes`: that train together, each with its rows of the batch.
     """
 
-    def __init__(self, settings: Settings, nn: Any, adversarial: Any) -> None:
+    def __init__(self, settings: Settings, nn: Any, adversarial: Any, processes: Processes = ALONE) -> None:
         self.settings = settings
         self.adversarial = adversarial
-        self.model = Multimodal(settings.size, settings.mels, settings.code_size, settings.noise_size, nn=nn)
-        self.discriminator = ConditionalDiscriminator(settings.code_size, settings.size, nn=nn)
+        self.processes = processes
+        self.device = torch.device(settings.device)
+        self.model, self.discriminator = (net.to(self.device) for net in build(settings, nn))
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        if settings.compile:
+            compile_parts(self.model, self.discriminator)
+        if settings.fsdp:
+            shard(self.averaged, processes)
+        share = shard if settings.fsdp else spread
+        self._forward, self._judge = share(self.model, processes), share(self.discriminator, processes)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=settings.learning_rate, betas=(0.5, 0.99), fused=True
         )
         self.discriminator_optimizer = torch.optim.Adam(
             self.discriminator.parameters(), lr=settings.discriminator_rate, betas=(0.5, 0.99), fused=True
         )
+        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp or "")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
         self.done = 0
 
     def __call__(self, batch: Any, pictures: Tensor, noise: Tensor, wanted: Tensor) -> Tensor:
-        """Updates all weights once. Returns the LOSSES, detached: (8,) float32.
+        """Updates all weights once. Returns the LOSSES of the joined batch, detached: (8,) float32.
 
-        `pictures`: (B,) int64, which picture each row shows; `noise`, `wanted`: see Multimodal.forward.
+        `pictures`: (B,) int64, which picture each row shows; `noise`, `wanted`: see Multimodal.forward. All are of
+        this process's rows.
         """
         self._set_rates()
-        output = self.model(batch, noise, wanted)
+        batch = batch.to(self.device)
+        pictures, noise, wanted = (x.to(self.device, non_blocking=True) for x in (pictures, noise, wanted))
+        with self._autocast():
+            output = self._forward(batch, noise, wanted)
+        output = Output(*(x.float() if x.dtype == self.half else x for x in output))
         condition = output.condition.detach()
         discriminator = self._train_discriminator(batch.images, output.picture.detach(), condition)
         losses = self._losses(output, batch, pictures)
@@ -107,38 +128,54 @@ class Step:
             + weights.adversarial_weight * losses["generator"]
         )
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        losses["gradient"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+        self.scaler.scale(total).backward()
+        losses["gradient"] = self._update_model()
         losses["discriminator"] = discriminator
-        self.optimizer.step()
         self.done += 1
         self._average()
-        return torch.stack([losses[name].detach() for name in LOSSES])
+        return self.processes.mean(torch.stack([losses[name].detach() for name in LOSSES]))
 
     def _losses(self, output: Output, batch: Any, pictures: Tensor) -> dict[str, Tensor]:
-        spoken = output.spoken
+        spoken, joined = output.spoken, self.processes
+        heard = batch.speech_lengths[spoken.cpu()]
         return {
             "image": image_loss(output.image, batch.images),
-            "text": text_loss(output.text, batch.text, batch.text_lengths),
-            "speech": speech_loss(output.speech, batch.speech[spoken], batch.speech_lengths[spoken]),
-            "alignment": alignment_loss(output, pictures),
+            "text": text_loss(output.text, batch.text, batch.text_lengths, joined),
+            "speech": speech_loss(output.speech, batch.speech[spoken], heard, joined),
+            "alignment": alignment_loss(output, pictures, joined),
             "picture": image_loss(output.picture, batch.images),
         }
 
     def _train_discriminator(self, real: Tensor, fake: Tensor, condition: Tensor) -> Tensor:
-        logits = self.discriminator(torch.cat([real, fake]), torch.cat([condition, condition]))
-        loss = self.adversarial.discriminator(*logits.chunk(2))
+        with self._autocast():
+            logits = self._judge(torch.cat([real, fake]), torch.cat([condition, condition]))
+        loss = self.adversarial.discriminator(*logits.to(real.dtype).chunk(2))
         self.discriminator_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.discriminator_optimizer.step()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.discriminator_optimizer)
         return loss
 
     def _generator_loss(self, fake: Tensor, condition: Tensor) -> Tensor:
         # Frozen, so that no gradient of the discriminator's weights is computed only to be thrown away.
         self.discriminator.requires_grad_(False)
-        loss = self.adversarial.generator(self.discriminator(fake, condition))
+        with self._autocast():
+            logits = self.discriminator(fake, condition)
         self.discriminator.requires_grad_(True)
-        return loss
+        return self.adversarial.generator(logits.to(fake.dtype))
+
+    def _update_model(self) -> Tensor:
+        """The optimizer's step on clipped gradients; returns their norm before."""
+        self.scaler.unscale_(self.optimizer)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0))
+        self.scaler.step(self.optimizer)
+        if self.scaler.is_enabled():
+            # The scaler tries factors until one is too large; that step is left out, and its norm says nothing.
+            norm = norm.nan_to_num(0, 0, 0)
+        self.scaler.update()
+        return norm
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.half, enabled=self.half is not None)
 
     def _set_rates(self) -> None:
         # A function of the step alone: a run that is stopped by the clock goes on as if it had never stopped.
@@ -154,29 +191,58 @@ class Step:
     @torch.no_grad()
     def _average(self) -> None:
         decay = min(self.settings.average, (1 + self.done) / (10 + self.done))
-        for mean, now in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
-            mean.lerp_(now, 1 - decay)
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
         for kept, latest in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
             kept.copy_(latest)
 
+    def drawing_model(self) -> Multimodal:
+        """The averaged model, whole in every process, in eval mode."""
+        if not self.settings.fsdp:
+            return self.averaged
+        model = build(self.settings, torch.nn)[0].to(self.device).requires_grad_(False).eval()
+        model.load_state_dict(whole_tree(self.averaged.state_dict()))
+        return model
+
     def state_dict(self) -> dict[str, Any]:
-        return {
+        """Everything, whole in every process: the same for any number of processes, sharded or not."""
+        state = {
             "step": self.done,
-            "model": self.model.state_dict(),
-            "averaged": self.averaged.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in ("model", "averaged", "discriminator")},
+            **{name: getattr(self, name).state_dict() for name in ("optimizer", "discriminator_optimizer")},
         }
+        return whole_tree(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.done = state["step"]
         # Copied, because an optimizer keeps the tensors it is given, and the next one would update the same.
         state = copy.deepcopy(state)
-        for name in ("model", "averaged", "discriminator", "optimizer", "discriminator_optimizer"):
-            getattr(self, name).load_state_dict(state[name])
+        self.scaler.load_state_dict(state["scaler"])
+        for name in ("model", "averaged", "discriminator"):
+            load_weights(getattr(self, name), state[name])
+        for name in ("optimizer", "discriminator_optimizer"):
+            load_optimizer(getattr(self, name), state[name])
 
     def is_finite(self) -> bool:
         """Whether every weight of model and discriminator is a finite number."""
         weights = [*self.model.parameters(), *self.discriminator.parameters()]
-        return bool(torch.stack([weight.detach().norm() for weight in weights]).isfinite().all())
+        return bool(torch.stack([whole(weight.detach().norm()) for weight in weights]).isfinite().all())
+
+
+def build(settings: Settings, nn: Any) -> tuple[Any, Any]:
+    """The preset's model and discriminator, with new weights, of layers from the namespace `nn`."""
+    sizes = (settings.size, settings.mels, settings.code_size, settings.noise_size)
+    if settings.preset == "article":
+        return ArticleModel(*sizes, nn=nn), ArticleDiscriminator(settings.size, nn=nn)
+    return Multimodal(*sizes, nn=nn), ConditionalDiscriminator(settings.code_size, settings.size, nn=nn)
+
+
+def compile_parts(*nets: torch.nn.Module) -> None:
+    """Has torch.compile compile, at its first call, each chain of at least three layers in `nets`, in place.
+
+    What packs sequences of many lengths stays as it is: no shape of it comes twice.
+    """
+    for net in nets:
+        for part in net.modules():
+            if isinstance(part, torch.nn.Sequential) and len(part) >= 3:
+                part.compile(dynamic=False)
