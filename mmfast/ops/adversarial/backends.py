@@ -7,9 +7,6 @@ that are needed, each in the layout of its tensor.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import Backend, GpuBackend, Op, TorchBackend, is_watched
+from .. import portable
 from . import equations
 from .equations import Inputs, Term, Terms, values_dtype
 
@@ -220,30 +218,20 @@ class Triton(Kernels):
     name = "triton"
 
     def refusals(self, case: Case) -> list[str]:
-        kernels, error = _triton_kernels()
+        kernels, error = portable.kernels(__package__)
         if kernels is None:
             return [error]
-        refusals = []
-        interpreted = kernels.INTERPRETED
-        if case.device == "cpu" and not interpreted:
-            refusals.append("the logits are on cpu, where Triton needs TRITON_INTERPRET=1, set before it is imported")
-        if case.device not in ("cpu", "cuda"):
-            refusals.append(f"the logits are on {case.device} (supported: cuda, and cpu in Triton's interpreter)")
-        if case.device == "cuda" and interpreted:
-            refusals.append("TRITON_INTERPRET=1 is set, so Triton compiles nothing in this process")
-        # arithmetic on bfloat16 is wrong in the interpreter
-        dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * (not interpreted)
-        if case.dtype not in dtypes:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            refusals.append(f"the logits are {case.dtype} (supported: {names})")
+        refusals = portable.refusals("the logits are", case.device, case.dtype, kernels.INTERPRETED)
         return refusals + unreduced(case)
 
     def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
         inputs = self.with_centres(dense(inputs))
         outputs = empty_outputs(inputs, values_wanted)
-        with _on_device(outputs[0]):
+        with portable.on_device(outputs[0]):
             total, values, state = outputs
-            _triton_kernels()[0].forward(terms, mean, inputs, total, values, None if state is None else state[0])
+            portable.kernels(__package__)[0].forward(
+                terms, mean, inputs, total, values, None if state is None else state[0]
+            )
         return outputs
 
     def backward(
@@ -255,22 +243,9 @@ class Triton(Kernels):
         if state is not None:
             slopes, centres = state.unbind()
             inputs = inputs._replace(centres=centres)
-        with _on_device(dtotal):
-            _triton_kernels()[0].backward(dtotal.contiguous(), terms, mean, inputs, slopes, gradients)
+        with portable.on_device(dtotal):
+            portable.kernels(__package__)[0].backward(dtotal.contiguous(), terms, mean, inputs, slopes, gradients)
         return [g for g in gradients if g is not None]
-
-
-@functools.cache
-def _triton_kernels() -> tuple[Any, str]:
-    # only a call that considers Triton imports it: that takes longer than the rest of mmfast
-    try:
-        return importlib.import_module(".triton_kernels", __package__), ""
-    except ImportError as error:
-        return None, f"Triton could not be imported ({error})"
-
-
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _dense(x: Tensor) -> Tensor:

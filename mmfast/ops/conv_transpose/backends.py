@@ -12,9 +12,6 @@ the others.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import Backend, GpuBackend, Op, TorchBackend
+from .. import portable
 from . import equations, products
 from .equations import Epilogue, Geometry
 
@@ -333,22 +331,10 @@ class Triton(GpuBackend):
     name = "triton"
 
     def refusals(self, case: Case) -> list[str]:
-        kernels, error = _triton_kernels()
+        kernels, error = portable.kernels(__package__)
         if kernels is None:
             return [error]
-        refusals = []
-        interpreted = kernels.INTERPRETED
-        if case.device == "cpu" and not interpreted:
-            refusals.append("the input is on cpu, where Triton needs TRITON_INTERPRET=1, set before it is imported")
-        if case.device not in ("cpu", "cuda"):
-            refusals.append(f"the input is on {case.device} (supported: cuda, and cpu in Triton's interpreter)")
-        if case.device == "cuda" and interpreted:
-            refusals.append("TRITON_INTERPRET=1 is set, so Triton compiles nothing in this process")
-        # arithmetic on bfloat16 is wrong in the interpreter
-        dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * (not interpreted)
-        if case.dtype not in dtypes:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            refusals.append(f"the input is {case.dtype} (supported: {names})")
+        refusals = portable.refusals("the input is", case.device, case.dtype, kernels.INTERPRETED)
         if case.activation == "leaky_relu" and case.negative_slope < 0:
             refusals.append(f"leaky_relu's negative slope is {case.negative_slope} (supported: at least 0)")
         return refusals
@@ -366,7 +352,7 @@ class Triton(GpuBackend):
         epilogue: Epilogue,
         keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kernels = _triton_kernels()[0]
+        kernels = portable.kernels(__package__)[0]
         keep = keep and keeps_result(epilogue)
         out = empty_output(x, weight, geometry)
         if epilogue.norm == "instance":
@@ -381,7 +367,7 @@ class Triton(GpuBackend):
         given = wide if epilogue.norm == "given" else None
         # a norm that measures reads the convolution's result, which is then out's or saved's own memory
         y = saved if keep and epilogue.normalizes and given is None else out
-        with _on_device(x):
+        with portable.on_device(x):
             separate = saved if keep and y is out else None
             parts = kernels.convolve(_dense(x), _dense(weight), bias, given, geometry, epilogue, y, separate)
             if epilogue.measures:
@@ -408,11 +394,11 @@ class Triton(GpuBackend):
         dnorm_weight = dnorm_bias = None
         dy = dout
         if saved.numel() and (epilogue.normalizes or epilogue.activation != "none"):
-            kernels = _triton_kernels()[0]
+            kernels = portable.kernels(__package__)[0]
             saved = _dense(saved)
             dout = dout if dout.stride() == saved.stride() else torch.empty_like(saved).copy_(dout)
             dy = torch.empty_like(saved)
-            with _on_device(saved):
+            with portable.on_device(saved):
                 if epilogue.normalizes:
                     wide = [_as(p, torch.float32) for p in (norm_weight, norm_bias, mean, var)]
                     dnorm_weight, dnorm_bias = kernels.normalize_backward(saved, dout, wide, epilogue, dy)
@@ -430,19 +416,6 @@ def _summed(gradient: Tensor | None, parameter: Tensor | None, asked: bool) -> T
     if parameter is None or not asked:
         return None
     return torch.zeros_like(parameter) if gradient is None else gradient.sum(0).to(parameter.dtype)
-
-
-@functools.cache
-def _triton_kernels() -> tuple[Any, str]:
-    # only a call that considers Triton imports it: that takes longer than the rest of mmfast
-    try:
-        return importlib.import_module(".triton_kernels", __package__), ""
-    except ImportError as error:
-        return None, f"Triton could not be imported ({error})"
-
-
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 OP = Op("conv_transpose", Case, [Cpu(), Triton(), Torch()])
