@@ -132,6 +132,16 @@ def _source(name: str, dtype: str, form: str) -> ASTSource:
     return ASTSource(kernel, signature, constants, aligned)
 
 
+def compiled(tmp_path: pathlib.Path, source: ASTSource, capability: int, label: str, options: dict) -> Resources:
+    """A Triton kernel's resources, printed as a row."""
+    target = GPUTarget("cuda", capability, 32)
+    made = triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(made.asm["cubin"])
+    (found,) = resources(cubin, f"sm_{capability}")
+    return found._replace(kernel=label, shared=made.metadata.shared)
+
+
 CASES = [(name, dtype, 90, "plain") for name in TRITON for dtype in ("fp32", "fp16", "bf16")]
 CASES += [(name, "bf16", capability, "plain") for name in TRITON for capability in (80, 100)]
 CASES += [(name, "bf16", 90, form) for name in list(TRITON)[:2] for form in ("pairs", "averages")]
@@ -141,13 +151,7 @@ CASES += [(name, "bf16", 90, form) for name in list(TRITON)[:2] for form in ("pa
     ("name", "dtype", "capability", "form"), CASES, ids=[f"{n}-{f}-{d}-sm{c}" for n, d, c, f in CASES]
 )
 def test_triton(tmp_path, capsys, name, dtype, capability, form):
-    compiled = triton.compile(
-        _source(name, dtype, form), target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True}
-    )
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    (found,) = resources(cubin, f"sm_{capability}")
-    found = found._replace(kernel=f"{name} {form} {dtype}", shared=compiled.metadata.shared)
+    found = compiled(tmp_path, _source(name, dtype, form), capability, f"{name} {form} {dtype}", {})
     with capsys.disabled():
         print(f"\n{HEAD}\n{found.row()}" if (name, dtype, capability, form) == CASES[0] else f"\n{found.row()}", end="")
     check(found)
@@ -178,7 +182,7 @@ def test_triton_conv_transpose(tmp_path, capsys, layer, dtype, capability):
     flags = ("HAS_BIAS", "MOMENTS", "GIVEN", "HAS_NORM_WEIGHT", "HAS_NORM_BIAS", "SAVE", "WIDE")
     given = {**plan.constants, **dict.fromkeys(flags, False), "X_LAST": last, "Y_LAST": last, "ACTIVATION": "none"}
     given.update(epilogue)
-    options = {"num_warps": given.pop("num_warps"), "num_stages": given.pop("num_stages"), "enable_fp_fusion": True}
+    options = {"num_warps": given.pop("num_warps"), "num_stages": given.pop("num_stages")}
     kernel = conv_transpose.conv_kernel
     floats = dict.fromkeys(("negative_slope", "eps"), "fp32")
     tensors = dict.fromkeys(("x", "weight", "bias", "out", "saved"), f"*{dtype}")
@@ -188,17 +192,53 @@ def test_triton_conv_transpose(tmp_path, capsys, layer, dtype, capability):
     pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
     aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature, given, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    (found,) = resources(cubin, f"sm_{capability}")
-    found = found._replace(kernel=f"conv_transpose {layer} {dtype}", shared=compiled.metadata.shared)
+    found = compiled(tmp_path, source, capability, f"conv_transpose {layer} {dtype}", options)
     with capsys.disabled():
         print(f"\n{found.row()}", end="")
     check(found, 255)
     assert re.search({80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}[capability], found.sass), "no matrix instruction"
     if last:
         assert re.search(r"LDGSTS\.E\.\S*128", found.sass), "x is not copied 16 bytes at a time"
+
+
+NORM_KERNELS = ("moments", "merge", "normalize", "sums", "add", "input_gradient", "activation_gradient")
+NORM_CASES = [(name, "bf16", capability, True) for name in NORM_KERNELS for capability in (80, 90, 100)]
+NORM_CASES += [(name, "fp32", 90, False) for name in NORM_KERNELS]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "capability", "last"),
+    NORM_CASES,
+    ids=[f"{n}-{d}-sm{c}-{'last' if last else 'first'}" for n, d, c, last in NORM_CASES],
+)
+def test_triton_norm(tmp_path, capsys, name, dtype, capability, last):
+    """What follows a convolution, forward and backward, for 128 channels and ReLU."""
+    kernel = getattr(conv_transpose, f"{name}_kernel")
+    y = torch.empty((32, 128, 16, 16), dtype=CONV_DTYPES[dtype])
+    sets = conv_transpose._Sets(y.to(memory_format=torch.channels_last) if last else y, "batch")
+    block = conv_transpose._TILE if name == "activation_gradient" else conv_transpose._BLOCK
+    given = {
+        **sets.constants, "HAS_WEIGHT": True, "HAS_BIAS": True, "ACTIVATION": "relu", "MEASURED": True,
+        "TILES": conv_transpose._TILES, "BLOCK": block,
+    }  # fmt: skip
+    options = {option: given.pop(option) for option in conv_transpose.OPTIONS}
+    if name == "sums":
+        options["num_warps"] = conv_transpose._SUMS_WARPS
+    kinds = {
+        **dict.fromkeys(("batch", "positions", "parts", "count"), "i32"),
+        **dict.fromkeys(("negative_slope", "eps", "share"), "fp32"),
+        **dict.fromkeys(("y", "dout", "dy", "out", "value"), f"*{dtype}"),
+    }
+    signature = {n: "constexpr" if n in given else kinds.get(n, "*fp32") for n in kernel.arg_names}
+    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    constants = {n: given[n] for n in kernel.arg_names if n in given}
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers})
+    found = compiled(tmp_path, source, capability, f"norm.{name} {dtype}", options)
+    with capsys.disabled():
+        print(f"\n{found.row()}", end="")
+    check(found)
+    if last and name not in ("merge", "add"):
+        assert "LDG.E.128" in found.sass, "y is not loaded 16 bytes at a time"
 
 
 RNN_DTYPES = {**CONV_DTYPES, "fp16": torch.float16}
@@ -233,18 +273,25 @@ def test_triton_rnn(tmp_path, capsys, direction, mode, dtype, hidden, capability
     given_constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
     source = ASTSource(kernel, signature, given_constants, {(i,): [["tt.divisibility", 16]] for i in pointers})
-    options = {**plan.options(), "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    (found,) = resources(cubin, f"sm_{capability}")
     label = f"rnn.{direction} {mode} {dtype} H{hidden}{' streamed' * plan.streamed}"
-    found = found._replace(kernel=label, shared=compiled.metadata.shared)
+    found = compiled(tmp_path, source, capability, label, plan.options())
     with capsys.disabled():
         print(f"\n{found.row()}", end="")
     check(found, 255)
     assert found.shared <= SHARED[capability]
     assert re.search(r"HMMA|HGMMA|UTC\w*MMA", found.sass), "no matrix instruction"
+
+
+def test_no_triton_kernel_is_left_out():
+    """A kernel that only the interpreter ran may not compile at all."""
+    kernels = {
+        f"{module.__name__.split('.')[-2]}.{name.removesuffix('_kernel')}"
+        for module in (adversarial, conv_transpose, rnn)
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
+    held = {*TRITON, *(f"conv_transpose.{name}" for name in ("conv", *NORM_KERNELS)), "rnn.forward", "rnn.backward"}
+    assert kernels == held
 
 
 def check(found: Resources, registers: int = 128) -> None:

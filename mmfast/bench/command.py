@@ -40,8 +40,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--compile",
         choices=("training", "all", "both", "none"),
-        default="training",
-        help="torch.compile of PyTorch's module in forward+backward (default) or all passes, of both modules, or not",
+        help="torch.compile of PyTorch's module in forward+backward or all passes, of both modules, or not (training; "
+        "one case an op where no cases are named, for compiling takes long)",
     )
     add("--peers", action="store_true", help="other libraries that are installed: onnxruntime")
     add("--threads", type=int, metavar="N", help="threads (as torch has)")
@@ -51,7 +51,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds",
         type=int,
         metavar="N",
-        help="rounds of each case, however long they take (at most 30, within about a second)",
+        help="rounds of each case, however long they take (at most 30, within half a second)",
     )
     add("--json", type=Path, metavar="FILE", help="write everything measured")
     add("--csv", type=Path, metavar="FILE", help="add a line per case and contender")
@@ -76,7 +76,7 @@ class Plan:
     device: str
     rounds: int
     seconds: float
-    compiled: str
+    compiled: str | None  # None: "training" of one case an op
     peers: bool
     rows: list[Row] = field(default_factory=list)
 
@@ -123,8 +123,10 @@ def _plan(args: argparse.Namespace) -> Plan:
     ]
     if not bouts:
         raise ValueError(f"--modes {args.modes}: none of the cases has it")
-    rounds, seconds = (args.rounds, math.inf) if args.rounds else (30, 0.8)
-    return Plan(bouts, DTYPES[args.dtype], device, rounds, seconds, args.compile, args.peers)
+    rounds, seconds = (args.rounds, math.inf) if args.rounds else (30, 0.5)
+    named = not usual or args.model or args.shape or args.scaling
+    compiled = args.compile or ("training" if named or device == "cuda" else None)
+    return Plan(bouts, DTYPES[args.dtype], device, rounds, seconds, compiled, args.peers)
 
 
 def _device(args: argparse.Namespace) -> str:
@@ -270,7 +272,7 @@ def _measured(plan: Plan, rates: floor.Floor, out: Any) -> Iterator[Row]:
         for case, mode in plan.bouts:
             progress.update(task, description=f"{case.name[:52]} {report.MODE_LABELS[mode]}")
             bout = Bout(case, mode, plan.dtype, plan.device)
-            contenders = bout.contenders(plan.compiled)
+            contenders = bout.contenders(plan.compiled or ("training" if cases.is_compiled(case) else "none"))
             if plan.peers:
                 contenders = peers.joined(bout, contenders)
             yield measure.measure(bout, rates, contenders=contenders, rounds=plan.rounds, seconds=plan.seconds)

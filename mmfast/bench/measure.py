@@ -219,7 +219,9 @@ def _rotated(field_of: list[Contender], i: int) -> list[Contender]:
 
 def _repeats(contender: Contender, device: str) -> int:
     with contender.forced():
-        taken = min(_sample(contender, i, 1, device)[0] for i in range(3))
+        taken, _ = _sample(contender, 0, 1, device)
+        if taken < 10 * SAMPLE_SECONDS:
+            taken = min(taken, *(_sample(contender, i, 1, device)[0] for i in (1, 2)))
     return max(1, math.ceil(SAMPLE_SECONDS / taken))
 
 
@@ -316,6 +318,7 @@ def poison() -> Iterator[None]:
 
 
 def _weigh(bout: Bout, field_of: list[Contender], row: Row) -> None:
+    gc.collect()
     for c in field_of:
         if c.name in row.timings:
             with c.forced():
@@ -328,7 +331,6 @@ def peak_memory(call: Callable[[], object], device: str) -> int | None:
 
     On a CPU the process's own peak, which counts native scratch memory too (Linux; None elsewhere).
     """
-    gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

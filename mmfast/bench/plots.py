@@ -86,7 +86,7 @@ def _bars(part: Any, rows: Sequence[Row]) -> None:
     low, high = (f(math.log2(row.ratio) for row in rows) for f in (min, max))
     ticks = range(math.floor(min(low, -0.5)), math.ceil(max(high, 1)) + 1)
     axes.set_xticks(list(ticks), [f"{2.0**tick:g}x" for tick in ticks])
-    axes.set_xlim(ticks[0] - 0.1, ticks[-1] + 0.35)
+    axes.set_xlim(ticks[0] - 0.35, ticks[-1] + 0.35)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.set_xlabel(

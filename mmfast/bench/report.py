@@ -108,9 +108,10 @@ def _summary(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
 
 LEGEND = (
     "Times are 20th percentiles of interleaved rounds. floor: this machine's matrix products and memory",
-    "traffic alone; eager: PyTorch in its better memory format; mmfast: as you get it, by the backend in",
-    "[brackets]; ratio: the best rival's time / mmfast's; floor%: floor / mmfast; memory: mmfast's peak",
-    "beyond what was there; first: mmfast's first call; A/A: PyTorch against itself.",
+    "traffic alone; eager: PyTorch in its better memory format; compile: torch.compile of it, where asked",
+    "for; mmfast: as you get it, by the backend in [brackets]; ratio: the best rival's time / mmfast's;",
+    "floor%: floor / mmfast; memory: mmfast's peak beyond what was there; first: mmfast's first call;",
+    "A/A: PyTorch against itself.",
 )
 
 

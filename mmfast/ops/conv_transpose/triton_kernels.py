@@ -442,15 +442,13 @@ def merge_kernel(counts, means, squares, mean, var, parts, BLOCK: tl.constexpr):
 
 @triton.jit
 def _set_tile(
-    i_set, i_tile, i_column, batch, positions, CHANNELS: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    i_set, i_tile, o_channel, m_channel, batch, positions, CHANNELS: tl.constexpr, LAST: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """(element of the tile's first sample, offsets, mask, channels, their mask) of a tile of rows of one set"""
+    """(element of the tile's first sample, offsets, mask) of a tile of rows of one set, in the program's channels"""
     sample, start = first_row(i_tile, positions, BLOCK_R)
     o_row = start + tl.arange(0, BLOCK_R)
     b_sample = _divide(o_row, positions, WIDE)
-    o_channel = i_column * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_channel = o_channel < CHANNELS
     m_row = sample + b_sample < batch
     base = (i_set.to(tl.int64) * batch + sample) * positions * CHANNELS
     pixel, channel = _steps(positions, CHANNELS, LAST)
@@ -461,16 +459,17 @@ def _set_tile(
         mask = m_row[:, None] & tl.full((1, BLOCK_C), True, tl.int1)
     else:
         mask = m_row[:, None] & m_channel[None, :]
-    return base, offsets, mask, o_channel, m_channel
+    return base, offsets, mask
 
 
 @triton.jit
 def _set_program(CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, parts):
-    """(column tile, part, set) of this program"""
+    """(channels, their mask, part, set) of this program"""
     COLUMN_TILES: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     i_program = tl.program_id(0)
     i_rest = i_program // COLUMN_TILES
-    return i_program % COLUMN_TILES, i_rest % parts, i_rest // parts
+    o_channel = i_program % COLUMN_TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    return o_channel, o_channel < CHANNELS, i_rest % parts, i_rest // parts
 
 
 @triton.jit(do_not_specialize=["batch", "positions", "parts"])
@@ -479,12 +478,12 @@ def moments_kernel(
     TILES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and squared deviations of each channel in TILES tiles of rows, read twice, the second time cached."""
-    i_column, i_part, i_set = _set_program(CHANNELS, BLOCK_C, parts)
+    o_channel, m_channel, i_part, i_set = _set_program(CHANNELS, BLOCK_C, parts)
     b_count = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     b_sum = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for i in range(tl.minimum(TILES, tl.cdiv(batch * positions, BLOCK_R) - i_part * TILES)):
-        base, o_y, m_y, o_channel, m_channel = _set_tile(
-            i_set, i_part * TILES + i, i_column, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
+        base, o_y, m_y = _set_tile(
+            i_set, i_part * TILES + i, o_channel, m_channel, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
         )
         b_count += m_y.to(tl.float32)
         b_sum += tl.load(y + base + o_y, mask=m_y, other=0.0).to(tl.float32)
@@ -492,8 +491,8 @@ def moments_kernel(
     b_mean = tl.sum(b_sum, 0) / tl.where(b_n > 0, b_n, 1.0)
     b_squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for i in range(tl.minimum(TILES, tl.cdiv(batch * positions, BLOCK_R) - i_part * TILES)):
-        base, o_y, m_y, o_channel, m_channel = _set_tile(
-            i_set, i_part * TILES + i, i_column, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
+        base, o_y, m_y = _set_tile(
+            i_set, i_part * TILES + i, o_channel, m_channel, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
         )
         b_off = tl.load(y + base + o_y, mask=m_y, other=0.0).to(tl.float32) - b_mean[None, :]
         b_squares += tl.where(m_y, b_off * b_off, 0.0)
@@ -526,9 +525,9 @@ def normalize_kernel(
     CHANNELS: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    i_column, i_part, i_set = _set_program(CHANNELS, BLOCK_C, parts)
-    base, o_y, m_y, o_channel, m_channel = _set_tile(
-        i_set, i_part, i_column, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
+    o_channel, m_channel, i_part, i_set = _set_program(CHANNELS, BLOCK_C, parts)
+    base, o_y, m_y = _set_tile(
+        i_set, i_part, o_channel, m_channel, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
     )
     b_mean, b_invstd, b_weight, b_bias = _parameters(
         norm_weight, norm_bias, mean, var, i_set, o_channel, m_channel, eps, CHANNELS, HAS_WEIGHT, HAS_BIAS
@@ -547,12 +546,12 @@ def sums_kernel(
     ACTIVATION: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and of dz * xhat over TILES tiles of rows, dz = dout * activation'(z), xhat the normalised y."""
-    i_column, i_part, i_set = _set_program(CHANNELS, BLOCK_C, parts)
+    o_channel, m_channel, i_part, i_set = _set_program(CHANNELS, BLOCK_C, parts)
     b_dbias = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     b_dweight = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for i in range(tl.minimum(TILES, tl.cdiv(batch * positions, BLOCK_R) - i_part * TILES)):
-        base, o_y, m_y, o_channel, m_channel = _set_tile(
-            i_set, i_part * TILES + i, i_column, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
+        base, o_y, m_y = _set_tile(
+            i_set, i_part * TILES + i, o_channel, m_channel, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
         )
         b_mean, b_invstd, b_weight, b_bias = _parameters(
             norm_weight, norm_bias, mean, var, i_set, o_channel, m_channel, eps, CHANNELS, HAS_WEIGHT, HAS_BIAS
@@ -592,9 +591,9 @@ def input_gradient_kernel(
     ACTIVATION: tl.constexpr, MEASURED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dy = weight / std * (dz - [dbias + xhat * dweight] * share), [...] only where the moments are y's own."""
-    i_column, i_part, i_set = _set_program(CHANNELS, BLOCK_C, parts)
-    base, o_y, m_y, o_channel, m_channel = _set_tile(
-        i_set, i_part, i_column, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
+    o_channel, m_channel, i_part, i_set = _set_program(CHANNELS, BLOCK_C, parts)
+    base, o_y, m_y = _set_tile(
+        i_set, i_part, o_channel, m_channel, batch, positions, CHANNELS, LAST, WIDE, BLOCK_R, BLOCK_C
     )
     b_mean, b_invstd, b_weight, b_bias = _parameters(
         norm_weight, norm_bias, mean, var, i_set, o_channel, m_channel, eps, CHANNELS, HAS_WEIGHT, HAS_BIAS
@@ -638,6 +637,8 @@ INTERPRETED = not isinstance(conv_kernel, triton.JITFunction)
 _BLOCK = 1024
 #: Rows and channels of a tile of the norm's kernels, and the tiles that one program sums up.
 _TILE, _TILES = 2048, 8
+#: Warps of the kernel that keeps two tiles of sums: with 4 it spills on sm_100.
+_SUMS_WARPS = 8
 #: A sample of so many elements needs offsets of 64 bits.
 _LARGE = 2**30
 #: _divide's quotients are below this.
@@ -861,6 +862,7 @@ def normalize_backward(
         sets.parts,
         *scalars,
         TILES=_TILES,
+        num_warps=_SUMS_WARPS,
         **constants,
     )
     add_kernel[(dbias.numel(),)](dbias_parts, dweight_parts, dbias, dweight, sets.parts, BLOCK=_BLOCK, **OPTIONS)
