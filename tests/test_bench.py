@@ -610,10 +610,12 @@ def test_readmes_numbers_are_those_of_the_results():
 def test_other_results_make_other_numbers(tmp_path, monkeypatch):
     script = readme_numbers()
     monkeypatch.setattr(script, "RESULTS", tmp_path)
-    report.write_csv(tmp_path / "bench-x.csv", [row_of("layer-x", ours=0.5), row_of("layer-y", ours=2.0)], "cpu")
+    rows = [row_of("layer-x", "forward+backward", ours=0.5), row_of("layer-x", ours=1.0), row_of("layer-y", ours=2.0)]
+    report.write_csv(tmp_path / "bench-x.csv", rows, "cpu")
     text = script.updated(f"a\n{script.BEGIN}\nold\n{script.END}\nb\n")
-    assert "| layer-x | forward | 1.00 ms | 500 us | 2.00x | cpu |" in text
-    assert "- recurrent: forward 1.00x on the geometric mean; worst 0.50x (layer-y)" in text
+    assert "| layer-x | 1.00 ms | 500 us | 2.00x | cpu |" in text
+    assert "| layer-y" not in text, "the table shows training alone"
+    assert "- recurrent: forward 0.71x, forward+backward 2.00x on the geometric mean; worst 0.50x (layer-y)" in text
     assert "old" not in text
     assert (text[:2], text[-3:]) == ("a\n", "\nb\n")
     with pytest.raises(ValueError, match="has no <!-- numbers -->"):
