@@ -15,7 +15,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["torch", "cpu", "cuda"]
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() and not INTERPRETED else ["cpu"]
 
-SHAPES = {"one": [(7,)], "patches": [(5, 1, 6, 6)], "ragged": [(5, 1, 30), (5, 1, 7), (5, 4099), (5, 1)]}
+# more than one chunk of a kernel's
+LONG = 1031 if INTERPRETED else 4099
+SHAPES = {"one": [(7,)], "patches": [(5, 1, 6, 6)], "ragged": [(5, 1, 30), (5, 1, 7), (5, LONG), (5, 1)]}
 
 
 def draw(seed: int, dtype: torch.dtype, shapes, scale: float = 2.0) -> list[Tensor]:
@@ -197,7 +199,7 @@ def test_the_presets_are_those_tested():
     assert nn.AdversarialLoss.preset("hifigan", scale=3.0).generator_scale == 3.0
 
 
-MAPS = [[(2, 8, 33), (2, 16, 11, 2)], [(2, 4099)], [(2, 3), (2, 5), (2, 1, 7)]]
+MAPS = [[(2, 8, 33), (2, 16, 11, 2)], [(2, LONG)], [(2, 3), (2, 5), (2, 1, 7)]]
 
 
 def nested(seed: int, dtype=torch.float32) -> list[list[Tensor]]:
@@ -356,6 +358,103 @@ def test_matching_conditions(seed, backend, unconditional):
     torch.testing.assert_close(out, expected)
     everything = [*m, *f, *w, *ur, *uf]
     torch.testing.assert_close(gradients(out, everything), gradients(expected, everything))
+
+
+def weighted_mean(elements: Tensor, weight: Tensor) -> Tensor:
+    return (elements * weight.to(elements.dtype).view(-1, *[1] * (elements.ndim - 1))).mean()
+
+
+def sample_weights(seed: int, count: int, samples: int) -> list[Tensor]:
+    return list(torch.rand(count, samples, generator=torch.Generator().manual_seed(seed)).unbind())
+
+
+@pytest.mark.parametrize("unconditional", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matching_conditions_by_sample(seed, backend, unconditional):
+    lists = [[x.requires_grad_() for x in draw(seed + k, torch.float32, SHAPES["ragged"])] for k in range(5)]
+    m, f, w, ur, uf = lists
+    of_real, of_fake, of_mismatched = sample_weights(seed, 3, 5)
+    out = mmfast.functional.matching_discriminator_loss(
+        m,
+        f,
+        w,
+        "hinge",
+        unconditional=(ur, uf) if unconditional else None,
+        real_weight=of_real,
+        fake_weight=of_fake,
+        mismatched_weight=of_mismatched,
+        backend=backend,
+    )
+    expected = 0
+    for k in range(len(m)):
+        matching = weighted_mean(F.relu(1 - m[k]), of_real)
+        wrong = weighted_mean(F.relu(1 + f[k]), of_fake) + weighted_mean(F.relu(1 + w[k]), of_mismatched)
+        if unconditional:
+            matching = (matching + weighted_mean(F.relu(1 - ur[k]), of_real)) / 2
+            wrong = (wrong + weighted_mean(F.relu(1 + uf[k]), of_fake)) / 3
+        else:
+            wrong = wrong / 2
+        expected = expected + matching + wrong
+    torch.testing.assert_close(out, expected)
+    everything = [x for tensors in lists for x in tensors]
+    torch.testing.assert_close(gradients(out, everything), gradients(expected, everything))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lecam_by_sample(seed, backend):
+    real, fake = (draw(seed + k, torch.float32, SHAPES["ragged"]) for k in range(2))
+    of_real, of_fake = sample_weights(seed, 2, 5)
+    module = nn.LeCam(0.3, discriminators=4, backend=backend)
+
+    def published(r, f):
+        loss = 0
+        for x, y in zip(r, f, strict=True):
+            loss = loss + weighted_mean(F.relu(x - y.detach().mean()) ** 2, of_real)
+            loss = loss + weighted_mean(F.relu(x.detach().mean() - y) ** 2, of_fake)
+        return 0.3 * loss
+
+    compare(lambda r, f: module(r, f, real_weight=of_real, fake_weight=of_fake), published, real, fake)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_feature_matching_by_sample(seed, backend, relative):
+    real, fake = (joined(nested(s)) for s in (seed, seed + 1))
+    (weight,) = sample_weights(seed, 1, 2)
+    loss = nn.FeatureMatchingLoss(detach=False, relative=relative, backend=backend)
+
+    def published(real, fake):
+        by = [r.detach().abs().mean() if relative else 1 for r in real]
+        return sum(weighted_mean((r - f).abs(), weight) / m for r, f, m in zip(real, fake, by, strict=True))
+
+    compare(lambda r, f: loss(r, f, sample_weight=weight), published, real, fake)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("mode", ["relativistic", "features"])
+def test_weights_of_pairs_in_any_layout(seed, mode, backend):
+    """A sample's weight is its own where samples are no blocks of memory, too."""
+    (weight,) = sample_weights(seed, 1, 4)
+    real, fake = draw(seed, torch.float32, [(4, 5, 6, 7), (4, 5, 6, 7)])
+    # channels last, and samples last
+    for order, back in (((0, 2, 3, 1), (0, 3, 1, 2)), ((1, 2, 3, 0), (3, 0, 1, 2))):
+        r, f = (x.permute(order).contiguous().permute(back) for x in (real, fake))
+        assert not r.is_contiguous()
+        f = f.detach().requires_grad_()
+        if mode == "features":
+            out = mmfast.functional.feature_matching(r, f, sample_weight=weight, backend=backend)
+            expected = weighted_mean((r - f).abs(), weight)
+        else:
+            out = mmfast.functional.adversarial_discriminator_loss(r, f, mode, real_weight=weight, backend=backend)
+            expected = weighted_mean(F.softplus(f - r), weight)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(gradients(out, [f]), gradients(expected, [f]))
+
+
+def test_a_sample_weight_is_for_each_sample():
+    maps = [torch.ones(2, 3)]
+    with pytest.raises(ValueError, match="expected one weight for each sample"):
+        mmfast.functional.feature_matching(maps, maps, sample_weight=torch.ones(3))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
