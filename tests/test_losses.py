@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mmfast
-from mmfast import nn
+from mmfast import native, nn
 from mmfast.ops.adversarial.equations import MODES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -119,6 +119,68 @@ def test_second_order_of_modes_that_compare(seed, mode, backend):
 
     assert torch.autograd.gradcheck(out, logits)
     assert torch.autograd.gradgradcheck(out, logits)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts the emulator's launches")
+@pytest.mark.parametrize("count", [1, 5, 150])
+@pytest.mark.parametrize("mode", MODES)
+def test_launches_of_a_list(seed, mode, count):
+    """At most two launches forward and one backward, whatever the list's length; its value is the formula's."""
+    real, fake = (
+        [x.requires_grad_() for x in draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(count)])]
+        for s in (seed, seed + 1)
+    )
+    counts = [native.emulator_launches()]
+    loss = nn.AdversarialLoss(mode, across="mean", backend="cuda").discriminator(real, fake)
+    counts.append(native.emulator_launches())
+    found = gradients(loss, [*real, *fake])
+    counts.append(native.emulator_launches())
+    assert counts[1] - counts[0] == 2
+    assert counts[2] - counts[1] == 1
+    expected = mean_of(PUBLISHED[mode][0])(real, fake)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, gradients(expected, [*real, *fake]))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts the emulator's launches")
+@pytest.mark.parametrize("mode", ["hinge", "relativistic-average"])
+def test_a_long_list_while_its_stream_is_captured(seed, mode, monkeypatch):
+    """Then no table is copied from the host: in groups, each of as many launches, with the same result."""
+    emulator = native.library("_emulator")
+
+    class Capturing:
+        # the emulator takes a stream of this address for one that is captured
+        def __getattr__(self, name):
+            found = getattr(emulator, name)
+            return (lambda *arguments: found(*arguments[:-1], 1)) if name.startswith("cuda_") else found
+
+    real, fake = (
+        [x.requires_grad_() for x in draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(70)])]
+        for s in (seed, seed + 1)
+    )
+    loss = nn.AdversarialLoss(mode, backend="cuda")
+    expected = loss.discriminator(real, fake)
+    at_once = gradients(expected, [*real, *fake])
+    monkeypatch.setattr(native, "library", lambda name="_C": Capturing() if name == "_emulator" else None)
+    before = native.emulator_launches()
+    found = loss.discriminator(real, fake)
+    after = native.emulator_launches()
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, gradients(found, [*real, *fake]), at_once))
+    # 140 terms, 64 a group
+    assert (after - before, native.emulator_launches() - after) == (6, 3)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts the emulator's launches")
+def test_launches_of_feature_matching(seed):
+    real, fake = (draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(100)]) for s in (seed, seed + 1))
+    fake = [x.requires_grad_() for x in fake]
+    before = native.emulator_launches()
+    loss = nn.FeatureMatchingLoss(backend="cuda")(real, fake)
+    after = native.emulator_launches()
+    found = gradients(loss, fake)
+    assert (after - before, native.emulator_launches() - after) == (2, 1)
+    torch.testing.assert_close(found, gradients(FEATURES["dac"](real, fake), fake))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

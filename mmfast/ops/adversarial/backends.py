@@ -203,9 +203,9 @@ class Cuda(Kernels):
         return refusals + unreduced(case)
 
     def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
-        inputs = self.with_centres(dense(inputs))
+        inputs = dense(inputs)
         outputs = empty_outputs(inputs, values_wanted)
-        scratch = outputs[0].new_empty(native.adversarial_scratch(inputs.logits), dtype=torch.float64)
+        scratch = outputs[0].new_empty(native.adversarial_scratch(inputs.logits, True), dtype=torch.float64)
         native.cuda_adversarial_forward(terms, mean, inputs, *outputs, scratch)
         return outputs
 
@@ -214,7 +214,8 @@ class Cuda(Kernels):
     ) -> list[Tensor]:
         inputs = dense(inputs)
         gradients = empty_gradients(inputs, needed)
-        native.cuda_adversarial_backward(terms, mean, inputs, dtotal, state, gradients)
+        scratch = dtotal.new_empty(native.adversarial_scratch(inputs.logits, False), dtype=torch.float64)
+        native.cuda_adversarial_backward(terms, mean, inputs, dtotal, state, gradients, scratch)
         return [g for g in gradients if g is not None]
 
 
