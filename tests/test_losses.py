@@ -1,6 +1,8 @@
 """The adversarial losses' modes and presets, feature matching and LeCam against transcriptions of their formulas."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,14 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mmfast
-from mmfast import nn
+from mmfast import native, nn
 from mmfast.ops.adversarial.equations import MODES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["torch", "cpu", "cuda"]
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() and not INTERPRETED else ["cpu"]
 
-SHAPES = {"one": [(7,)], "patches": [(5, 1, 6, 6)], "ragged": [(5, 1, 30), (5, 1, 7), (5, 4099), (5, 1)]}
+# more than one chunk of a kernel's
+LONG = 1031 if INTERPRETED else 4099
+SHAPES = {"one": [(7,)], "patches": [(5, 1, 6, 6)], "ragged": [(5, 1, 30), (5, 1, 7), (5, LONG), (5, 1)]}
 
 
 def draw(seed: int, dtype: torch.dtype, shapes, scale: float = 2.0) -> list[Tensor]:
@@ -119,6 +123,68 @@ def test_second_order_of_modes_that_compare(seed, mode, backend):
     assert torch.autograd.gradgradcheck(out, logits)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="counts the emulator's launches")
+@pytest.mark.parametrize("count", [1, 5, 150])
+@pytest.mark.parametrize("mode", MODES)
+def test_launches_of_a_list(seed, mode, count):
+    """At most two launches forward and one backward, whatever the list's length; its value is the formula's."""
+    real, fake = (
+        [x.requires_grad_() for x in draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(count)])]
+        for s in (seed, seed + 1)
+    )
+    counts = [native.emulator_launches()]
+    loss = nn.AdversarialLoss(mode, across="mean", backend="cuda").discriminator(real, fake)
+    counts.append(native.emulator_launches())
+    found = gradients(loss, [*real, *fake])
+    counts.append(native.emulator_launches())
+    assert counts[1] - counts[0] == 2
+    assert counts[2] - counts[1] == 1
+    expected = mean_of(PUBLISHED[mode][0])(real, fake)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, gradients(expected, [*real, *fake]))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts the emulator's launches")
+@pytest.mark.parametrize("mode", ["hinge", "relativistic-average"])
+def test_a_long_list_while_its_stream_is_captured(seed, mode, monkeypatch):
+    """Then no table is copied from the host: in groups, each of as many launches, with the same result."""
+    emulator = native.library("_emulator")
+
+    class Capturing:
+        # the emulator takes a stream of this address for one that is captured
+        def __getattr__(self, name):
+            found = getattr(emulator, name)
+            return (lambda *arguments: found(*arguments[:-1], 1)) if name.startswith("cuda_") else found
+
+    real, fake = (
+        [x.requires_grad_() for x in draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(70)])]
+        for s in (seed, seed + 1)
+    )
+    loss = nn.AdversarialLoss(mode, backend="cuda")
+    expected = loss.discriminator(real, fake)
+    at_once = gradients(expected, [*real, *fake])
+    monkeypatch.setattr(native, "library", lambda name="_C": Capturing() if name == "_emulator" else None)
+    before = native.emulator_launches()
+    found = loss.discriminator(real, fake)
+    after = native.emulator_launches()
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, gradients(found, [*real, *fake]), at_once))
+    # 140 terms, 64 a group
+    assert (after - before, native.emulator_launches() - after) == (6, 3)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts the emulator's launches")
+def test_launches_of_feature_matching(seed):
+    real, fake = (draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(100)]) for s in (seed, seed + 1))
+    fake = [x.requires_grad_() for x in fake]
+    before = native.emulator_launches()
+    loss = nn.FeatureMatchingLoss(backend="cuda")(real, fake)
+    after = native.emulator_launches()
+    found = gradients(loss, fake)
+    assert (after - before, native.emulator_launches() - after) == (2, 1)
+    torch.testing.assert_close(found, gradients(FEATURES["dac"](real, fake), fake))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("smoothing", [0.1, (0.1, 0.2), (0.0, 0.3)])
 def test_label_smoothing(seed, smoothing, backend):
@@ -152,6 +218,65 @@ def stylegan2_d(r, f):
     return (F.softplus(f) + F.softplus(-r)).mean()
 
 
+# Written out of each program or paper on its own: no formula of theirs is another's above.
+
+
+def dac_discriminator(real, fake):
+    """Kumar et al., arXiv:2306.06546; dac/nn/loss.py, GANLoss.discriminator_loss: a square for each discriminator."""
+    loss = torch.zeros((), dtype=real[0].dtype)
+    for r, f in zip(real, fake, strict=True):
+        loss = loss + torch.mean(f**2)
+        loss = loss + torch.mean((1 - r) ** 2)
+    return loss
+
+
+def dac_generator(real, fake):
+    """dac/nn/loss.py, GANLoss.generator_loss."""
+    loss = torch.zeros((), dtype=fake[0].dtype)
+    for f in fake:
+        loss = loss + torch.mean((1 - f) ** 2)
+    return loss
+
+
+def biggan_discriminator(real, fake):
+    """Brock et al., arXiv:1809.11096, appendix C.2; as in Lim and Ye: -E min(0, -1 + D(x)) - E min(0, -1 - D(G(z)))."""
+    loss = 0
+    for r, f in zip(real, fake, strict=True):
+        loss = loss - torch.minimum(r - 1, torch.zeros_like(r)).sum() / r.numel()
+        loss = loss - torch.minimum(-f - 1, torch.zeros_like(f)).sum() / f.numel()
+    return loss
+
+
+def biggan_generator(real, fake):
+    """-E D(G(z))"""
+    return sum(-f.sum() / f.numel() for f in fake)
+
+
+def studiogan_discriminator(real, fake):
+    """PyTorch-StudioGAN, src/utils/losses.py, d_hinge: one mean over the sum of both sides."""
+    return sum(torch.mean((1.0 - r).clamp_min(0) + (1.0 + f).clamp_min(0)) for r, f in zip(real, fake, strict=True))
+
+
+def studiogan_generator(real, fake):
+    """src/utils/losses.py, g_hinge"""
+    return -torch.stack([torch.mean(f) for f in fake]).sum()
+
+
+def vqgan_discriminator(real, fake):
+    """Esser et al., arXiv:2012.09841; taming/modules/losses/vqperceptual.py, hinge_d_loss: half of both means."""
+    halves = []
+    for r, f in zip(real, fake, strict=True):
+        on_real = torch.where(r < 1, 1 - r, 0.0).mean()
+        on_fake = torch.where(f > -1, 1 + f, 0.0).mean()
+        halves.append(0.5 * (on_real + on_fake))
+    return sum(halves)
+
+
+def vqgan_generator(real, fake):
+    """VQLPIPSWithDiscriminator.forward, optimizer_idx 0: g_loss = -mean(logits_fake), before its adaptive weight."""
+    return sum(torch.mean(f).neg() for f in fake)
+
+
 PRESETS = {
     "dcgan": (
         sum_of(
@@ -168,15 +293,15 @@ PRESETS = {
         sum_of(lambda r, f: torch.mean((1 - r) ** 2) + torch.mean(f**2)),
         sum_of(lambda r, f: torch.mean((1 - f) ** 2)),
     ),
-    "dac": (sum_of(LSGAN[0]), sum_of(LSGAN[1])),
+    "dac": (dac_discriminator, dac_generator),
     "audiocraft": (mean_of(HINGE[0]), mean_of(HINGE[1])),
     "encodec": (mean_of(HINGE[0]), mean_of(HINGE[1])),
-    "vqgan": (sum_of(lambda r, f: 0.5 * (F.relu(1 - r).mean() + F.relu(1 + f).mean())), sum_of(HINGE[1])),
+    "vqgan": (vqgan_discriminator, vqgan_generator),
     "monai": (mean_of(LEAKY[0]), mean_of(LEAKY[1])),
     "stylegan2": (sum_of(stylegan2_d), sum_of(lambda r, f: F.softplus(-f).mean())),
     "r3gan": (sum_of(PUBLISHED["relativistic"][0]), sum_of(PUBLISHED["relativistic"][1])),
-    "biggan": (sum_of(HINGE[0]), sum_of(HINGE[1])),
-    "studiogan": (sum_of(HINGE[0]), sum_of(HINGE[1])),
+    "biggan": (biggan_discriminator, biggan_generator),
+    "studiogan": (studiogan_discriminator, studiogan_generator),
     "mimicry": (sum_of(VANILLA[0]), sum_of(lambda r, f: -torch.log(f.sigmoid() + 1e-8).mean())),
     "torchgan": (sum_of(VANILLA[0]), sum_of(VANILLA[1])),
 }
@@ -197,7 +322,7 @@ def test_the_presets_are_those_tested():
     assert nn.AdversarialLoss.preset("hifigan", scale=3.0).generator_scale == 3.0
 
 
-MAPS = [[(2, 8, 33), (2, 16, 11, 2)], [(2, 4099)], [(2, 3), (2, 5), (2, 1, 7)]]
+MAPS = [[(2, 8, 33), (2, 16, 11, 2)], [(2, LONG)], [(2, 3), (2, 5), (2, 1, 7)]]
 
 
 def nested(seed: int, dtype=torch.float32) -> list[list[Tensor]]:
@@ -358,6 +483,103 @@ def test_matching_conditions(seed, backend, unconditional):
     torch.testing.assert_close(gradients(out, everything), gradients(expected, everything))
 
 
+def weighted_mean(elements: Tensor, weight: Tensor) -> Tensor:
+    return (elements * weight.to(elements.dtype).view(-1, *[1] * (elements.ndim - 1))).mean()
+
+
+def sample_weights(seed: int, count: int, samples: int) -> list[Tensor]:
+    return list(torch.rand(count, samples, generator=torch.Generator().manual_seed(seed)).unbind())
+
+
+@pytest.mark.parametrize("unconditional", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matching_conditions_by_sample(seed, backend, unconditional):
+    lists = [[x.requires_grad_() for x in draw(seed + k, torch.float32, SHAPES["ragged"])] for k in range(5)]
+    m, f, w, ur, uf = lists
+    of_real, of_fake, of_mismatched = sample_weights(seed, 3, 5)
+    out = mmfast.functional.matching_discriminator_loss(
+        m,
+        f,
+        w,
+        "hinge",
+        unconditional=(ur, uf) if unconditional else None,
+        real_weight=of_real,
+        fake_weight=of_fake,
+        mismatched_weight=of_mismatched,
+        backend=backend,
+    )
+    expected = 0
+    for k in range(len(m)):
+        matching = weighted_mean(F.relu(1 - m[k]), of_real)
+        wrong = weighted_mean(F.relu(1 + f[k]), of_fake) + weighted_mean(F.relu(1 + w[k]), of_mismatched)
+        if unconditional:
+            matching = (matching + weighted_mean(F.relu(1 - ur[k]), of_real)) / 2
+            wrong = (wrong + weighted_mean(F.relu(1 + uf[k]), of_fake)) / 3
+        else:
+            wrong = wrong / 2
+        expected = expected + matching + wrong
+    torch.testing.assert_close(out, expected)
+    everything = [x for tensors in lists for x in tensors]
+    torch.testing.assert_close(gradients(out, everything), gradients(expected, everything))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lecam_by_sample(seed, backend):
+    real, fake = (draw(seed + k, torch.float32, SHAPES["ragged"]) for k in range(2))
+    of_real, of_fake = sample_weights(seed, 2, 5)
+    module = nn.LeCam(0.3, discriminators=4, backend=backend)
+
+    def published(r, f):
+        loss = 0
+        for x, y in zip(r, f, strict=True):
+            loss = loss + weighted_mean(F.relu(x - y.detach().mean()) ** 2, of_real)
+            loss = loss + weighted_mean(F.relu(x.detach().mean() - y) ** 2, of_fake)
+        return 0.3 * loss
+
+    compare(lambda r, f: module(r, f, real_weight=of_real, fake_weight=of_fake), published, real, fake)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_feature_matching_by_sample(seed, backend, relative):
+    real, fake = (joined(nested(s)) for s in (seed, seed + 1))
+    (weight,) = sample_weights(seed, 1, 2)
+    loss = nn.FeatureMatchingLoss(detach=False, relative=relative, backend=backend)
+
+    def published(real, fake):
+        by = [r.detach().abs().mean() if relative else 1 for r in real]
+        return sum(weighted_mean((r - f).abs(), weight) / m for r, f, m in zip(real, fake, by, strict=True))
+
+    compare(lambda r, f: loss(r, f, sample_weight=weight), published, real, fake)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("mode", ["relativistic", "features"])
+def test_weights_of_pairs_in_any_layout(seed, mode, backend):
+    """A sample's weight is its own where samples are no blocks of memory, too."""
+    (weight,) = sample_weights(seed, 1, 4)
+    real, fake = draw(seed, torch.float32, [(4, 5, 6, 7), (4, 5, 6, 7)])
+    # channels last, and samples last
+    for order, back in (((0, 2, 3, 1), (0, 3, 1, 2)), ((1, 2, 3, 0), (3, 0, 1, 2))):
+        r, f = (x.permute(order).contiguous().permute(back) for x in (real, fake))
+        assert not r.is_contiguous()
+        f = f.detach().requires_grad_()
+        if mode == "features":
+            out = mmfast.functional.feature_matching(r, f, sample_weight=weight, backend=backend)
+            expected = weighted_mean((r - f).abs(), weight)
+        else:
+            out = mmfast.functional.adversarial_discriminator_loss(r, f, mode, real_weight=weight, backend=backend)
+            expected = weighted_mean(F.softplus(f - r), weight)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(gradients(out, [f]), gradients(expected, [f]))
+
+
+def test_a_sample_weight_is_for_each_sample():
+    maps = [torch.ones(2, 3)]
+    with pytest.raises(ValueError, match="expected one weight for each sample"):
+        mmfast.functional.feature_matching(maps, maps, sample_weight=torch.ones(3))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lecam(seed, backend):
     module = nn.LeCam(0.3, 0.9, discriminators=4, backend=backend)
@@ -414,6 +636,77 @@ def test_compile_and_export(seed, backend):
     torch.testing.assert_close(step(compiled), step(model))
     exported = torch.export.export(model, tuple(inputs))
     torch.testing.assert_close(exported.module()(*inputs), model(*inputs))
+
+
+RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+from mmfast import nn
+
+rank, store, seed = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+torch.manual_seed(seed)
+shapes = [(6, 4), (6, 1, 9)]
+everyone = [[torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2)]
+close = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def part(lists):
+    return [[x[3 * rank : 3 * rank + 3].clone().requires_grad_() for x in tensors] for tensors in lists]
+
+
+def gradients(loss, lists):
+    return torch.autograd.grad(loss, [x for tensors in lists for x in tensors])
+
+
+for backend in ("torch", "cpu", "cuda"):
+    for mode in ("relativistic-average", "relativistic-average-hinge", "relativistic-average-lsgan"):
+        alone = nn.AdversarialLoss(mode, backend="torch")
+        ours = nn.AdversarialLoss(mode, process_group=dist.group.WORLD, backend=backend)
+        for step in ("discriminator", "generator"):
+            whole = [[x.clone().requires_grad_() for x in tensors] for tensors in everyone]
+            mine = part(everyone)
+            expected, loss = getattr(alone, step)(*whole), getattr(ours, step)(*mine)
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            torch.testing.assert_close(mean / 2, expected.detach(), **close)
+            # each rank's gradient is of all ranks' losses, as DistributedDataParallel averages them
+            wanted = [2 * g[3 * rank : 3 * rank + 3] for g in gradients(expected, whole)]
+            torch.testing.assert_close(list(gradients(loss, mine)), wanted, **close)
+    lecam = nn.LeCam(0.3, discriminators=2, process_group=dist.group.WORLD, backend=backend).double()
+    lecam(*part(everyone))
+    for buffer, tensors in zip((lecam.real_mean, lecam.fake_mean), everyone):
+        torch.testing.assert_close(buffer, torch.stack([x.mean() for x in tensors]), **close)
+    separate = nn.LeCam(0.3, discriminators=2, backend=backend).double()
+    separate(*part(everyone))
+    assert not torch.allclose(separate.real_mean, lecam.real_mean, rtol=1e-3)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="tested where the other backends are")
+def test_means_over_a_process_group(seed, tmp_path):
+    """Two processes with half a batch each: means, losses and gradients are those of one with the whole batch."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-W", "ignore", str(script)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), str(seed)],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
 
 
 @pytest.mark.parametrize("mode", ["relativistic", "relativistic-average"])
