@@ -154,7 +154,8 @@ def test_cells(label, dtype, batch, bias, outcome, same):
         x = torch.randn(batch, 74, dtype=dtype)[:, ::2]
         states = torch.randn(batch, hidden, dtype=dtype), torch.randn(batch, 2 * hidden, dtype=dtype)[:, ::2]
         for hx in (states if name == "LSTMCell" else states[1], None):
-            same(outcome(ours, x, hx), outcome(theirs, x, hx))
+            if nonlinearity != "relu" or dtype == torch.float32:  # whose slope jumps where a sum is rounded across 0
+                same(outcome(ours, x, hx), outcome(theirs, x, hx))
             with torch.no_grad():
                 same(ours(x, hx), theirs(x, hx))
 
