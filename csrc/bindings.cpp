@@ -179,6 +179,49 @@ int cuda_adversarial_backward(const Terms& terms, int dtype, bool mean, const Po
 }
 #endif
 
+#if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
+// dtype, mode, directions, rows, hidden, step, then lengths, cut, cuts and cut_step
+using RnnStep = std::tuple<int, int, int, int64_t, int64_t, int64_t, Pointer, Pointer, int64_t, int64_t>;
+
+mmfast_rnn_step as_step(const RnnStep& row, Pointer stream) {
+    const auto& [dtype, mode, directions, rows, hidden, step, lengths, cut, cuts, cut_step] = row;
+    return {dtype,
+            mode,
+            directions,
+            rows,
+            hidden,
+            step,
+            as_pointer<const int64_t>(lengths),
+            as_pointer<const uint8_t>(cut),
+            cuts,
+            cut_step,
+            as_pointer(stream)};
+}
+
+// p: the pointers of mmfast_rnn_step_forward_args in their order
+int cuda_rnn_step_forward(const RnnStep& step, const std::array<Pointer, 9>& p, Pointer stream) {
+    const mmfast_rnn_step_forward_args args = {
+        as_step(step, stream), as_pointer(p[0]), as_pointer(p[1]), as_pointer(p[2]), as_pointer(p[3]),
+        as_pointer(p[4]),      as_pointer(p[5]), as_pointer(p[6]), as_pointer(p[7]), as_pointer(p[8])};
+    return run(mmfast_cuda_rnn_step_forward, args);
+}
+
+// sizes: all, products, befores, before_step; p: the pointers of mmfast_rnn_step_backward_args in their order
+int cuda_rnn_step_backward(const RnnStep& step, const std::array<int64_t, 4>& sizes, const std::array<Pointer, 15>& p,
+                           Pointer stream) {
+    mmfast_rnn_step_backward_args args{};
+    args.step = as_step(step, stream);
+    args.all = sizes[0], args.products = sizes[1], args.befores = sizes[2], args.before_step = sizes[3];
+    size_t at = 0;
+    for (const void** in : {&args.product, &args.y, &args.gates, &args.cell, &args.dy, &args.y_before,
+                            &args.cell_before, &args.h0, &args.c0})
+        *in = as_pointer(p[at++]);
+    for (void** out : {&args.dh, &args.dc, &args.dgates, &args.dm, &args.previous, &args.delta})
+        *out = as_pointer(p[at++]);
+    return run(mmfast_cuda_rnn_step_backward, args);
+}
+#endif
+
 #ifndef MMFAST_EMULATOR
 // mmfast_rnn_layer, row by row: dtype, mode, directions, T, B, H, proj, zoneout, then the addresses of offsets,
 // lengths, reset, zoneout mask, dropout mask, W_hh, b_hh and W_hr of both directions, h0, c0, and threads
@@ -351,6 +394,8 @@ void bind_cpu(py::module_& m) {
 void bind_cuda(py::module_& m) {
     m.def("cuda_adversarial_forward", &cuda_adversarial_forward);
     m.def("cuda_adversarial_backward", &cuda_adversarial_backward);
+    m.def("cuda_rnn_step_forward", &cuda_rnn_step_forward);
+    m.def("cuda_rnn_step_backward", &cuda_rnn_step_backward);
 }
 #endif
 

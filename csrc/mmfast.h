@@ -8,7 +8,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MMFAST_ABI_VERSION 2
+#define MMFAST_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -262,6 +262,57 @@ typedef struct {
 } mmfast_rnn_cell_args;
 
 int mmfast_cpu_rnn_cell(const mmfast_rnn_cell_args* args);
+
+// One step of one direction of a layer on the current CUDA device, without zoneout, dropout and projection: the caller
+// walks time and makes each step's product of matrices. The step's R rows are the first R sequences of the batch. A
+// sequence tensor's pointer is that of its first row at this step and of the direction's first column; rows are the
+// tensor's, D * width apart. All but steps and masks on the device. float32, float16, bfloat16; "float" is float32.
+typedef struct {
+    int32_t dtype, mode, directions;
+    int64_t rows, hidden;    // R, H
+    int64_t step;            // t
+    const int64_t* lengths;  // (R,): row b has this step if t < lengths[b]; or null: all have it
+    // (cuts,) of `reset`, of the rows that the walk enters this step across, cut_step being theirs: t, in the reverse
+    // direction t + 1. Null: no resets. Row b is cut if b < cuts, cut[b] is not 0 and cut_step < lengths[b].
+    const uint8_t* cut;
+    int64_t cuts, cut_step;
+    void* stream;  // null is the default stream
+} mmfast_rnn_step;
+
+typedef struct {
+    mmfast_rnn_step step;
+    const void* gx;
+    const void* product;  // (R, G * H) W_hh h'
+    const void* bias;     // (G * H,) b_hh, or null: 0
+    void* h;              // (R, H) h' in, h out; rows that lack the step keep theirs
+    void* exact;          // (R, H) float, the same of a GRU of a 16-bit dtype; else null
+    void* c;              // (R, H) float, LSTM: c' in, c out
+    void* y;
+    void *gates, *cell;  // or null; gates may be gx; 0 where a row lacks the step
+} mmfast_rnn_step_forward_args;
+
+int mmfast_cuda_rnn_step_forward(const mmfast_rnn_step_forward_args* args);
+
+// The gradient that reaches a row's h is dh, of what the walk back did before, by `product` and by dy.
+typedef struct {
+    mmfast_rnn_step step;
+    int64_t all;          // rows that dh and dc are of: at least R and `products`
+    int64_t products;     // rows of `product`
+    const void* product;  // (products, H) the step's that was walked back before: delta W_hh
+    const void *y, *gates, *cell;
+    const void* dy;  // or null: 0
+    // y and cell at the step that the forward walked before this one, where b < befores and before_step < lengths[b];
+    // other rows began with h0 and c0
+    int64_t befores, before_step;
+    const void *y_before, *cell_before;
+    const void *h0, *c0;  // (R, H) or null: 0
+    void *dh, *dc;        // (all, H) float: in from the last step, out for the next one; dc: LSTM only
+    void *dgates, *dm;    // dm: GRU only
+    void* previous;       // or null
+    void* delta;          // (R, G * H) what W_hh carries on: dgates, of a GRU's n dm, 0 where cut. Null: not wanted
+} mmfast_rnn_step_backward_args;
+
+int mmfast_cuda_rnn_step_backward(const mmfast_rnn_step_backward_args* args);
 
 #ifdef __cplusplus
 }

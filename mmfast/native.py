@@ -22,7 +22,7 @@ from . import config
 if TYPE_CHECKING:
     from .ops.adversarial.equations import Inputs, Terms
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 #: enum mmfast_dtype
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -453,3 +453,52 @@ def rnn_layer(
     weights = [_address(x) for pair in (w_hh, b_hh, w_hr) for x in (*pair, None)[:2]]  # type: ignore[misc]
     addresses = *map(_address, masks), *weights, _address(h0), _address(c0)
     return (DTYPES[dtype], mode, directions, *shape, zoneout, *addresses, torch.get_num_threads())
+
+
+class RnnRows(NamedTuple):
+    """Where one direction's columns of a sequence tensor's rows are; an absent tensor's are nowhere."""
+
+    start: int
+    stride: int
+
+    def at(self, row: int) -> int:
+        return self.start + row * self.stride
+
+
+def rnn_rows(x: torch.Tensor | None, direction: int, directions: int) -> RnnRows:
+    """Of x, (N, directions * width) contiguous, the columns of this direction."""
+    if x is None:
+        return RnnRows(0, 0)
+    stride = x.shape[1] * x.element_size()
+    return RnnRows(x.data_ptr() + direction * (stride // directions), stride)
+
+
+class RnnStep(NamedTuple):
+    """mmfast_rnn_step (csrc/mmfast.h) but for its stream; mode: enum mmfast_rnn_mode; lengths, cut: addresses."""
+
+    dtype: int
+    mode: int
+    directions: int
+    rows: int
+    hidden: int
+    step: int
+    lengths: int
+    cut: int
+    cuts: int
+    cut_step: int
+
+
+def cuda_rnn_step_forward(x: torch.Tensor, step: RnnStep, pointers: Sequence[int | torch.Tensor | None]) -> None:
+    """mmfast_cuda_rnn_step_forward on x's device; pointers: those of its arguments in their order."""
+    _launch("cuda_rnn_step_forward", x, step, [_pointer(p) for p in pointers])
+
+
+def cuda_rnn_step_backward(
+    x: torch.Tensor, step: RnnStep, sizes: tuple[int, int, int, int], pointers: Sequence[int | torch.Tensor | None]
+) -> None:
+    """mmfast_cuda_rnn_step_backward; sizes: all, products, befores, before_step; all else as in the forward."""
+    _launch("cuda_rnn_step_backward", x, step, sizes, [_pointer(p) for p in pointers])
+
+
+def _pointer(p: int | torch.Tensor | None) -> int:
+    return p if isinstance(p, int) else _address(p)

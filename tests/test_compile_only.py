@@ -73,11 +73,11 @@ def resources(cubin: pathlib.Path, target: str) -> list[Resources]:
 
 def _readable(name: str) -> str:
     """Forward<float> of a mangled instantiation of device.h's run()."""
-    match = re.search(r"\d(Forward|Backward|Finish|[A-Z][a-z]+)I(?:NS\w*?\d(Bf16|Half)E|(f)|(d))E", name)
+    match = re.search(r"\d([A-Z][A-Za-z]+?)I(?:NS\w*?\d(Bf16|Half)E|(f)|(d))(?:Li(\d+)E)?E", name)
     if not match:
         return name
-    stem, half, single, _ = match.groups()
-    return f"{stem}<{half or ('float' if single else 'double')}>"
+    stem, half, single, _, number = match.groups()
+    return f"{stem}<{half or ('float' if single else 'double')}{f', {number}' if number else ''}>"
 
 
 # ---- Triton
@@ -344,6 +344,9 @@ def test_cuda(cuda_folder, capsys, stem, architecture):
             assert "LDG.E.128" in found.sass, f"{found.kernel} does not load 16 bytes at a time"
         if found.kernel.startswith("Backward") and stem == "adversarial":
             assert "STG.E.128" in found.sass, f"{found.kernel} does not store 16 bytes at a time"
+        if stem == "rnn":
+            for access in ("LDG.E.128", "STG.E.128"):
+                assert access in found.sass, f"{found.kernel} has no {access}"
 
 
 SPILLING = """

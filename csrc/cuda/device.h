@@ -461,6 +461,11 @@ class Buffers {
     Global<T> output(void* p, int64_t) {
         return {static_cast<T*>(p)};
     }
+    // rows of `width` elements, one begun every `stride`; what lies between them is nobody's
+    template <typename T>
+    Global<T> output_rows(void* p, int64_t, int64_t, int64_t) {
+        return {static_cast<T*>(p)};
+    }
     // written and read by the launches of one entry; what it holds before and after means nothing
     template <typename T>
     Global<T> scratch(void* p, int64_t) {

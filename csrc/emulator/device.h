@@ -485,7 +485,14 @@ class Buffers {
     }
     template <typename T>
     Global<T> output(void* p, int64_t n) {
-        return stage<T>(p, n, named("output", ++outputs_, n), true);
+        return output_rows<T>(p, 1, n, n);
+    }
+    template <typename T>
+    Global<T> output_rows(void* p, int64_t rows, int64_t width, int64_t stride) {
+        const int64_t n = rows ? (rows - 1) * stride + width : 0;
+        const Global<T> view = stage<T>(p, n, named("output", ++outputs_, n), true);
+        stages_.back().width = size_t(width), stages_.back().stride = size_t(stride);
+        return view;
     }
     template <typename T>
     Global<T> scratch(void* p, int64_t n) {
@@ -511,6 +518,7 @@ class Buffers {
         void* target;
         Buffer* buffer;
         bool is_output;
+        size_t width = 0, stride = 0;  // of an output: elements of a row, and from one row to the next
     };
 
     Buffer* named(const char* kind, int number, int64_t writers) {
@@ -522,7 +530,7 @@ class Buffers {
     template <typename T>
     Global<T> stage(void* p, int64_t n, Buffer* buffer, bool is_output) {
         const size_t bytes = size_t(n) * sizeof(T);
-        Stage stage{nullptr, nullptr, bytes, sizeof(T), p, buffer, is_output};
+        Stage stage{nullptr, nullptr, bytes, sizeof(T), p, buffer, is_output, 0, 0};
         stage.memory = static_cast<unsigned char*>(aligned_alloc(kGuard, (bytes / kGuard + 5) * kGuard));
         stage.begin = stage.memory + 2 * kGuard + reinterpret_cast<uintptr_t>(p) % kGuard;
         memset(stage.begin - kGuard, kGuardByte, kGuard);
@@ -544,10 +552,16 @@ class Buffers {
     }
 
     static int finish(const Stage& stage) {
-        for (size_t i = 0; i < stage.buffer->writers.size(); ++i)
-            if (stage.buffer->writers[i].launch == 0)
-                return emulator::fail_with("element %zu of %s was not written", i, stage.buffer->name.c_str());
-        if (stage.bytes) memcpy(stage.target, stage.begin, stage.bytes);
+        const size_t n = stage.buffer->writers.size();
+        for (size_t i = 0; i < n; ++i) {
+            const bool written = stage.buffer->writers[i].launch != 0, wanted = i % stage.stride < stage.width;
+            if (written != wanted)
+                return emulator::fail_with("element %zu of %s was %s", i, stage.buffer->name.c_str(),
+                                           wanted ? "not written" : "written, between its rows");
+        }
+        for (size_t i = 0; i < n; i += stage.stride)
+            memcpy(static_cast<unsigned char*>(stage.target) + i * stage.element, stage.begin + i * stage.element,
+                   stage.width * stage.element);
         return guarded(stage);
     }
 

@@ -93,7 +93,8 @@ bool adversarial(int dtype, bool mean, const std::vector<Term>& terms) {
     }
     const std::unique_ptr<C[]> values(new C[rows.size()]);
     const std::unique_ptr<T> total(new T), dtotal(new T(from_float<T>(C(1.5))));
-    const std::unique_ptr<double[]> scratch(new double[2 * size_t(chunks) + 1]);
+    const size_t words = 2 + rows.size() * (1 + MMFAST_ADVERSARIAL_TERM) + 3 * size_t(chunks);
+    const std::unique_ptr<double[]> scratch(new double[words]);
     mmfast_adversarial_args args{};
     args.dtype = dtype;
     args.mean = mean;

@@ -272,6 +272,123 @@ class Cpu(Walker):
         return h, c
 
 
+class Cuda(Walker, GpuBackend):
+    """csrc/cuda/rnn.cu, on a CUDA device; on CPU tensors in the emulator. A step is one of torch's products and one
+    launch, so a Cell, a layer of one step, is two products and one launch."""
+
+    name = "cuda"
+
+    def refusals(self, case: Case) -> list[str]:
+        refusals = native.cuda_refusals(case.device)
+        if case.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            refusals.append(f"the input is {case.dtype} (supported: float32, float16, bfloat16)")
+        if case.proj_size:
+            refusals.append(f"proj_size is {case.proj_size} (supported: 0)")
+        refusals += [f"{name} is given (supported: reset_mask)" for name in case.extras if name != "reset_mask"]
+        if case.autocast:
+            refusals.append("autocast is on (supported: off)")
+        return refusals
+
+    def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
+        y, hn, cn = results
+        route = _Route(layer, sizes, gx)
+        narrow = gx.dtype != torch.float32
+        for d, part in enumerate(parts):
+            h, c = hn[d], None
+            _begin(h, h0, d)
+            if layer.mode == "LSTM":
+                c = cn[d].float() if narrow else cn[d]
+                _begin(c, c0, d)
+            exact = h.float() if layer.mode == "GRU" and narrow else None
+            gates, cell = (kept[0], kept[1]) if GATES[layer.mode] > 1 else (None, None)
+            of_gx, of_y, of_gates, of_cell = (route.columns(a, d) for a in (gx, y, gates, cell))
+            w, bias = part.w_hh.t(), _dense(part.b_hh)
+            product = gx.new_empty((sizes.batch, w.shape[1]))
+            for t in route.times(d):
+                row, rows = route.first[t], route.rows[t]
+                torch.mm(h[:rows], w, out=product[:rows])
+                pointers = of_gx.at(row), product, bias, h, exact, c
+                outputs = of_y.at(row), of_gates.at(row), of_cell.at(row)
+                native.cuda_rnn_step_forward(gx, route.step(t, d), (*pointers, *outputs))
+            if c is not None and narrow:
+                cn[d].copy_(c)
+
+    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results) -> None:
+        dgates, dm, _, _, previous, *initial = results
+        (y, gates, cell), (dy, *last) = saved, given
+        route = _Route(layer, sizes, y)
+        lstm, gated = layer.mode == "LSTM", GATES[layer.mode] > 1
+        h0, c0 = _dense(h0), _dense(c0)
+        sequences = y, gates if gated else None, cell if gated else None, dy, dgates, dm, previous
+        for d, part in enumerate(parts):
+            dh, dc = (y.new_empty((sizes.batch, sizes.hidden), dtype=torch.float32) for _ in range(2))
+            for carried, start in zip((dh, dc), last, strict=True):
+                _begin(carried, start, d)
+            product = y.new_empty((sizes.batch, sizes.hidden))
+            width, delta = part.w_hh.shape[0], None
+            if layer.mode == "GRU" or layer.reset_mask is not None:
+                delta = y.new_empty((sizes.batch, width))
+            of_y, of_gates, of_cell, of_dy, *outputs = (route.columns(a, d) for a in sequences)
+            starts = [None if state is None else state[d] for state in (h0, c0)]
+            products, order = 0, route.times(d)
+            for i, t in reversed(list(enumerate(order))):
+                row, rows = route.first[t], route.rows[t]
+                before = order[i - 1] if i else t
+                at, befores = route.first[before], route.rows[before] if i else 0
+                read = product, of_y.at(row), of_gates.at(row), of_cell.at(row), of_dy.at(row)
+                written = [rows_of.at(row) for rows_of in outputs]
+                native.cuda_rnn_step_backward(
+                    y,
+                    route.step(t, d),
+                    (max(rows, products), products, befores, before),
+                    (*read, of_y.at(at), of_cell.at(at), *starts, dh, dc if lstm else None, *written, delta),
+                )
+                operand = dgates[row : row + rows, d * width : (d + 1) * width] if delta is None else delta[:rows]
+                if i or initial[0] is not None:
+                    torch.mm(operand, part.w_hh, out=product[:rows])
+                products = rows
+            if initial[0] is not None:
+                dh[:products] += product[:products]
+            for wanted, found in zip(initial, (dh, dc), strict=True):
+                if wanted is not None:
+                    wanted[d].copy_(found)
+
+
+class _Route:
+    """Where a layer's steps are: of each its first row, its number of rows, and the order of each direction."""
+
+    def __init__(self, layer: Layer, sizes: Sizes, x: Tensor) -> None:
+        self.rows = [sizes.batch] * sizes.steps if layer.batch_sizes is None else layer.batch_sizes.tolist()
+        self.first = [0, *itertools.accumulate(self.rows)]
+        self.layer, self.sizes = layer, sizes
+        self.constants = native.DTYPES[x.dtype], MODES[layer.mode], layer.directions
+        self.lengths = None if layer.lengths is None else layer.lengths.to(torch.int64).contiguous()
+        self.resets = None if layer.reset_mask is None else layer.reset_mask.contiguous().view(-1)
+
+    def times(self, direction: int) -> list[int]:
+        return list(range(self.sizes.steps))[:: 1 - 2 * direction]
+
+    def columns(self, x: Tensor | None, direction: int) -> native.RnnRows:
+        """Of a sequence tensor, (..., D * width)."""
+        rows = None if x is None else x.view(self.sizes.rows, x.shape[-1])
+        return native.rnn_rows(rows, direction, self.layer.directions)
+
+    def step(self, t: int, direction: int) -> native.RnnStep:
+        lengths = 0 if self.lengths is None else self.lengths.data_ptr()
+        cut, cuts, cut_step = 0, 0, t + direction
+        if self.resets is not None and cut_step < self.sizes.steps:
+            cut, cuts = self.resets.data_ptr() + self.first[cut_step], self.rows[cut_step]
+        return native.RnnStep(*self.constants, self.rows[t], self.sizes.hidden, t, lengths, cut, cuts, cut_step)
+
+
+def _begin(state: Tensor, initial: Tensor | None, direction: int) -> None:
+    """state = the direction's initial state, or 0"""
+    if initial is None:
+        state.zero_()
+    else:
+        state.copy_(initial[direction])
+
+
 class Triton(Walker, GpuBackend):
     """triton_kernels.py, on a CUDA device; on CPU tensors in Triton's interpreter."""
 
@@ -480,4 +597,4 @@ def _weight_gradients(dgates: Tensor, x: Tensor, side: _RecurrentSide, direction
     return [*gradients, db if need[2] else None, db_hh]
 
 
-OP = Op("rnn", Case, [Cpu(), Triton(), TorchBackend()])
+OP = Op("rnn", Case, [Cpu(), Cuda(), Triton(), TorchBackend()])

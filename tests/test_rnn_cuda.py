@@ -1,0 +1,180 @@
+"""The recurrent op's CUDA kernels, in the emulator: the problems and the rule of test_rnn.py."""
+
+import functools
+import pathlib
+import sys
+
+import pytest
+import torch
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent))
+
+from test_module_db import INFOS, RECURRENT, hold_to_torch
+from test_rnn import DTYPES, Problem, draw, grouped, name_of, of_torch, results
+
+import mmfast
+from mmfast import native, numerics
+from mmfast.ops.rnn import equations
+from mmfast.ops.rnn.backends import OP, Case
+from mmfast.ops.rnn.equations import MODES
+from mmfast.ops.rnn.op import sequence
+
+cuda = functools.partial(sequence, backend="cuda")
+per_mode = pytest.mark.parametrize("mode", list(MODES))
+per_kind = pytest.mark.parametrize("kind", ["padded", "packed", "lengths"])
+NARROW = [dtype for dtype in DTYPES if dtype != torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def emulated(request, monkeypatch):
+    """Threads in the order of the run's seed; unwritten memory is NaN, so that what a kernel leaves out shows."""
+    native.emulator_order(request.config.option.seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    native.emulator_order(0)
+
+
+def close(problem: Problem, tolerance: float = 2e-5) -> None:
+    found, expected = results(cuda, problem.to(torch.float32)), results(equations.sequence, problem)
+    found = {name: value.double() for name, value in found.items()}
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_refusals():
+    case = Case("cpu", torch.float32, "LSTM", 8, 16)
+    asked = {
+        "torch.float64": case._replace(dtype=torch.float64),
+        "proj_size is 3": case._replace(proj_size=3),
+        "zoneout is given": case._replace(zoneout=True),
+        "recurrent_dropout is given": case._replace(recurrent_dropout=True),
+        "autocast is on": case._replace(autocast=True),
+        "tensors are on xpu": case._replace(device="xpu"),
+    }
+    refused = OP.backends["cuda"].refusals
+    assert not refused(case._replace(resets=True, packed=True, cell=True))
+    for words, other in asked.items():
+        assert any(words in sentence for sentence in refused(other)), words
+    assert OP.select(case) != "cuda"
+
+
+@per_mode
+@per_kind
+@pytest.mark.parametrize("extras", [(), ("resets",)], ids=["plain", "resets"])
+@pytest.mark.parametrize("directions", [1, 2], ids=["uni", "bi"])
+def test_the_formula(mode, kind, extras, directions):
+    """Units that fill no vector, and that do; rows past one block's."""
+    states = directions == 2
+    for hidden in (19, 32):
+        close(draw(mode, (5, 17, 3, hidden), directions, seed=2, kind=kind, extras=extras, states=states, bias=states))
+
+
+@per_mode
+@pytest.mark.parametrize("shape", [(1, 1, 2, 1), (3, 0, 2, 5), (2, 3, 1, 129), (64, 2, 3, 8)], ids=str)
+def test_shapes(mode, shape):
+    close(draw(mode, shape, 2, seed=4))
+
+
+@per_mode
+def test_lengths_of_zero(mode):
+    problem = draw(mode, (4, 3, 2, 5), 2, seed=10)
+    close(problem._replace(layer=problem.layer._replace(lengths=torch.tensor([4, 0, -3]))))
+    close(problem._replace(layer=problem.layer._replace(lengths=torch.tensor([0, 0, 0]))))
+
+
+@per_mode
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("dtype", NARROW, ids=name_of)
+def test_numerics(mode, dtype, kind, seed):
+    def one(draw_seed):
+        problem = draw(mode, (6, 15, 5, 40), 2, seed=draw_seed, kind=kind, dtype=dtype)
+        reference, narrow = results(equations.sequence, problem), problem.to(dtype)
+        ours, theirs = results(cuda, narrow), results(of_torch, narrow)
+        if mode == "RNN_RELU":
+            # relu's slope jumps where rounding carries a sum across 0, as in test_rnn.py
+            reference = {name: reference[name] for name in ("y", "hn")}
+        return {
+            name: tuple(torch.cat([of[key].flatten() for key in keys]) for of in (ours, theirs, reference))
+            for name, keys in grouped(reference).items()
+        }
+
+    numerics.assert_pooled(one, first_seed=seed)
+
+
+@per_mode
+def test_saturated_and_special_values(mode):
+    """Large sums neither overflow nor turn into NaN; NaN and infinity spread as in PyTorch's layer."""
+    problem = draw(mode, (6, 4, 3, 20), seed=3, dtype=torch.float32).to(torch.float32)
+    problem.x[1] *= 1e4
+    problem.x[2, 1, 0] = float("nan")
+    problem.x[4, 3, 1] = float("inf")
+    args = (problem.x, problem.weights, *(*problem.states, None)[:2], problem.layer)
+    found, expected = cuda(*args)[0], of_torch(*args)[0]
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert found.isnan().any() and not found[:2].isnan().any()
+
+
+@per_mode
+@per_kind
+def test_double_backward(mode, kind):
+    problem = draw(mode, (4, 3, 3, 5), 2, seed=5, kind=kind)
+
+    def second(function, problem):
+        inputs = [a.clone().requires_grad_() for a in problem.tensors]
+        states, weights = inputs[1 : 1 + len(problem.states)], inputs[1 + len(problem.states) :]
+        y = function(inputs[0], weights, *(*states, None)[:2], problem.layer)[0]
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True, allow_unused=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), inputs)
+
+    found, expected = second(cuda, problem.to(torch.float32)), second(equations.sequence, problem)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_module_db(name, outcome, same):
+    with mmfast.use_backend("cuda"):
+        hold_to_torch(INFOS[name], name, "f32", True, None, outcome, same, without="proj_size")
+
+
+@pytest.mark.parametrize("label", ["RNNCell-tanh", "RNNCell-relu", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("dtype", NARROW, ids=name_of)
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
+def test_cells(label, dtype, batch, bias, outcome, same):
+    """Gradients too; sizes that fill no vector and that do, strided input, no state."""
+    name, _, nonlinearity = label.partition("-")
+    options = {"nonlinearity": nonlinearity} if nonlinearity else {}
+    for hidden in (29, 48):
+        theirs = getattr(torch.nn, name)(37, hidden, bias=bias, **options).to(dtype)
+        ours = getattr(mmfast.nn, name)(37, hidden, bias=bias, backend="cuda", **options).to(dtype)
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(batch, 74, dtype=dtype)[:, ::2]
+        states = torch.randn(batch, hidden, dtype=dtype), torch.randn(batch, 2 * hidden, dtype=dtype)[:, ::2]
+        for hx in (states if name == "LSTMCell" else states[1], None):
+            if nonlinearity != "relu" or dtype == torch.float32:  # whose slope jumps where a sum is rounded across 0
+                same(outcome(ours, x, hx), outcome(theirs, x, hx))
+            with torch.no_grad():
+                same(ours(x, hx), theirs(x, hx))
+
+
+@per_mode
+def test_thread_order_does_not_change_a_bit(mode, seed):
+    problem = draw(mode, (6, 5, 4, 20), 2, seed=6, kind="packed", extras=("resets",)).to(torch.float32)
+    first = results(cuda, problem)
+    for order in (0, 1, 2, seed):
+        native.emulator_order(order)
+        again = results(cuda, problem)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("mode", ["GRU", "LSTM"])
+def test_a_planted_error_is_seen(mode):
+    """The formula's test fails where a step reads another step's row, or a row's neighbour."""
+    at = native.RnnRows.at
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native.RnnRows, "at", lambda rows, row: at(rows, max(row - 1, 0)))
+        with pytest.raises((AssertionError, RuntimeError)):
+            close(draw(mode, (5, 17, 3, 19), 2, seed=2))
