@@ -8,7 +8,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MMFAST_ABI_VERSION 2
+#define MMFAST_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -166,11 +166,20 @@ typedef struct {
     const void* bias;  // (channels,), or null: 0; col2im only
     int32_t activation;
     double negative_slope;
+    // Depthwise, one input channel for each output channel: columns[n, c, k, i] = weight[c, k] * x[n, c, i], not
+    // stored.
+    const void* x;  // (batch, channels, *in_size) contiguous; columns, activation and bias of the gradients are unused
+    const void* weight;  // (channels, *kernel) contiguous
+    void* dx;            // (batch, channels, *in_size) contiguous, or null: not wanted
+    void* dweight;       // (batch, channels, *kernel) contiguous: each sample's share; or null: not wanted
     int32_t threads;
 } mmfast_columns_args;
 
 int mmfast_cpu_columns_to_image(const mmfast_columns_args* args);
 int mmfast_cpu_image_to_columns(const mmfast_columns_args* args);
+// The same sum from x and weight, and the two gradients, image being that of the result.
+int mmfast_cpu_depthwise_forward(const mmfast_columns_args* args);
+int mmfast_cpu_depthwise_backward(const mmfast_columns_args* args);
 
 // ---- rnn
 // A layer of a recurrent network over whole sequences, one or both directions. The caller has computed the input side

@@ -234,6 +234,9 @@ class Cpu(Backend):
     ) -> Tensor:
         """activation(the convolution), dense."""
         method = _method(x, weight, geometry)
+        if method == "depthwise":
+            y = empty_output(x, weight, geometry)
+            return products.depthwise_forward(x, weight, bias, geometry, y, activation)
         if method == "columns":
             y = empty_output(x, weight, geometry)
             return products.columns_forward(_dense(x), weight, bias, geometry, y, activation)
@@ -249,6 +252,8 @@ class Cpu(Backend):
         self, dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         method = _method(x, weight, geometry)
+        if method == "depthwise":
+            return products.depthwise_backward(_dense(dy), x, weight, geometry, mask)
         if method == "one position":
             return products.one_position_backward(_dense(dy), x, weight, geometry, mask)
         if method == "columns" and x.is_contiguous():
@@ -291,9 +296,11 @@ class Cpu(Backend):
 
 
 def _method(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
-    """How the convolution of these tensors is computed: "torch", "columns" or "one position"."""
-    if geometry.groups != 1 or x.dtype not in (torch.float32, torch.float64) or not x.numel():
+    """How the convolution of these tensors is computed: "torch", "depthwise", "columns" or "one position"."""
+    if x.dtype not in (torch.float32, torch.float64) or not x.numel():
         return "torch"
+    if geometry.groups > 1:
+        return "depthwise" if products.is_depthwise(x, weight, geometry) else "torch"
     if products.is_one_position(x, weight, geometry):
         return "one position"
     return "columns" if weight.shape[1] <= 4 else "torch"
