@@ -168,10 +168,12 @@ int cuda_adversarial_forward(const Terms& terms, int dtype, bool mean, const Poi
 
 int cuda_adversarial_backward(const Terms& terms, int dtype, bool mean, const Pointers& logits,
                               const std::vector<int64_t>& sizes, const Pointers& others, const py::object& extras,
-                              Pointer dtotal, Pointer slopes, const Pointers& gradients, Pointer stream) {
+                              Pointer dtotal, Pointer slopes, const Pointers& gradients, Pointer scratch,
+                              Pointer stream) {
     Call call(terms, dtype, mean, logits, sizes, others, extras, slopes);
     call.want(gradients);
     call.args.dtotal = as_pointer(dtotal);
+    call.args.scratch = as_pointer(scratch);
     call.args.stream = as_pointer(stream);
     return run(mmfast_cuda_adversarial_backward, call.args);
 }
@@ -387,6 +389,7 @@ void bind_cuda(py::module_& m) {
 void bind_machine(py::module_& m) {
     m.def("set_order", &mmfast::emulator::set_order);
     m.def("order", &mmfast::emulator::order);
+    m.def("launches", &mmfast::emulator::launches);
     py::dict selftests;
     for (const mmfast::emulator::Selftest* test = mmfast::emulator::kSelftests; test->name; ++test)
         selftests[py::make_tuple(test->name, test->bug)] = py::cpp_function(test->run);
@@ -404,6 +407,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("abi_version") = MMFAST_ABI_VERSION;
     m.attr("version") = MMFAST_VERSION;
     m.attr("adversarial_chunk") = MMFAST_ADVERSARIAL_CHUNK;
+    m.attr("adversarial_term") = MMFAST_ADVERSARIAL_TERM;
     m.def("last_error", &mmfast_last_error);
     py::class_<Terms>(m, "AdversarialTerms", py::module_local()).def(py::init<const std::vector<Terms::Row>&>());
 #ifdef MMFAST_EMULATOR

@@ -79,19 +79,21 @@ typedef struct {
     // (1,) gradient of the loss with respect to total, in dtype; backward only. CPU: null is 1
     const void* dtotal;
     int32_t threads;  // CPU: at least 1
-    // CUDA forward only: 1 + 2 * sum_k ceil(n_k / MMFAST_ADVERSARIAL_CHUNK) float64, unwritten
+    // CUDA only: K * MMFAST_ADVERSARIAL_TERM float64, and in a forward 2 + K + 3 * sum_k ceil(n_k /
+    // MMFAST_ADVERSARIAL_CHUNK) more, aligned to 16 bytes, unwritten
     void* scratch;
     void* stream;  // CUDA: the stream to launch on; null is the default stream
 } mmfast_adversarial_args;
 
 #define MMFAST_ADVERSARIAL_CHUNK 4096
+#define MMFAST_ADVERSARIAL_TERM 48
 
 int mmfast_cpu_adversarial_forward(const mmfast_adversarial_args* args);
 // dlogits_k = dtotal * weight_k * w * phi_k'(sign_k * (x - other) + shift_k) * sign_k [/ n_k], rounded once;
 // dother_k = -dlogits_k.
 int mmfast_cpu_adversarial_backward(const mmfast_adversarial_args* args);
 // The same on the current CUDA device; every pointer but args and terms is device memory. Two launches a forward and
-// one a backward, for each 64 terms.
+// one a backward; while the stream is captured as many for each 64 terms.
 int mmfast_cuda_adversarial_forward(const mmfast_adversarial_args* args);
 int mmfast_cuda_adversarial_backward(const mmfast_adversarial_args* args);
 

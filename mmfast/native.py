@@ -120,6 +120,11 @@ def emulator_order(seed: int) -> None:
     library("_emulator").set_order(seed)
 
 
+def emulator_launches() -> int:
+    """How many launches the emulator has run in this process."""
+    return library("_emulator").launches()
+
+
 def emulator_selftests() -> list[tuple[str, str]]:
     """The emulator's own kernels: (name, planted bug), "" for a kernel without one."""
     return list(library("_emulator").selftests)
@@ -260,10 +265,13 @@ def _launch(entry: str, x: torch.Tensor, *arguments: object) -> None:
         check(getattr(library(), entry)(*arguments, torch.cuda.current_stream().cuda_stream))
 
 
-def adversarial_scratch(logits: Sequence[torch.Tensor]) -> int:
-    """The number of float64 elements that cuda_adversarial_forward needs as scratch."""
-    chunk = library("_C" if logits[0].is_cuda else "_emulator").adversarial_chunk
-    return 1 + 2 * sum(-(-x.numel() // chunk) for x in logits)
+def adversarial_scratch(logits: Sequence[torch.Tensor], is_forward: bool) -> int:
+    """The number of float64 elements that the CUDA kernels need as scratch."""
+    module = library("_C" if logits[0].is_cuda else "_emulator")
+    if not is_forward:
+        return len(logits) * module.adversarial_term
+    chunks = sum(-(-x.numel() // module.adversarial_chunk) for x in logits)
+    return 2 + len(logits) * (1 + module.adversarial_term) + 3 * chunks
 
 
 def cuda_adversarial_forward(
@@ -275,7 +283,7 @@ def cuda_adversarial_forward(
     state: torch.Tensor | None,
     scratch: torch.Tensor,
 ) -> None:
-    """As cpu_adversarial_forward, on CUDA or in the emulator; scratch: (adversarial_scratch(logits),) float64."""
+    """As cpu_adversarial_forward, on CUDA or in the emulator; scratch: adversarial_scratch float64 elements."""
     arguments = _adversarial_inputs(terms, mean, inputs, state, "_C" if total.is_cuda else "_emulator")
     outputs = _adversarial_outputs(inputs, total, values, state)
     _launch("cuda_adversarial_forward", total, *arguments, outputs, scratch.data_ptr())
@@ -288,12 +296,13 @@ def cuda_adversarial_backward(
     dtotal: torch.Tensor,
     state: torch.Tensor | None,
     gradients: Sequence[torch.Tensor | None],
+    scratch: torch.Tensor,
 ) -> None:
-    """As cpu_adversarial_backward, on a CUDA device or in the emulator."""
+    """As cpu_adversarial_backward, on CUDA or in the emulator; scratch: adversarial_scratch float64 elements."""
     arguments = _adversarial_inputs(terms, mean, inputs, state, "_C" if dtotal.is_cuda else "_emulator")
     wanted = [0 if g is None else g.data_ptr() for g in gradients]
     slopes = 0 if state is None else state.data_ptr()
-    _launch("cuda_adversarial_backward", dtotal, *arguments, dtotal.data_ptr(), slopes, wanted)
+    _launch("cuda_adversarial_backward", dtotal, *arguments, dtotal.data_ptr(), slopes, wanted, scratch.data_ptr())
 
 
 def cpu_normalize_forward(

@@ -8,14 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mmfast
-from mmfast import nn
+from mmfast import native, nn
 from mmfast.ops.adversarial.equations import MODES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["torch", "cpu", "cuda"]
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() and not INTERPRETED else ["cpu"]
 
-SHAPES = {"one": [(7,)], "patches": [(5, 1, 6, 6)], "ragged": [(5, 1, 30), (5, 1, 7), (5, 4099), (5, 1)]}
+# more than one chunk of a kernel's
+LONG = 1031 if INTERPRETED else 4099
+SHAPES = {"one": [(7,)], "patches": [(5, 1, 6, 6)], "ragged": [(5, 1, 30), (5, 1, 7), (5, LONG), (5, 1)]}
 
 
 def draw(seed: int, dtype: torch.dtype, shapes, scale: float = 2.0) -> list[Tensor]:
@@ -119,6 +121,68 @@ def test_second_order_of_modes_that_compare(seed, mode, backend):
     assert torch.autograd.gradgradcheck(out, logits)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="counts the emulator's launches")
+@pytest.mark.parametrize("count", [1, 5, 150])
+@pytest.mark.parametrize("mode", MODES)
+def test_launches_of_a_list(seed, mode, count):
+    """At most two launches forward and one backward, whatever the list's length; its value is the formula's."""
+    real, fake = (
+        [x.requires_grad_() for x in draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(count)])]
+        for s in (seed, seed + 1)
+    )
+    counts = [native.emulator_launches()]
+    loss = nn.AdversarialLoss(mode, across="mean", backend="cuda").discriminator(real, fake)
+    counts.append(native.emulator_launches())
+    found = gradients(loss, [*real, *fake])
+    counts.append(native.emulator_launches())
+    assert counts[1] - counts[0] == 2
+    assert counts[2] - counts[1] == 1
+    expected = mean_of(PUBLISHED[mode][0])(real, fake)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, gradients(expected, [*real, *fake]))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts the emulator's launches")
+@pytest.mark.parametrize("mode", ["hinge", "relativistic-average"])
+def test_a_long_list_while_its_stream_is_captured(seed, mode, monkeypatch):
+    """Then no table is copied from the host: in groups, each of as many launches, with the same result."""
+    emulator = native.library("_emulator")
+
+    class Capturing:
+        # the emulator takes a stream of this address for one that is captured
+        def __getattr__(self, name):
+            found = getattr(emulator, name)
+            return (lambda *arguments: found(*arguments[:-1], 1)) if name.startswith("cuda_") else found
+
+    real, fake = (
+        [x.requires_grad_() for x in draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(70)])]
+        for s in (seed, seed + 1)
+    )
+    loss = nn.AdversarialLoss(mode, backend="cuda")
+    expected = loss.discriminator(real, fake)
+    at_once = gradients(expected, [*real, *fake])
+    monkeypatch.setattr(native, "library", lambda name="_C": Capturing() if name == "_emulator" else None)
+    before = native.emulator_launches()
+    found = loss.discriminator(real, fake)
+    after = native.emulator_launches()
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, gradients(found, [*real, *fake]), at_once))
+    # 140 terms, 64 a group
+    assert (after - before, native.emulator_launches() - after) == (6, 3)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts the emulator's launches")
+def test_launches_of_feature_matching(seed):
+    real, fake = (draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(100)]) for s in (seed, seed + 1))
+    fake = [x.requires_grad_() for x in fake]
+    before = native.emulator_launches()
+    loss = nn.FeatureMatchingLoss(backend="cuda")(real, fake)
+    after = native.emulator_launches()
+    found = gradients(loss, fake)
+    assert (after - before, native.emulator_launches() - after) == (2, 1)
+    torch.testing.assert_close(found, gradients(FEATURES["dac"](real, fake), fake))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("smoothing", [0.1, (0.1, 0.2), (0.0, 0.3)])
 def test_label_smoothing(seed, smoothing, backend):
@@ -197,7 +261,7 @@ def test_the_presets_are_those_tested():
     assert nn.AdversarialLoss.preset("hifigan", scale=3.0).generator_scale == 3.0
 
 
-MAPS = [[(2, 8, 33), (2, 16, 11, 2)], [(2, 4099)], [(2, 3), (2, 5), (2, 1, 7)]]
+MAPS = [[(2, 8, 33), (2, 16, 11, 2)], [(2, LONG)], [(2, 3), (2, 5), (2, 1, 7)]]
 
 
 def nested(seed: int, dtype=torch.float32) -> list[list[Tensor]]:
@@ -356,6 +420,103 @@ def test_matching_conditions(seed, backend, unconditional):
     torch.testing.assert_close(out, expected)
     everything = [*m, *f, *w, *ur, *uf]
     torch.testing.assert_close(gradients(out, everything), gradients(expected, everything))
+
+
+def weighted_mean(elements: Tensor, weight: Tensor) -> Tensor:
+    return (elements * weight.to(elements.dtype).view(-1, *[1] * (elements.ndim - 1))).mean()
+
+
+def sample_weights(seed: int, count: int, samples: int) -> list[Tensor]:
+    return list(torch.rand(count, samples, generator=torch.Generator().manual_seed(seed)).unbind())
+
+
+@pytest.mark.parametrize("unconditional", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matching_conditions_by_sample(seed, backend, unconditional):
+    lists = [[x.requires_grad_() for x in draw(seed + k, torch.float32, SHAPES["ragged"])] for k in range(5)]
+    m, f, w, ur, uf = lists
+    of_real, of_fake, of_mismatched = sample_weights(seed, 3, 5)
+    out = mmfast.functional.matching_discriminator_loss(
+        m,
+        f,
+        w,
+        "hinge",
+        unconditional=(ur, uf) if unconditional else None,
+        real_weight=of_real,
+        fake_weight=of_fake,
+        mismatched_weight=of_mismatched,
+        backend=backend,
+    )
+    expected = 0
+    for k in range(len(m)):
+        matching = weighted_mean(F.relu(1 - m[k]), of_real)
+        wrong = weighted_mean(F.relu(1 + f[k]), of_fake) + weighted_mean(F.relu(1 + w[k]), of_mismatched)
+        if unconditional:
+            matching = (matching + weighted_mean(F.relu(1 - ur[k]), of_real)) / 2
+            wrong = (wrong + weighted_mean(F.relu(1 + uf[k]), of_fake)) / 3
+        else:
+            wrong = wrong / 2
+        expected = expected + matching + wrong
+    torch.testing.assert_close(out, expected)
+    everything = [x for tensors in lists for x in tensors]
+    torch.testing.assert_close(gradients(out, everything), gradients(expected, everything))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lecam_by_sample(seed, backend):
+    real, fake = (draw(seed + k, torch.float32, SHAPES["ragged"]) for k in range(2))
+    of_real, of_fake = sample_weights(seed, 2, 5)
+    module = nn.LeCam(0.3, discriminators=4, backend=backend)
+
+    def published(r, f):
+        loss = 0
+        for x, y in zip(r, f, strict=True):
+            loss = loss + weighted_mean(F.relu(x - y.detach().mean()) ** 2, of_real)
+            loss = loss + weighted_mean(F.relu(x.detach().mean() - y) ** 2, of_fake)
+        return 0.3 * loss
+
+    compare(lambda r, f: module(r, f, real_weight=of_real, fake_weight=of_fake), published, real, fake)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_feature_matching_by_sample(seed, backend, relative):
+    real, fake = (joined(nested(s)) for s in (seed, seed + 1))
+    (weight,) = sample_weights(seed, 1, 2)
+    loss = nn.FeatureMatchingLoss(detach=False, relative=relative, backend=backend)
+
+    def published(real, fake):
+        by = [r.detach().abs().mean() if relative else 1 for r in real]
+        return sum(weighted_mean((r - f).abs(), weight) / m for r, f, m in zip(real, fake, by, strict=True))
+
+    compare(lambda r, f: loss(r, f, sample_weight=weight), published, real, fake)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("mode", ["relativistic", "features"])
+def test_weights_of_pairs_in_any_layout(seed, mode, backend):
+    """A sample's weight is its own where samples are no blocks of memory, too."""
+    (weight,) = sample_weights(seed, 1, 4)
+    real, fake = draw(seed, torch.float32, [(4, 5, 6, 7), (4, 5, 6, 7)])
+    # channels last, and samples last
+    for order, back in (((0, 2, 3, 1), (0, 3, 1, 2)), ((1, 2, 3, 0), (3, 0, 1, 2))):
+        r, f = (x.permute(order).contiguous().permute(back) for x in (real, fake))
+        assert not r.is_contiguous()
+        f = f.detach().requires_grad_()
+        if mode == "features":
+            out = mmfast.functional.feature_matching(r, f, sample_weight=weight, backend=backend)
+            expected = weighted_mean((r - f).abs(), weight)
+        else:
+            out = mmfast.functional.adversarial_discriminator_loss(r, f, mode, real_weight=weight, backend=backend)
+            expected = weighted_mean(F.softplus(f - r), weight)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(gradients(out, [f]), gradients(expected, [f]))
+
+
+def test_a_sample_weight_is_for_each_sample():
+    maps = [torch.ones(2, 3)]
+    with pytest.raises(ValueError, match="expected one weight for each sample"):
+        mmfast.functional.feature_matching(maps, maps, sample_weight=torch.ones(3))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

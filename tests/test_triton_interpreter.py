@@ -15,7 +15,9 @@ import pytest
 TESTS = pathlib.Path(__file__).resolve().parent
 
 
-@pytest.mark.parametrize("name", ["test_adversarial.py", "test_conv_transpose_gpu.py", "test_rnn_triton.py"])
+@pytest.mark.parametrize(
+    "name", ["test_adversarial.py", "test_conv_transpose_gpu.py", "test_losses.py", "test_rnn_triton.py"]
+)
 def test_in_the_interpreter(request, name):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--seed={request.config.option.seed}"]

@@ -1,13 +1,18 @@
 // The adversarial loss: value_k = weight_k * reduce_i w_i * phi_k(u_i), u_i = sign_k * (x_i - other_i) + shift_k;
 // total = sum_k value_k.
 //
-// Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. The list travels by value in the kernel's
-// arguments, kMaxTerms terms a launch, so a list costs one launch a pass (and one small launch that adds up the
-// forward's sums). Each tensor is cut into chunks of MMFAST_ADVERSARIAL_CHUNK elements, one block a chunk. A chunk's
-// elements are added by thread in float32 (float64 for float64 logits), threads by a tree, chunks by lane and then by a
-// tree in float64, terms in order: the same bits each time, and no sync. Forward reads each element once, backward
-// reads it once and writes its gradient: both are bound by memory. Backward: d = dtotal * weight_k [/ n_k] * sign_k *
-// w_i * phi_k'(u), less the peer's part, rounded once.
+// Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. A list of at most kMaxTerms terms travels by value
+// in the kernel's arguments, a longer one in a table that is copied to scratch (while a stream is captured, when
+// nothing is to be copied from the host, in groups of kMaxTerms). So a list of any length costs one launch backward and
+// two forward: the second adds up the first one's sums. Where terms have the mean of others' logits as their centre,
+// the first launch adds up those and the second all else, its last block to finish the sums. Each tensor is cut into
+// chunks of MMFAST_ADVERSARIAL_CHUNK elements, one block a chunk. A chunk's elements are added by thread in float32
+// (float64 for float64 logits), threads by a tree, chunks by lane and then by a tree in float64, terms in order: the
+// same bits each time, and no sync. Forward reads each element once, backward reads it once and writes its gradient:
+// both are bound by memory. Backward: d = dtotal * weight_k [/ n_k] * sign_k * w_i * phi_k'(u), less the peer's part,
+// rounded once.
+#include <vector>
+
 #include "cuda/device.h"
 
 namespace mmfast {
@@ -71,9 +76,13 @@ struct Term {
     double per_weight_inverse;  // a 64-bit division is a call, around which registers would spill
     Compute<T> sign, shift, tilt;
     Compute<T> factor;  // backward only: weight * sign [/ size]
+    double scale;       // weight [/ size]
+    // forward only, of the term whose logits' mean is the centre, where that is not known yet
+    double peer_size;
+    int peer_first_chunk, peer_chunks;  // of all terms' chunks
     int phi;
     int first_chunk;
-    bool has_other, has_centre, has_weights, has_peer, wants_dx, wants_dother;
+    bool has_other, has_centre, is_measured, has_weights, has_peer, wants_dx, wants_dother;
 
     // the factor of element i
     MMFAST_DEVICE Compute<T> weight(int64_t i) const {
@@ -108,15 +117,21 @@ struct Term {
 template <typename T>
 struct Table {
     Term<T> terms[kMaxTerms];
+    Global<const Term<T>> longer;  // instead of them, in device memory, of any length
     int count;
+    bool is_long;
+
+    // copies, since a reference to either would have to read both through a cache
+    MMFAST_DEVICE Term<T> at(int k) const { return is_long ? longer.data()[k] : terms[k]; }
+    MMFAST_DEVICE int first_chunk(int k) const { return is_long ? longer.data()[k].first_chunk : terms[k].first_chunk; }
 
     // The term whose chunk this block has: the last that begins at or before it, so empty terms have none.
-    MMFAST_DEVICE const Term<T>& find(int64_t block) const {
+    MMFAST_DEVICE Term<T> find(int64_t block) const {
         int k = 0;
-        MMFAST_UNROLL
-        for (int step = kMaxTerms / 2; step > 0; step /= 2)
-            if (k + step < count && terms[k + step].first_chunk <= block) k += step;
-        return terms[k];
+        MMFAST_NO_UNROLL
+        for (int step = is_long ? 1 << 30 : kMaxTerms / 2; step > 0; step /= 2)
+            if (step < count - k && first_chunk(k + step) <= block) k += step;
+        return at(k);
     }
 };
 
@@ -139,7 +154,7 @@ struct Chunk {
         offset = (block - term.first_chunk) * kChunk;
         const int64_t left = term.size - offset;
         size = left < kChunk ? int(left) : kChunk;
-        centre = term.has_centre ? load(term.centre, 0) : C(0);
+        centre = term.has_centre && !term.is_measured ? load(term.centre, 0) : C(0);
     }
 
     // whether it is read in vectors: full, aligned, and without weights, which are rare
@@ -173,13 +188,10 @@ struct Chunk {
     }
 };
 
-// This thread's part of the chunk's sum, of w * phi or of its derivative.
-template <int kPhi, bool kSlope, typename T>
-MMFAST_DEVICE Compute<T> thread_sum(const Chunk<T>& chunk) {
+// This thread's part of the sum of w * part(difference), or of part alone, over the chunk.
+template <bool kWeighted, typename T, typename Part>
+MMFAST_DEVICE Compute<T> sum_over(const Chunk<T>& chunk, const Part& part) {
     using C = Compute<T>;
-    const auto part = [](const Term<T>& term, C difference) {
-        return kSlope ? term.template slope<kPhi>(difference) : term.template value<kPhi>(difference);
-    };
     C sum = 0;
     if (chunk.is_whole()) {
         MMFAST_NO_UNROLL
@@ -188,15 +200,24 @@ MMFAST_DEVICE Compute<T> thread_sum(const Chunk<T>& chunk) {
             chunk.load_batch(v, batch);
             MMFAST_UNROLL
             for (int j = 0; j < Chunk<T>::kVectors; ++j) MMFAST_UNROLL
-            for (int i = 0; i < Chunk<T>::kWidth; ++i)
-                sum += part(chunk.term, chunk.difference(v.x[j].at[i], v.other[j].at[i]));
+            for (int i = 0; i < Chunk<T>::kWidth; ++i) sum += part(chunk.difference(v.x[j].at[i], v.other[j].at[i]));
         }
         return sum;
     }
     MMFAST_NO_UNROLL
-    for (int i = thread_index(); i < chunk.size; i += kThreads)
-        sum += chunk.term.weight(chunk.offset + i) * part(chunk.term, chunk.difference_at(i));
+    for (int i = thread_index(); i < chunk.size; i += kThreads) {
+        const C y = part(chunk.difference_at(i));
+        sum += kWeighted ? chunk.term.weight(chunk.offset + i) * y : y;
+    }
     return sum;
+}
+
+// Of w * phi or of its derivative.
+template <int kPhi, bool kSlope, typename T>
+MMFAST_DEVICE Compute<T> thread_sum(const Chunk<T>& chunk) {
+    return sum_over<true>(chunk, [&](Compute<T> difference) {
+        return kSlope ? chunk.term.template slope<kPhi>(difference) : chunk.term.template value<kPhi>(difference);
+    });
 }
 
 template <int k>
@@ -229,70 +250,120 @@ MMFAST_DEVICE void with_phi(int phi, const F& f) {
     }
 }
 
+// The sum of these chunks' sums, by lane and then by a tree, in every lane.
+MMFAST_DEVICE double sum_of(Global<double> sums, int first, int after) {
+    double sum = 0;
+    for (int i = first + lane_index(); i < after; i += 32) sum += load(sums, i);
+    return warp_sum(sum);
+}
+
+// From the chunks' sums of a table's terms to the outputs, by one block.
 template <typename T>
-struct Forward {
+struct Totals {
+    Global<double> sums, slope_sums, mean_sums;  // one a chunk
+    Global<Compute<T>> values, slopes, means;    // of these terms
+    Global<double> term_values;
+    Global<T> total;
+    Global<double> running_total;  // of the launches before, and of this one
+    int chunks;
+    bool first, has_values, has_slopes, has_means;
+
+    // a warp a term, then thread 0 the terms in order
+    MMFAST_DEVICE void add_up(const Table<T>& table) const {
+        for (int k = warp_index(); k < table.count; k += kThreads / 32) {
+            const Term<T> term = table.at(k);
+            const int begin = term.first_chunk, end = k + 1 < table.count ? table.first_chunk(k + 1) : chunks;
+            const double value = term.scale * sum_of(sums, begin, end);
+            const double slope = has_slopes ? term.scale * double(term.sign) * sum_of(slope_sums, begin, end) : 0;
+            const double mean = has_means ? sum_of(mean_sums, begin, end) / double(term.size) : 0;
+            if (lane_index() != 0) continue;
+            store(term_values, k, value);
+            if (has_values) store(values, k, Compute<T>(value));
+            if (has_slopes) store(slopes, k, Compute<T>(slope));
+            if (has_means) store(means, k, Compute<T>(mean));
+        }
+        barrier();
+        if (thread_index() != 0) return;
+        double sum = first ? 0 : load(running_total, 0);
+        for (int k = 0; k < table.count; ++k) sum += load(term_values, k);
+        store(running_total, 0, sum);
+        store(total, 0, from_float<T>(Compute<T>(sum)));
+    }
+};
+
+// The sums of the logits themselves, whose means are to be centres; block 0 sets the counter of blocks to 0.
+template <typename T>
+struct Measure {
     static constexpr int kThreads = device::kThreads;
     Table<T> table;
-    Global<double> sums, slope_sums;  // one a chunk
-    bool has_slopes;
+    Global<double> mean_sums;
+    Global<uint32_t> counter;
 
     MMFAST_DEVICE void operator()() const {
         using C = Compute<T>;
         SharedCursor cursor;
         const SharedArray<C> warp_sums = shared_array<C>(cursor, 32);
-        const Term<T>& term = table.find(block_index());
+        const Term<T> term = table.find(block_index());
         const Chunk<T> chunk(term, block_index());
-        C part = 0;
-        with_phi(term.phi, [&](auto phi) { part = thread_sum<decltype(phi)::value, false>(chunk); });
-        const C sum = block_sum<kThreads>(part, warp_sums);
-        if (thread_index() == 0) store(sums, block_index(), double(sum));
-        if (!has_slopes) return;
-        // a second look at the chunk, which the cache still has
-        barrier();
-        with_phi(term.phi, [&](auto phi) { part = thread_sum<decltype(phi)::value, true>(chunk); });
-        const C slope = block_sum<kThreads>(part, warp_sums);
-        if (thread_index() == 0) store(slope_sums, block_index(), double(slope));
+        const C sum = block_sum<kThreads>(sum_over<false>(chunk, [](C x) { return x; }), warp_sums);
+        if (thread_index() != 0) return;
+        store(mean_sums, block_index(), double(sum));
+        if (block_index() == 0) store(counter, 0, 0u);
     }
 };
 
-// One block adds up the chunks' sums: a warp a term, then thread 0 the terms in order.
+template <typename T>
+struct Forward {
+    static constexpr int kThreads = device::kThreads;
+    Table<T> table;
+    Totals<T> totals;
+    Global<double> all_mean_sums;
+    Global<uint32_t> counter;
+    bool finishes;  // the last block to come here adds up what all have stored
+
+    MMFAST_DEVICE void operator()() const {
+        using C = Compute<T>;
+        SharedCursor cursor;
+        const SharedArray<C> warp_sums = shared_array<C>(cursor, 32);
+        const SharedArray<uint32_t> ticket = shared_array<uint32_t>(cursor, 1);
+        const Term<T> term = table.find(block_index());
+        Chunk<T> chunk(term, block_index());
+        if (term.is_measured) {
+            const int first = term.peer_first_chunk;
+            chunk.centre = C(sum_of(all_mean_sums, first, first + term.peer_chunks) / term.peer_size);
+        }
+        C part = 0;
+        with_phi(term.phi, [&](auto phi) { part = thread_sum<decltype(phi)::value, false>(chunk); });
+        const C sum = block_sum<kThreads>(part, warp_sums);
+        if (thread_index() == 0) store(totals.sums, block_index(), double(sum));
+        if (totals.has_slopes) {
+            // a second look at the chunk, which the cache still has
+            barrier();
+            with_phi(term.phi, [&](auto phi) { part = thread_sum<decltype(phi)::value, true>(chunk); });
+            const C slope = block_sum<kThreads>(part, warp_sums);
+            if (thread_index() == 0) store(totals.slope_sums, block_index(), double(slope));
+        }
+        if (!finishes) return;
+        if (thread_index() == 0) {
+            device_fence();
+            ticket[0] = atomic_add(counter, 0, 1);
+        }
+        barrier();
+        if (ticket[0] + 1 != uint32_t(totals.chunks)) return;
+        device_fence();
+        totals.add_up(table);
+        // for the next group of terms
+        if (thread_index() == 0) store(counter, 0, 0u);
+    }
+};
+
 template <typename T>
 struct Finish {
     static constexpr int kThreads = device::kThreads;
-    Global<const double> sums, slope_sums;
-    Global<Compute<T>> values, slopes;  // of these terms
-    Global<T> total;
-    Global<double> running_total;  // of the launches before, and of this one
-    int32_t first_chunk[kMaxTerms + 1];
-    double scale[kMaxTerms];        // weight [/ size]
-    double slope_scale[kMaxTerms];  // weight * sign [/ size]
-    int count;
-    bool first, has_values, has_slopes;
+    Table<T> table;
+    Totals<T> totals;
 
-    MMFAST_DEVICE double sum_of(Global<const double> of, int k) const {
-        double sum = 0;
-        for (int i = first_chunk[k] + lane_index(); i < first_chunk[k + 1]; i += 32) sum += load(of, i);
-        return warp_sum(sum);
-    }
-
-    MMFAST_DEVICE void operator()() const {
-        SharedCursor cursor;
-        const SharedArray<double> shared_values = shared_array<double>(cursor, kMaxTerms);
-        for (int k = warp_index(); k < count; k += kThreads / 32) {
-            const double value = scale[k] * sum_of(sums, k);
-            const double slope = has_slopes ? slope_scale[k] * sum_of(slope_sums, k) : 0;
-            if (lane_index() != 0) continue;
-            shared_values[k] = value;
-            if (has_values) store(values, k, Compute<T>(value));
-            if (has_slopes) store(slopes, k, Compute<T>(slope));
-        }
-        barrier();
-        if (thread_index() != 0) return;
-        double sum = first ? 0 : load(running_total, 0);
-        for (int k = 0; k < count; ++k) sum += shared_values[k];
-        store(running_total, 0, sum);
-        store(total, 0, from_float<T>(Compute<T>(sum)));
-    }
+    MMFAST_DEVICE void operator()() const { totals.add_up(table); }
 };
 
 // dx = slope * factor + offset, dother = -dx, where they are wanted
@@ -343,7 +414,7 @@ struct Backward {
 
     MMFAST_DEVICE void operator()() const {
         using C = Compute<T>;
-        const Term<T>& term = table.find(block_index());
+        const Term<T> term = table.find(block_index());
         if (!term.wants_dx && !term.wants_dother) return;
         const Chunk<T> chunk(term, block_index());
         const C scale = to_float(load(dtotal, 0));
@@ -359,6 +430,14 @@ double scale_of(const mmfast_adversarial_args& args, const mmfast_adversarial_te
     return args.mean ? term.weight / double(term.size) : term.weight;
 }
 
+// The term whose mean is this one's centre, -1 where the centre is given or there is none.
+template <typename C>
+int64_t peer_of(const mmfast_adversarial_args& args, const mmfast_adversarial_term& term) {
+    if (!args.means || !term.centre) return -1;
+    const int64_t peer = static_cast<const C*>(term.centre) - static_cast<const C*>(args.means);
+    return peer >= 0 && peer < args.count ? peer : -1;
+}
+
 template <typename T>
 Term<T> term_of(const mmfast_adversarial_args& args, const mmfast_adversarial_term& from, Buffers& buffers) {
     using C = Compute<T>;
@@ -367,7 +446,15 @@ Term<T> term_of(const mmfast_adversarial_args& args, const mmfast_adversarial_te
     term.has_other = from.other != nullptr;
     if (from.other) term.other = buffers.input<T>(from.other, from.size);
     term.has_centre = from.centre != nullptr;
-    if (from.centre) term.centre = buffers.input<C>(from.centre, 1);
+    const int64_t peer = peer_of<C>(args, from);
+    term.is_measured = peer >= 0;
+    if (term.is_measured) {
+        for (int64_t k = 0; k < peer; ++k) term.peer_first_chunk += int(chunks_of(args.terms[k]));
+        term.peer_chunks = int(chunks_of(args.terms[peer]));
+        term.peer_size = double(args.terms[peer].size);
+    } else if (from.centre) {
+        term.centre = buffers.input<C>(from.centre, 1);
+    }
     term.has_weights = from.weights != nullptr;
     if (from.weights) term.weights = buffers.input<C>(from.weights, from.size / from.per_weight);
     term.has_peer = from.peer_slope != nullptr;
@@ -382,90 +469,175 @@ Term<T> term_of(const mmfast_adversarial_args& args, const mmfast_adversarial_te
     term.sign = C(from.sign);
     term.shift = C(from.shift);
     term.tilt = C(from.tilt);
-    term.factor = C(scale_of(args, from) * from.sign);
+    term.scale = scale_of(args, from);
+    term.factor = C(term.scale * from.sign);
     term.phi = from.phi;
     return term;
 }
 
-// Fills the table with the terms from `begin` on, as many as it takes; returns the number of their chunks.
+// Some of a call's terms, as a kernel is given them: all, or kMaxTerms from `begin` on.
 template <typename T>
-int64_t fill(Table<T>& table, Buffers& buffers, const mmfast_adversarial_args& args, int64_t begin) {
-    int64_t chunks = 0;
-    table.count = 0;
-    for (int64_t k = begin; k < args.count && k < begin + kMaxTerms; ++k) {
-        Term<T>& term = table.terms[table.count++];
-        term = term_of<T>(args, args.terms[k], buffers);
-        term.first_chunk = int(chunks);
-        chunks += chunks_of(args.terms[k]);
+struct Group {
+    std::vector<Term<T>> terms;
+    int64_t begin, chunks = 0;
+
+    Group(const mmfast_adversarial_args& args, int64_t begin, int64_t count, Buffers& buffers) : begin(begin) {
+        for (int64_t k = begin; k < args.count && k < begin + count; ++k) {
+            terms.push_back(term_of<T>(args, args.terms[k], buffers));
+            terms.back().first_chunk = int(chunks);
+            chunks += chunks_of(args.terms[k]);
+        }
     }
-    return chunks;
+};
+
+// The scratch's parts: terms' values and table, and sums, one a chunk.
+template <typename T>
+struct Scratch {
+    Global<double> running_total, term_values, sums, slope_sums, mean_sums;
+    Global<uint32_t> counter;
+    Global<Term<T>> terms;
+    static_assert(sizeof(Term<T>) <= MMFAST_ADVERSARIAL_TERM * sizeof(double), "a term fits into its part of scratch");
+
+    Scratch(const mmfast_adversarial_args& args, bool is_long, bool is_forward, Buffers& buffers) {
+        double* next = static_cast<double*>(args.scratch);
+        const auto take = [&](int64_t n) {
+            double* const from = next;
+            next += n;
+            return from;
+        };
+        if (is_long) {
+            terms = buffers.scratch<Term<T>>(take(0), args.count);
+            take(args.count * MMFAST_ADVERSARIAL_TERM);
+        }
+        if (!is_forward) return;
+        int64_t chunks = 0;
+        for (int64_t k = 0; k < args.count; ++k) chunks += chunks_of(args.terms[k]);
+        running_total = buffers.scratch<double>(take(1), 1);
+        counter = buffers.scratch<uint32_t>(take(1), 1);
+        term_values = buffers.scratch<double>(take(args.count), args.count);
+        sums = buffers.scratch<double>(take(chunks), chunks);
+        slope_sums = buffers.scratch<double>(take(chunks), chunks);
+        mean_sums = buffers.scratch<double>(take(chunks), chunks);
+    }
+};
+
+template <typename T>
+struct Outputs {
+    Global<Compute<T>> values{}, slopes{}, means{};
+    Global<T> total;
+
+    Outputs(const mmfast_adversarial_args& args, Buffers& buffers) {
+        using C = Compute<T>;
+        if (args.values) values = buffers.output<C>(args.values, args.count);
+        if (args.slopes) slopes = buffers.output<C>(args.slopes, args.count);
+        if (args.means) means = buffers.output<C>(args.means, args.count);
+        total = buffers.output<T>(args.total, 1);
+    }
+};
+
+template <typename T>
+Totals<T> totals_of(const mmfast_adversarial_args& args, const Group<T>& group, const Scratch<T>& scratch,
+                    const Outputs<T>& outputs, int64_t done) {
+    Totals<T> totals{};
+    totals.sums = scratch.sums + done;
+    totals.slope_sums = scratch.slope_sums + done;
+    totals.mean_sums = scratch.mean_sums + done;
+    totals.term_values = scratch.term_values + group.begin;
+    totals.total = outputs.total;
+    totals.running_total = scratch.running_total;
+    totals.chunks = int(group.chunks);
+    totals.first = group.begin == 0;
+    totals.has_values = args.values != nullptr;
+    if (args.values) totals.values = outputs.values + group.begin;
+    totals.has_slopes = args.slopes != nullptr;
+    if (args.slopes) totals.slopes = outputs.slopes + group.begin;
+    totals.has_means = args.means != nullptr;
+    if (args.means) totals.means = outputs.means + group.begin;
+    return totals;
 }
 
-// The second launch of a group of terms, whose sums begin at `sums`.
+// All groups of a call, and the table of the one that is too long for a kernel's arguments.
 template <typename T>
-Finish<T> finish_of(const Table<T>& table, const mmfast_adversarial_args& args, int64_t begin, int64_t chunks) {
-    Finish<T> finish{};
-    finish.count = table.count;
-    finish.first = begin == 0;
-    for (int k = 0; k < table.count; ++k) {
-        const mmfast_adversarial_term& term = args.terms[begin + k];
-        finish.first_chunk[k] = table.terms[k].first_chunk;
-        finish.scale[k] = scale_of(args, term);
-        finish.slope_scale[k] = scale_of(args, term) * term.sign;
+struct Groups {
+    std::vector<Group<T>> groups;
+    bool is_long;
+    Scratch<T> scratch;
+    int status = MMFAST_OK;
+
+    Groups(const mmfast_adversarial_args& args, bool is_forward, Buffers& buffers)
+        : is_long(args.count > kMaxTerms && !is_capturing(args.stream)), scratch(args, is_long, is_forward, buffers) {
+        const int64_t step = is_long ? args.count : kMaxTerms;
+        for (int64_t begin = 0; begin < args.count; begin += step) groups.emplace_back(args, begin, step, buffers);
+        if (is_long) status = upload(scratch.terms, groups[0].terms.data(), args.count, args.stream);
     }
-    finish.first_chunk[table.count] = int(chunks);
-    return finish;
+    Table<T> table(const Group<T>& group) const {
+        Table<T> table{};
+        table.count = int(group.terms.size());
+        table.is_long = is_long;
+        if (is_long)
+            table.longer = as_const(scratch.terms);
+        else
+            for (int k = 0; k < table.count; ++k) table.terms[k] = group.terms[size_t(k)];
+        return table;
+    }
+};
+
+template <typename T>
+int forward(const mmfast_adversarial_args& args, const Groups<T>& all, const Outputs<T>& outputs) {
+    const int shared_bytes = 32 * int(sizeof(Compute<T>)) + 16;
+    const auto launch_each = [&](const auto& launch_group) {
+        int64_t done = 0;
+        int status = MMFAST_OK;
+        for (const Group<T>& group : all.groups) {
+            if (status == MMFAST_OK) status = launch_group(group, done);
+            done += group.chunks;
+        }
+        return status;
+    };
+    const auto measure = [&](const Group<T>& group, int64_t done) {
+        Measure<T> kernel{};
+        kernel.table = all.table(group);
+        kernel.mean_sums = all.scratch.mean_sums + done;
+        kernel.counter = all.scratch.counter;
+        return launch(kernel, group.chunks, shared_bytes, args.stream);
+    };
+    const auto evaluate = [&](const Group<T>& group, int64_t done) {
+        Forward<T> kernel{};
+        kernel.table = all.table(group);
+        kernel.totals = totals_of(args, group, all.scratch, outputs, done);
+        kernel.all_mean_sums = all.scratch.mean_sums;
+        kernel.counter = all.scratch.counter;
+        // the launch before has set the counter; without chunks there is no block to come last
+        kernel.finishes = args.means && group.chunks > 0;
+        const int status = launch(kernel, group.chunks, shared_bytes, args.stream);
+        if (status != MMFAST_OK || kernel.finishes) return status;
+        const Finish<T> finish{kernel.table, kernel.totals};
+        return launch(finish, 1, 0, args.stream);
+    };
+    const int status = args.means ? launch_each(measure) : int(MMFAST_OK);
+    return status == MMFAST_OK ? launch_each(evaluate) : status;
 }
 
 template <typename T>
 int forward(const mmfast_adversarial_args& args) {
-    using C = Compute<T>;
     Buffers buffers;
-    int64_t all_chunks = 0;
-    for (int64_t k = 0; k < args.count; ++k) all_chunks += chunks_of(args.terms[k]);
-    double* const scratch = static_cast<double*>(args.scratch);
-    const Global<double> running_total = buffers.scratch<double>(scratch, 1);
-    const Global<double> all_sums = buffers.scratch<double>(scratch + 1, all_chunks);
-    const Global<double> all_slope_sums = buffers.scratch<double>(scratch + 1 + all_chunks, all_chunks);
-    Global<C> values{}, slopes{};
-    if (args.values) values = buffers.output<C>(args.values, args.count);
-    if (args.slopes) slopes = buffers.output<C>(args.slopes, args.count);
-    const Global<T> total = buffers.output<T>(args.total, 1);
-    int64_t done = 0;
-    int status = MMFAST_OK;
-    for (int64_t begin = 0; begin < args.count && status == MMFAST_OK; begin += kMaxTerms) {
-        Forward<T> kernel{};
-        const int64_t chunks = fill(kernel.table, buffers, args, begin);
-        kernel.sums = all_sums + done;
-        kernel.slope_sums = all_slope_sums + done;
-        kernel.has_slopes = args.slopes != nullptr;
-        status = launch(kernel, chunks, 32 * int(sizeof(C)), args.stream);
-        if (status != MMFAST_OK) break;
-        Finish<T> finish = finish_of(kernel.table, args, begin, chunks);
-        finish.sums = as_const(kernel.sums);
-        finish.slope_sums = as_const(kernel.slope_sums);
-        finish.has_values = args.values != nullptr;
-        if (args.values) finish.values = values + begin;
-        finish.has_slopes = args.slopes != nullptr;
-        if (args.slopes) finish.slopes = slopes + begin;
-        finish.total = total;
-        finish.running_total = running_total;
-        status = launch(finish, 1, kMaxTerms * int(sizeof(double)), args.stream);
-        done += chunks;
-    }
-    return buffers.finish(status);
+    const Groups<T> all(args, true, buffers);
+    const Outputs<T> outputs(args, buffers);
+    if (all.status != MMFAST_OK) return buffers.finish(all.status);
+    return buffers.finish(forward(args, all, outputs));
 }
 
 template <typename T>
 int backward(const mmfast_adversarial_args& args) {
     Buffers buffers;
-    const Global<const T> dtotal = buffers.input<T>(args.dtotal, 1);
-    int status = MMFAST_OK;
-    for (int64_t begin = 0; begin < args.count && status == MMFAST_OK; begin += kMaxTerms) {
-        Backward<T> kernel{};
-        kernel.dtotal = dtotal;
-        const int64_t chunks = fill(kernel.table, buffers, args, begin);
-        status = launch(kernel, chunks, 0, args.stream);
+    const Groups<T> all(args, false, buffers);
+    Backward<T> kernel{};
+    kernel.dtotal = buffers.input<T>(args.dtotal, 1);
+    int status = all.status;
+    for (const Group<T>& group : all.groups) {
+        if (status != MMFAST_OK) break;
+        kernel.table = all.table(group);
+        status = launch(kernel, group.chunks, 0, args.stream);
     }
     return buffers.finish(status);
 }

@@ -21,7 +21,7 @@
 //   SharedCursor, shared_array<T>(cursor, n), SharedArray<T>::operator[]   the block's shared memory: arrays are cut
 //                                                                          from it in order; launch gives its bytes
 //   load_vector<N>, store_vector of a SharedArray                          aligned as in device memory
-//   barrier(), warp_barrier(mask)                                          execution and memory order
+//   barrier(), warp_barrier(mask), device_fence()                          execution and memory order
 //   shuffle, shuffle_xor, shuffle_down, ballot, warp_sum                   among the lanes of mask (default: all 32)
 //   atomic_add, atomic_max                                                 integers only: results stay deterministic
 //   exp_of log1p_of abs_of tanh_of fma_of divide                           accurate
@@ -34,6 +34,8 @@
 //   Buffers                                                                host: pointers into Global views
 //   Grid, launch, resident                                                 host: a launch, and whether the device takes
 //   it
+//   upload, is_capturing                                                   host: a copy to the device in the stream's
+//                                                                          order, and whether it would be captured
 #pragma once
 #include <stdint.h>
 
@@ -144,13 +146,19 @@ struct ValueOf<const T> {
 template <typename T>
 using Value = typename ValueOf<T>::type;
 
+// p, which the compiler is told to be in device memory: of a pointer that was itself loaded it does not know
+template <typename T>
+MMFAST_DEVICE T* in_global(T* p) {
+    __builtin_assume(__isGlobal(p));
+    return p;
+}
 template <typename T>
 MMFAST_DEVICE Value<T> load(Global<T> x, int64_t i) {
-    return x.p[i];
+    return in_global(x.p)[i];
 }
 template <typename T>
 MMFAST_DEVICE void store(Global<T> x, int64_t i, T value) {
-    x.p[i] = value;
+    in_global(x.p)[i] = value;
 }
 // The four 32-bit words of a 16-byte vector.
 template <typename V>
@@ -167,15 +175,19 @@ MMFAST_DEVICE uint4 words_of(const V& v) {
     return words;
 }
 template <int N, typename T>
-MMFAST_DEVICE Vector<Value<T>, N> load_vector(Global<T> x, int64_t i) {
+MMFAST_DEVICE Vector<Value<T>, N> vector_at(T* p) {
     Vector<Value<T>, N> v;
     if constexpr (sizeof(v) == 16) {
-        const uint4 words = *reinterpret_cast<const uint4*>(x.p + i);
+        const uint4 words = *reinterpret_cast<const uint4*>(p);
         memcpy(&v, &words, sizeof v);
     } else {
-        v = *reinterpret_cast<const Vector<Value<T>, N>*>(x.p + i);
+        v = *reinterpret_cast<const Vector<Value<T>, N>*>(p);
     }
     return v;
+}
+template <int N, typename T>
+MMFAST_DEVICE Vector<Value<T>, N> load_vector(Global<T> x, int64_t i) {
+    return vector_at<N>(in_global(x.p) + i);
 }
 template <int N, typename T>
 MMFAST_DEVICE void store_vector(Global<T> x, int64_t i, Vector<T, N> v) {
@@ -212,7 +224,7 @@ MMFAST_DEVICE SharedArray<T> shared_array(SharedCursor& cursor, int n) {
 
 template <int N, typename T>
 MMFAST_DEVICE Vector<T, N> load_vector(SharedArray<T> x, int i) {
-    return load_vector<N>(Global<const T>{x.p}, i);
+    return vector_at<N>(x.p + i);
 }
 template <int N, typename T>
 MMFAST_DEVICE void store_vector(SharedArray<T> x, int i, const Vector<T, N>& v) {
@@ -363,6 +375,8 @@ MMFAST_DEVICE void store_async(SharedArray<T> to, int at, const Vector<T, N>& v,
 }
 
 MMFAST_DEVICE void barrier() { __syncthreads(); }
+// What this thread wrote before, other blocks see before what it writes after; likewise what it reads.
+MMFAST_DEVICE void device_fence() { __threadfence(); }
 MMFAST_DEVICE void warp_barrier(uint32_t mask = kAllLanes) { __syncwarp(mask); }
 
 template <typename T>
@@ -546,6 +560,18 @@ int launch(const Kernel& kernel, const Grid& grid, void* stream) {
 template <typename Kernel>
 int launch(const Kernel& kernel, int64_t blocks, int shared_bytes, void* stream) {
     return launch(kernel, Grid{blocks, shared_bytes}, stream);
+}
+
+// Copies n elements to the device in the stream's order; `from` may go at once.
+template <typename T>
+int upload(Global<T> to, const T* from, int64_t n, void* stream) {
+    return status_of(
+        cudaMemcpyAsync(to.p, from, size_t(n) * sizeof(T), cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));
+}
+inline bool is_capturing(void* stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess &&
+           status != cudaStreamCaptureStatusNone;
 }
 
 }  // namespace device

@@ -188,6 +188,8 @@ Words as_words(const Vector<T, kVector<T>>& v) {
 }
 
 inline void barrier(Site site = Site::here()) { emulator::barrier(site); }
+// blocks run one after the other
+inline void device_fence() {}
 inline void warp_barrier(uint32_t mask = kAllLanes, Site site = Site::here()) { emulator::warp_barrier(mask, site); }
 
 template <typename T>
@@ -577,6 +579,15 @@ template <typename Kernel>
 int launch(const Kernel& kernel, int64_t blocks, int shared_bytes, void* stream) {
     return launch(kernel, Grid{blocks, shared_bytes}, stream);
 }
+
+template <typename T>
+int upload(Global<T> to, const T* from, int64_t n, void*) {
+    check_bounds(to, 0, int(n), "writes", Site::here());
+    memcpy(static_cast<void*>(to.p), from, size_t(n) * sizeof(T));
+    return MMFAST_OK;
+}
+// a stream whose address is 1 is one that is being captured
+inline bool is_capturing(void* stream) { return reinterpret_cast<uintptr_t>(stream) == 1; }
 
 // As an H100: 227 KB of shared memory, clusters of 16 blocks; one block a multiprocessor, 7 clusters of the largest.
 template <typename Kernel>

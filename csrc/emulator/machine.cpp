@@ -154,6 +154,7 @@ struct Block {
 
 class Machine {
   public:
+    uint32_t launches() const { return launch_; }
     int run(const char* name, const void* kernel, void (*body)(const void*), const Shape& shape);
     [[noreturn]] void stop(const std::string& message);
     void barrier(Site site);
@@ -608,6 +609,8 @@ int run(const char* name, const void* kernel, void (*body)(const void*), const S
 }
 void set_order(uint64_t seed) { g_machine.seed = seed; }
 uint64_t order() { return g_machine.seed; }
+
+uint32_t launches() { return g_machine.launches(); }
 
 void report(const char* format, ...) {
     va_list arguments;

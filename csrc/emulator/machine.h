@@ -48,6 +48,8 @@ int run(const char* name, const void* kernel, void (*body)(const void* kernel), 
 // The order in which waiting threads go on: 0 is first come, first served; any other seed another random order.
 void set_order(uint64_t seed);
 uint64_t order();
+// how many launches there were in this process
+uint32_t launches();
 
 // Ends the running launch with a message: where the running thread is, then the printf-like text.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void report(const char* format, ...);

@@ -173,7 +173,7 @@ class AdversarialLoss(Layer, torch.nn.Module):
 class FeatureMatchingLoss(Layer, torch.nn.Module):
     """The distance between feature maps of real and of generated samples: `mmfast.functional.feature_matching`.
 
-    Called with (real_maps, fake_maps); its options are those of the function.
+    Called with (real_maps, fake_maps, sample_weight=None); its options are those of the function.
     """
 
     def __init__(
@@ -207,13 +207,14 @@ class FeatureMatchingLoss(Layer, torch.nn.Module):
         """
         return cls(**_preset("FeatureMatchingLoss", _FEATURE_PRESETS, name, options))
 
-    def forward(self, real_maps: Logits, fake_maps: Logits) -> Tensor:
+    def forward(self, real_maps: Logits, fake_maps: Logits, *, sample_weight: Tensor | None = None) -> Tensor:
         return F.feature_matching(
             real_maps,
             fake_maps,
             distance=self.distance,
             scale=self.scale,
             across=self.across,
+            sample_weight=sample_weight,
             detach=self.detach,
             relative=self.relative,
             backend=self.backend,
@@ -232,7 +233,8 @@ class LeCam(Layer, torch.nn.Module):
     `forward(real_logits, fake_logits)` first moves the means, `mean = decay * mean + (1 - decay) * logits.mean()` (the
     first call sets them), then gives `mmfast.functional.lecam_penalty`.
 
-    weight: of the penalty. decay: of the means. discriminators: the number of tensors of logits.
+    weight: of the penalty; real_weight and fake_weight, (B,), weigh its samples, the means not.
+    decay: of the means. discriminators: the number of tensors of logits.
     process_group: over whose ranks the batch means are averaged (torch.distributed); None: each rank has its own.
     real_mean, fake_mean: (discriminators,) buffers; seen: () bool, a buffer, whether they were set.
     Source: Tseng et al., arXiv:2104.03310.
@@ -260,11 +262,25 @@ class LeCam(Layer, torch.nn.Module):
         self.register_buffer("fake_mean", torch.zeros(discriminators))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
 
-    def forward(self, real_logits: Logits, fake_logits: Logits) -> Tensor:
+    def forward(
+        self,
+        real_logits: Logits,
+        fake_logits: Logits,
+        *,
+        real_weight: Tensor | None = None,
+        fake_weight: Tensor | None = None,
+    ) -> Tensor:
         if self.training:
             self._update(real_logits, fake_logits)
         return F.lecam_penalty(
-            real_logits, fake_logits, self.real_mean, self.fake_mean, scale=self.weight, backend=self.backend
+            real_logits,
+            fake_logits,
+            self.real_mean,
+            self.fake_mean,
+            scale=self.weight,
+            real_weight=real_weight,
+            fake_weight=fake_weight,
+            backend=self.backend,
         )
 
     @torch.no_grad()

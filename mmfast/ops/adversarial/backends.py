@@ -159,7 +159,8 @@ def dense(inputs: Inputs) -> Inputs:
             else:
                 return inputs
     if others:
-        pairs = [_alike(x, other) for x, other in zip(logits, others, strict=True)]
+        parts = [w.numel() for w in weights] or [1] * len(logits)
+        pairs = [_alike(*tensors) for tensors in zip(logits, others, parts, strict=True)]
         logits, others = zip(*pairs, strict=True)
     elif weights:
         logits = [x.contiguous() for x in logits]
@@ -168,10 +169,15 @@ def dense(inputs: Inputs) -> Inputs:
     return Inputs(logits, others, [w.contiguous() for w in weights] if weights else (), centres, peers)
 
 
-def _alike(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def _alike(x: Tensor, other: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Both in one order of elements, in which each of `parts` weights is one block's."""
     if x.is_contiguous() and other.is_contiguous():
         return x, other
-    return (x, other) if x.stride() == other.stride() and _dense(x) is x else (x.contiguous(), other.contiguous())
+    alike = x.stride() == other.stride() and _dense(x) is x
+    # samples are blocks where the first dimension is the outermost: channels_last
+    if alike and (parts <= 1 or x.stride(0) * len(x) == x.numel()):
+        return x, other
+    return x.contiguous(), other.contiguous()
 
 
 class Kernels(GpuBackend):
@@ -197,9 +203,9 @@ class Cuda(Kernels):
         return refusals + unreduced(case)
 
     def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
-        inputs = self.with_centres(dense(inputs))
+        inputs = dense(inputs)
         outputs = empty_outputs(inputs, values_wanted)
-        scratch = outputs[0].new_empty(native.adversarial_scratch(inputs.logits), dtype=torch.float64)
+        scratch = outputs[0].new_empty(native.adversarial_scratch(inputs.logits, True), dtype=torch.float64)
         native.cuda_adversarial_forward(terms, mean, inputs, *outputs, scratch)
         return outputs
 
@@ -208,7 +214,8 @@ class Cuda(Kernels):
     ) -> list[Tensor]:
         inputs = dense(inputs)
         gradients = empty_gradients(inputs, needed)
-        native.cuda_adversarial_backward(terms, mean, inputs, dtotal, state, gradients)
+        scratch = dtotal.new_empty(native.adversarial_scratch(inputs.logits, False), dtype=torch.float64)
+        native.cuda_adversarial_backward(terms, mean, inputs, dtotal, state, gradients, scratch)
         return [g for g in gradients if g is not None]
 
 

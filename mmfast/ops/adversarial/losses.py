@@ -78,7 +78,7 @@ def adversarial_discriminator_loss(
     recipe = _remembered(_discriminator_recipe, len(real), mode, scale, smoothing, reduction, across)
     # real and fake of one discriminator side by side, so that terms are added in the order a user would add them
     logits = [x for pair in zip(real, fake, strict=True) for x in pair]
-    weights = None if real_weight is None and fake_weight is None else (real_weight, fake_weight)
+    weights = real_weight, fake_weight
     return _adversarial(recipe, logits, weights, return_values, process_group, backend)
 
 
@@ -113,9 +113,9 @@ def adversarial_generator_loss(
             return loss_of_few(recipe.terms, recipe.mean, fake_logits, None)
     fake = _flat("fake_logits", fake_logits)
     recipe = _remembered(_generator_recipe, len(fake), mode, scale, 0.0, reduction, across)
-    weights = None if real_weight is None and fake_weight is None else (real_weight, fake_weight)
+    weights = real_weight, fake_weight
     if not recipe.pairing:
-        return _adversarial(recipe, fake, weights and (fake_weight,), return_values, process_group, backend)
+        return _adversarial(recipe, fake, (fake_weight,), return_values, process_group, backend)
     if real_logits is None:
         raise ValueError(f"mode {mode!r} compares with real logits; expected real_logits")
     real = _flat("real_logits", real_logits)
@@ -138,6 +138,9 @@ def matching_discriminator_loss(
     smoothing: Smoothing = 0.0,
     reduction: str = "mean",
     across: str = "sum",
+    real_weight: Tensor | None = None,
+    fake_weight: Tensor | None = None,
+    mismatched_weight: Tensor | None = None,
     return_values: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -151,6 +154,7 @@ def matching_discriminator_loss(
     mismatched_logits: of real samples with another's condition; unconditional: of real and generated samples without
         one. Each is a tensor or a list as in `adversarial_discriminator_loss`, all of one length.
     mode: any that is not relativistic.
+    real_weight: of matching and of unconditional real logits; fake_weight: of generated ones; mismatched_weight.
     return_values: the values are (K, 3) or (K, 5), in the order matching, fake, mismatched, real, fake.
     All else: `adversarial_discriminator_loss`. The generator's loss is
     `adversarial_generator_loss([conditional, unconditional])`.
@@ -173,7 +177,8 @@ def matching_discriminator_loss(
     make = _matching_recipe if unconditional is None else _unconditional_matching_recipe
     recipe = _remembered(make, len(lists[0]), mode, scale, smoothing, reduction, across)
     logits = [x for group in zip(*lists, strict=True) for x in group]
-    return _adversarial(recipe, logits, None, return_values, None, backend)
+    weights = (real_weight, fake_weight, mismatched_weight, real_weight, fake_weight)[: len(kinds)]
+    return _adversarial(recipe, logits, weights, return_values, None, backend)
 
 
 def lecam_penalty(
@@ -183,6 +188,8 @@ def lecam_penalty(
     fake_mean: Tensor,
     *,
     scale: float = 1.0,
+    real_weight: Tensor | None = None,
+    fake_weight: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """LeCam's regulariser of a discriminator: real logits are to stay below the fakes' mean, fakes above the reals'.
@@ -205,7 +212,7 @@ def lecam_penalty(
     logits = [x for pair in zip(real, fake, strict=True) for x in pair]
     # the real logits' centre is the fake logits' mean
     centres = torch.stack([fake_mean.detach().reshape(-1), real_mean.detach().reshape(-1)], 1).flatten()
-    return _adversarial(recipe, logits, None, False, None, backend, centres)
+    return _adversarial(recipe, logits, (real_weight, fake_weight), False, None, backend, centres)
 
 
 def feature_matching(
@@ -216,6 +223,7 @@ def feature_matching(
     scale: float = 1.0,
     across: str = "sum",
     weights: Sequence[float] | None = None,
+    sample_weight: Tensor | None = None,
     detach: bool = True,
     relative: bool = False,
     return_values: bool = False,
@@ -231,6 +239,8 @@ def feature_matching(
     across: "sum" over all maps, or "mean": the mean at each level of the nesting (of a discriminator's maps, then of
         the discriminators).
     weights: a factor for each map, in order, over all discriminators.
+    sample_weight: (B,), a weight for each sample, the first dimension of all maps; the sum is still divided by the
+        number of elements. It gets no gradient.
     detach: the real side gets no gradient (HiFi-GAN's program gives it one).
     relative: each map's distance is divided by the mean magnitude of its real side, which gets no gradient; for "l1".
     return_values: also return the detached value of each map, (K,).
@@ -254,7 +264,7 @@ def feature_matching(
     if detach:
         real = [x.detach() for x in real]
     _check_pairs(real, fake, "map")
-    return _paired(recipe, fake, real, relative, return_values, backend)
+    return _paired(recipe, fake, real, sample_weight, relative, return_values, backend)
 
 
 class Recipe(NamedTuple):
@@ -445,7 +455,7 @@ def _alike(tensors: list[Tensor]) -> list[Tensor]:
 def _adversarial(
     recipe: Recipe,
     logits: list[Tensor],
-    weights: tuple[Tensor | None, ...] | None,
+    weights: tuple[Tensor | None, ...],
     return_values: bool,
     group: Any,
     backend: str | None,
@@ -455,33 +465,42 @@ def _adversarial(
     if recipe.pairing == "pairs":
         others, logits = logits[1::2], logits[::2]
         _check_pairs(logits, others, "tensor of logits")
-        inputs = Inputs(logits, others, _element_weights(logits, weights and weights[:1]))
+        inputs = Inputs(logits, others, _element_weights(logits, weights[:1]))
     elif recipe.pairing == "means":
         peers = tuple(k ^ 1 for k in range(len(logits)))
         inputs = Inputs(logits, (), _element_weights(logits, weights), None, peers)
     else:
         if centres is not None:
             centres = centres.to(equations.values_dtype(logits[0].dtype))
-        inputs = Inputs(logits, (), _element_weights(logits, weights) if weights else (), centres)
+        inputs = Inputs(logits, (), _element_weights(logits, weights), centres)
     return _evaluate(recipe, inputs, return_values, group, backend)
 
 
 def _paired(
-    recipe: Recipe, fake: list[Tensor], real: list[Tensor], relative: bool, return_values: bool, backend: str | None
+    recipe: Recipe,
+    fake: list[Tensor],
+    real: list[Tensor],
+    sample_weight: Tensor | None,
+    relative: bool,
+    return_values: bool,
+    backend: str | None,
 ) -> Any:
     tensors = _alike([*fake, *real])
     fake, real = tensors[: len(fake)], tensors[len(fake) :]
-    inputs = Inputs(fake, real)
+    inputs = Inputs(fake, real, _element_weights(fake, (sample_weight,)))
     if relative:
         detached = [x.detach() for x in real]
         magnitudes = means_of(Terms([Term(equations.ABS, 1, 0)] * len(real)), detached, _select(fake[0], True, backend))
-        inputs = inputs._replace(weights=list(magnitudes.reciprocal().unbind()))
+        weights = magnitudes.reciprocal()[:, None]
+        if sample_weight is not None:
+            weights = weights * inputs.weights[0]
+        inputs = inputs._replace(weights=list(weights.unbind()))
     return _evaluate(recipe, inputs, return_values, None, backend)
 
 
-def _element_weights(logits: list[Tensor], weights: tuple[Tensor | None, ...] | None) -> Sequence[Tensor]:
+def _element_weights(logits: list[Tensor], weights: tuple[Tensor | None, ...]) -> Sequence[Tensor]:
     """One tensor of weights for each tensor of logits, in the values' dtype; weights: one for each kind of term."""
-    if weights is None or all(weight is None for weight in weights):
+    if all(weight is None for weight in weights):
         return ()
     dtype = equations.values_dtype(logits[0].dtype)
     found = []
