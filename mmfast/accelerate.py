@@ -27,6 +27,15 @@ _OURS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name i
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 _THEIRS[nn.Sequential] = torch.nn.Sequential
 
+#: The criteria of adversarial losses: the mode that computes the same of both sides, and what else is to be changed.
+_CRITERIA: dict[type, tuple[str, str]] = {
+    torch.nn.BCEWithLogitsLoss: ("non-saturating", ""),
+    torch.nn.BCELoss: ("non-saturating", "; it takes logits: remove the discriminator's final Sigmoid"),
+    torch.nn.SoftMarginLoss: ("non-saturating", ""),
+    torch.nn.MSELoss: ("lsgan", ""),
+    torch.nn.HingeEmbeddingLoss: ("hinge", "; its hinge is on both sides, relu(1 - real) and relu(1 + fake)"),
+}
+
 
 def accelerate(model: Model, *, backend: str | None = None) -> Model:
     """Puts mmfast's layers in the places of torch.nn's in this model, in place, and returns it.
@@ -104,6 +113,9 @@ class Explanation(tuple[Row, ...]):
 def explain(model: torch.nn.Module, *example_inputs: Any, **example_kwargs: Any) -> Explanation:
     """Which backend serves each layer of this model, why not a faster one, and what accelerate leaves alone and why.
 
+    Among that are criteria such as BCEWithLogitsLoss: where one judges a discriminator's logits, its row says which
+    line replaces it.
+
     Without inputs, each layer is judged by what it is: its sizes, and its parameters' dtype and device. With inputs the
     model is called once, `model(*example_inputs, **example_kwargs)`, and the rows are the choices really made - under
     autocast, with packed sequences, by functions of mmfast.functional outside of layers. The call leaves buffers and
@@ -117,6 +129,8 @@ def explain(model: torch.nn.Module, *example_inputs: Any, **example_kwargs: Any)
     for path, module in model.named_modules():
         if reason := _left_alone(module) or _not_yet(module):
             explained.append(Row(path or ".", _class_name(module), _op_of(module), "torch", reason))
+        if reason := _replaceable(module):
+            explained.append(Row(path, _class_name(module), "adversarial", "torch", reason))
         if path in called.rows:
             explained += called.rows[path]
         elif isinstance(module, Layer):
@@ -165,6 +179,21 @@ def _not_yet(module: torch.nn.Module) -> str | None:
     if type_before_parametrizations(module) not in _OURS:
         return None
     return "torch.nn's own: mmfast.accelerate(model) puts mmfast's in its place"
+
+
+def _replaceable(module: torch.nn.Module) -> str | None:
+    """The change that has mmfast compute what this criterion does in a GAN; None for any other module."""
+    if type(module) not in _CRITERIA or getattr(module, "reduction", "mean") == "none":
+        return None
+    if getattr(module, "weight", None) is not None or getattr(module, "pos_weight", None) is not None:
+        return None
+    mode, besides = _CRITERIA[type(module)]
+    reduction = "" if module.reduction == "mean" else f", reduction={module.reduction!r}"
+    return (
+        "left alone: a criterion does not say which side it judges; if it is a discriminator's, replace it by "
+        f"mmfast.nn.AdversarialLoss({mode!r}{reduction}) and call .discriminator(real_logits, fake_logits) and "
+        f".generator(fake_logits){besides}"
+    )
 
 
 def _op_of(module: torch.nn.Module) -> str:

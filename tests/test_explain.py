@@ -233,3 +233,46 @@ def test_prints_as_a_table(gan: Gan) -> None:
     assert [line[start:] for line in lines[1:]] == [row.why for row in explanation]
     assert all(line == line.rstrip() for line in lines)
     assert str(mmfast.explain(torch.nn.Linear(2, 2))) == "no layer here is one that mmfast accelerates"
+
+
+CRITERIA = {
+    "BCEWithLogitsLoss": ("AdversarialLoss('non-saturating')", lambda loss, x, label: loss(x, label)),
+    "BCELoss": ("AdversarialLoss('non-saturating')", lambda loss, x, label: loss(x.sigmoid(), label)),
+    "SoftMarginLoss": ("AdversarialLoss('non-saturating')", lambda loss, x, label: loss(x, 2 * label - 1)),
+    "MSELoss": ("AdversarialLoss('lsgan')", lambda loss, x, label: loss(x, label)),
+    "HingeEmbeddingLoss": ("AdversarialLoss('hinge')", None),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_that_could_be_replaced(name: str, reduction: str) -> None:
+    """It is named with the change, and the change computes the same."""
+    model = torch.nn.Module()
+    model.criterion = getattr(torch.nn, name)(reduction=reduction)
+    (row,) = mmfast.explain(model)
+    change, call = CRITERIA[name]
+    if reduction == "sum":
+        change = change[:-1] + ", reduction='sum')"
+    assert row[:4] == ("criterion", name, "adversarial", "torch")
+    assert f"replace it by mmfast.nn.{change} " in row.why
+    if call is None:
+        return
+    ours = eval("mmfast.nn." + change)
+    real, fake = torch.randn(5, 1), torch.randn(5, 1)
+    one, zero = torch.ones(5, 1), torch.zeros(5, 1)
+    expected = call(model.criterion, real, one) + call(model.criterion, fake, zero)
+    torch.testing.assert_close(ours.discriminator(real, fake), expected)
+    torch.testing.assert_close(ours.generator(fake), call(model.criterion, fake, one))
+
+
+def test_criteria_that_mmfast_does_not_replace() -> None:
+    model = torch.nn.ModuleList(
+        [
+            torch.nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)),
+            torch.nn.BCELoss(weight=torch.ones(3)),
+            torch.nn.MSELoss(reduction="none"),
+            torch.nn.CrossEntropyLoss(),
+        ]
+    )
+    assert not mmfast.explain(model)

@@ -1,6 +1,8 @@
 """The adversarial losses' modes and presets, feature matching and LeCam against transcriptions of their formulas."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -216,6 +218,65 @@ def stylegan2_d(r, f):
     return (F.softplus(f) + F.softplus(-r)).mean()
 
 
+# Written out of each program or paper on its own: no formula of theirs is another's above.
+
+
+def dac_discriminator(real, fake):
+    """Kumar et al., arXiv:2306.06546; dac/nn/loss.py, GANLoss.discriminator_loss: a square for each discriminator."""
+    loss = torch.zeros((), dtype=real[0].dtype)
+    for r, f in zip(real, fake, strict=True):
+        loss = loss + torch.mean(f**2)
+        loss = loss + torch.mean((1 - r) ** 2)
+    return loss
+
+
+def dac_generator(real, fake):
+    """dac/nn/loss.py, GANLoss.generator_loss."""
+    loss = torch.zeros((), dtype=fake[0].dtype)
+    for f in fake:
+        loss = loss + torch.mean((1 - f) ** 2)
+    return loss
+
+
+def biggan_discriminator(real, fake):
+    """Brock et al., arXiv:1809.11096, appendix C.2; as in Lim and Ye: -E min(0, -1 + D(x)) - E min(0, -1 - D(G(z)))."""
+    loss = 0
+    for r, f in zip(real, fake, strict=True):
+        loss = loss - torch.minimum(r - 1, torch.zeros_like(r)).sum() / r.numel()
+        loss = loss - torch.minimum(-f - 1, torch.zeros_like(f)).sum() / f.numel()
+    return loss
+
+
+def biggan_generator(real, fake):
+    """-E D(G(z))"""
+    return sum(-f.sum() / f.numel() for f in fake)
+
+
+def studiogan_discriminator(real, fake):
+    """PyTorch-StudioGAN, src/utils/losses.py, d_hinge: one mean over the sum of both sides."""
+    return sum(torch.mean((1.0 - r).clamp_min(0) + (1.0 + f).clamp_min(0)) for r, f in zip(real, fake, strict=True))
+
+
+def studiogan_generator(real, fake):
+    """src/utils/losses.py, g_hinge"""
+    return -torch.stack([torch.mean(f) for f in fake]).sum()
+
+
+def vqgan_discriminator(real, fake):
+    """Esser et al., arXiv:2012.09841; taming/modules/losses/vqperceptual.py, hinge_d_loss: half of both means."""
+    halves = []
+    for r, f in zip(real, fake, strict=True):
+        on_real = torch.where(r < 1, 1 - r, 0.0).mean()
+        on_fake = torch.where(f > -1, 1 + f, 0.0).mean()
+        halves.append(0.5 * (on_real + on_fake))
+    return sum(halves)
+
+
+def vqgan_generator(real, fake):
+    """VQLPIPSWithDiscriminator.forward, optimizer_idx 0: g_loss = -mean(logits_fake), before its adaptive weight."""
+    return sum(torch.mean(f).neg() for f in fake)
+
+
 PRESETS = {
     "dcgan": (
         sum_of(
@@ -232,15 +293,15 @@ PRESETS = {
         sum_of(lambda r, f: torch.mean((1 - r) ** 2) + torch.mean(f**2)),
         sum_of(lambda r, f: torch.mean((1 - f) ** 2)),
     ),
-    "dac": (sum_of(LSGAN[0]), sum_of(LSGAN[1])),
+    "dac": (dac_discriminator, dac_generator),
     "audiocraft": (mean_of(HINGE[0]), mean_of(HINGE[1])),
     "encodec": (mean_of(HINGE[0]), mean_of(HINGE[1])),
-    "vqgan": (sum_of(lambda r, f: 0.5 * (F.relu(1 - r).mean() + F.relu(1 + f).mean())), sum_of(HINGE[1])),
+    "vqgan": (vqgan_discriminator, vqgan_generator),
     "monai": (mean_of(LEAKY[0]), mean_of(LEAKY[1])),
     "stylegan2": (sum_of(stylegan2_d), sum_of(lambda r, f: F.softplus(-f).mean())),
     "r3gan": (sum_of(PUBLISHED["relativistic"][0]), sum_of(PUBLISHED["relativistic"][1])),
-    "biggan": (sum_of(HINGE[0]), sum_of(HINGE[1])),
-    "studiogan": (sum_of(HINGE[0]), sum_of(HINGE[1])),
+    "biggan": (biggan_discriminator, biggan_generator),
+    "studiogan": (studiogan_discriminator, studiogan_generator),
     "mimicry": (sum_of(VANILLA[0]), sum_of(lambda r, f: -torch.log(f.sigmoid() + 1e-8).mean())),
     "torchgan": (sum_of(VANILLA[0]), sum_of(VANILLA[1])),
 }
@@ -575,6 +636,77 @@ def test_compile_and_export(seed, backend):
     torch.testing.assert_close(step(compiled), step(model))
     exported = torch.export.export(model, tuple(inputs))
     torch.testing.assert_close(exported.module()(*inputs), model(*inputs))
+
+
+RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+from mmfast import nn
+
+rank, store, seed = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+torch.manual_seed(seed)
+shapes = [(6, 4), (6, 1, 9)]
+everyone = [[torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2)]
+close = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def part(lists):
+    return [[x[3 * rank : 3 * rank + 3].clone().requires_grad_() for x in tensors] for tensors in lists]
+
+
+def gradients(loss, lists):
+    return torch.autograd.grad(loss, [x for tensors in lists for x in tensors])
+
+
+for backend in ("torch", "cpu", "cuda"):
+    for mode in ("relativistic-average", "relativistic-average-hinge", "relativistic-average-lsgan"):
+        alone = nn.AdversarialLoss(mode, backend="torch")
+        ours = nn.AdversarialLoss(mode, process_group=dist.group.WORLD, backend=backend)
+        for step in ("discriminator", "generator"):
+            whole = [[x.clone().requires_grad_() for x in tensors] for tensors in everyone]
+            mine = part(everyone)
+            expected, loss = getattr(alone, step)(*whole), getattr(ours, step)(*mine)
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            torch.testing.assert_close(mean / 2, expected.detach(), **close)
+            # each rank's gradient is of all ranks' losses, as DistributedDataParallel averages them
+            wanted = [2 * g[3 * rank : 3 * rank + 3] for g in gradients(expected, whole)]
+            torch.testing.assert_close(list(gradients(loss, mine)), wanted, **close)
+    lecam = nn.LeCam(0.3, discriminators=2, process_group=dist.group.WORLD, backend=backend).double()
+    lecam(*part(everyone))
+    for buffer, tensors in zip((lecam.real_mean, lecam.fake_mean), everyone):
+        torch.testing.assert_close(buffer, torch.stack([x.mean() for x in tensors]), **close)
+    separate = nn.LeCam(0.3, discriminators=2, backend=backend).double()
+    separate(*part(everyone))
+    assert not torch.allclose(separate.real_mean, lecam.real_mean, rtol=1e-3)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="tested where the other backends are")
+def test_means_over_a_process_group(seed, tmp_path):
+    """Two processes with half a batch each: means, losses and gradients are those of one with the whole batch."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-W", "ignore", str(script)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), str(seed)],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
 
 
 @pytest.mark.parametrize("mode", ["relativistic", "relativistic-average"])

@@ -198,6 +198,9 @@ class FeatureMatchingLoss(Layer, torch.nn.Module):
     def preset(cls, name: str, **options: Any) -> FeatureMatchingLoss:
         """The loss of a known program; options: those of the constructor, to change some.
 
+        In place of its loops, `features = mmfast.nn.FeatureMatchingLoss.preset(name)` and in the generator's step
+        `features(real_maps, fake_maps)` with the lists that the discriminators return.
+
         "hifigan": twice the sum of all maps' mean absolute differences; the real side gets a gradient, too.
         "dac": the plain sum, the real side detached.
         "audiocraft": the mean over a discriminator's maps, then over the discriminators; the real side gets a gradient
