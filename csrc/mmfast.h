@@ -168,9 +168,9 @@ typedef struct {
     const void* bias;  // (channels,), or null: 0; col2im only
     int32_t activation;
     double negative_slope;
-    // Depthwise, one input channel for each output channel: columns[n, c, k, i] = weight[c, k] * x[n, c, i], not
-    // stored.
-    const void* x;  // (batch, channels, *in_size) contiguous; columns, activation and bias of the gradients are unused
+    // The depthwise kernels only, where columns[n, c, k, i] = weight[c, k] * x[n, c, i] is never stored and `columns`
+    // is null. dx and dweight are the backward's, which has no bias and no activation.
+    const void* x;       // (batch, channels, *in_size) contiguous
     const void* weight;  // (channels, *kernel) contiguous
     void* dx;            // (batch, channels, *in_size) contiguous, or null: not wanted
     void* dweight;       // (batch, channels, *kernel) contiguous: each sample's share; or null: not wanted

@@ -114,8 +114,8 @@ inline int64_t phase_of(const Args& args, const Sizes& sizes, int64_t k) {
     return reached % args.stride[2] * sizes.phase_length + reached / args.stride[2];
 }
 
-// phases += every tap of the last dimension, for one row of one tap of the others: of columns, or without weight's
-// being null of weight * x.
+// phases += every tap of the last dimension, for one row of one tap of the others: of columns, or, where weight is not
+// null, of weight * x.
 template <typename T>
 inline void add_taps(const Args& args, const Sizes& sizes, T* phases, const T* source, const T* weight) {
     for (int64_t k = 0; k < args.kernel[2]; ++k) {

@@ -198,4 +198,7 @@ def depthwise_backward(
         native.cpu_depthwise_backward(window, dy, x.contiguous(), weight.contiguous(), dx, shares)
     if dx is not None and not x.is_contiguous():
         dx = torch.empty_like(x).copy_(dx)
-    return dx, None if shares is None else shares.sum(0), _sum_positions(dy) if mask[2] else None
+    dweight = None if shares is None else shares.sum(0)
+    if dweight is not None and not weight.is_contiguous():
+        dweight = torch.empty_like(weight).copy_(dweight)
+    return dx, dweight, _sum_positions(dy) if mask[2] else None
