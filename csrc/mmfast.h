@@ -168,11 +168,20 @@ typedef struct {
     const void* bias;  // (channels,), or null: 0; col2im only
     int32_t activation;
     double negative_slope;
+    // The depthwise kernels only, where columns[n, c, k, i] = weight[c, k] * x[n, c, i] is never stored and `columns`
+    // is null. dx and dweight are the backward's, which has no bias and no activation.
+    const void* x;       // (batch, channels, *in_size) contiguous
+    const void* weight;  // (channels, *kernel) contiguous
+    void* dx;            // (batch, channels, *in_size) contiguous, or null: not wanted
+    void* dweight;       // (batch, channels, *kernel) contiguous: each sample's share; or null: not wanted
     int32_t threads;
 } mmfast_columns_args;
 
 int mmfast_cpu_columns_to_image(const mmfast_columns_args* args);
 int mmfast_cpu_image_to_columns(const mmfast_columns_args* args);
+// The same sum from x and weight, and the two gradients, image being that of the result.
+int mmfast_cpu_depthwise_forward(const mmfast_columns_args* args);
+int mmfast_cpu_depthwise_backward(const mmfast_columns_args* args);
 
 // ---- rnn
 // A layer of a recurrent network over whole sequences, one or both directions. The caller has computed the input side

@@ -388,6 +388,38 @@ def cpu_image_to_columns(window: Window, image: torch.Tensor, columns: torch.Ten
     check(library().cpu_image_to_columns(*arguments, torch.get_num_threads()))
 
 
+def cpu_depthwise_forward(
+    window: Window,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    image: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: tuple[int, float],
+) -> None:
+    """Fills image (N, C, *out_size), contiguous or channels last, from x (N, C, *in_size) and weight, contiguous."""
+    pointers = (x.data_ptr(), weight.data_ptr(), image.data_ptr(), _address(bias))
+    shape = (not image.is_contiguous(), *image.shape[:2])
+    check(
+        library().cpu_depthwise_forward(
+            DTYPES[image.dtype], *shape, window, *pointers, *activation, torch.get_num_threads()
+        )
+    )
+
+
+def cpu_depthwise_backward(
+    window: Window,
+    image: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dx: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+) -> None:
+    """Fills dx, of x's shape, and dweight (N, C, taps), of each sample; all but image contiguous."""
+    pointers = (image.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(dx), _address(dweight))
+    shape = (not image.is_contiguous(), *image.shape[:2])
+    check(library().cpu_depthwise_backward(DTYPES[image.dtype], *shape, window, *pointers, torch.get_num_threads()))
+
+
 def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 

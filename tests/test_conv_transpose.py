@@ -120,23 +120,33 @@ def test_numerics_of_the_epilogue(seed, isa, norm, activation, layout, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("channels", "size", "kernel", "stride", "padding"),
+    ("channels", "size", "kernel", "stride", "padding", "groups"),
     [
-        ((64, 3), (9, 17), 4, 2, 1),
-        ((40, 1), (33,), 5, 3, 0),
-        ((64, 32), (1, 1), 4, 1, 0),
-        ((32, 2), (3, 4, 5), 3, 2, 1),
+        ((64, 3), (9, 17), 4, 2, 1, 1),
+        ((40, 1), (33,), 5, 3, 0, 1),
+        ((64, 32), (1, 1), 4, 1, 0, 1),
+        ((32, 2), (3, 4, 5), 3, 2, 1, 1),
+        ((24, 24), (63,), 4, 2, 0, 24),
+        ((9, 9), (5, 17), 5, 3, 1, 9),
+        ((6, 6), (3, 4, 5), 3, 2, 1, 6),
     ],
-    ids=["C3-2d", "C1-1d", "position", "C2-3d"],
+    ids=["C3-2d", "C1-1d", "position", "C2-3d", "depthwise-1d", "depthwise-2d", "depthwise-3d"],
 )
-def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding, layout):
+def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding, groups, layout):
     # as their models do: the RGB layer ends in tanh, the projection in relu
     activation = "tanh" if channels[1] <= 4 else "relu"
-    g, epilogue = geometry(len(size), stride, padding), Epilogue(activation=activation)
+    g, epilogue = geometry(len(size), stride, padding, groups=groups), Epilogue(activation=activation)
     order = {1: None, 2: torch.channels_last, 3: torch.channels_last_3d}[len(size)] if layout == "last" else None
 
     def draw(at):
-        shape = {"channels": channels, "size": size, "kernel": kernel, "batch": 3, "layout": order}
+        shape = {
+            "channels": channels,
+            "size": size,
+            "kernel": kernel,
+            "batch": 3,
+            "layout": order,
+            "groups": groups,
+        }
         tensors = random_tensors(at, torch.float32, "none", **shape)
         exact = [None if x is None else x.double() for x in tensors]
         runs = [outputs(tensors, g, epilogue, backend, order, at) for backend in ("cpu", "stock")]
@@ -155,6 +165,10 @@ GRID = [
     (2, (1, 3), (0, 1), (1, 2), (2, 1), 1, (1, 0, 0, 1)),
     (2, 2, 1, 0, 1, 3, (0, 0, 0, 0)),
     (3, (2, 1, 2), 1, (1, 0, 0), 1, 1, (0, 0, 0, 0, 1, 0)),
+    # depthwise where both channels are 6
+    (1, 3, 2, 2, 2, 6, (0, 2)),
+    (2, (1, 3), (0, 1), (1, 2), (2, 1), 6, (1, 0, 0, 1)),
+    (3, (2, 1, 2), 1, (1, 0, 0), 1, 6, (0, 0, 0, 0, 1, 0)),
 ]
 IDS = ["x".join(map(str, row)).replace(" ", "") for row in GRID]
 
@@ -184,7 +198,7 @@ def test_integers_are_exact(seed, isa, row, out_channels):
 def test_gradients_of_both_orders(seed, row, norm):
     dims, *rest, groups, crop = row
     g, epilogue = geometry(dims, *rest, groups, crop), Epilogue(norm, 1e-3, "tanh")
-    channels = (2 * groups, groups)
+    channels = (groups if groups == 6 else 2 * groups, groups)
     shape = {"channels": channels, "size": [2, 2, 2][:dims], "kernel": 2, "groups": groups}
     tensors = random_tensors(seed, torch.float64, norm, **shape)
     wanted = [x.requires_grad_() for x in tensors[:5] if x is not None]
@@ -228,10 +242,11 @@ def test_torchs_own_samples(dims):
 
 
 def test_values_that_are_not_finite(seed, isa):
-    g = geometry(2, 2, 1)
-    for channels, norm, activation in itertools.product([(6, 3), (6, 20)], ["none", "given"], ["relu", "tanh"]):
-        tensors = random_tensors(seed, torch.float32, norm, channels=channels, size=(4, 5))
-        tensors[0][0, 0, 1, 1], tensors[0][1, 2, 3, 2], tensors[1][3, 1, 0, 0] = torch.nan, torch.inf, -torch.inf
+    cases = itertools.product([(6, 3, 1), (6, 20, 1), (6, 6, 6)], ["none", "given"], ["relu", "tanh"])
+    for (*channels, groups), norm, activation in cases:
+        g = geometry(2, 2, 1, groups=groups)
+        tensors = random_tensors(seed, torch.float32, norm, channels=channels, size=(4, 5), groups=groups)
+        tensors[0][0, 0, 1, 1], tensors[0][1, 2, 3, 2], tensors[1][3, -1, 0, 0] = torch.nan, torch.inf, -torch.inf
         epilogue = Epilogue(norm, 1e-5, activation)
         ours, theirs = (conv_transpose(tuple(tensors), g, epilogue, backend)[0] for backend in ("cpu", "torch"))
         torch.testing.assert_close(ours, theirs, equal_nan=True)
@@ -279,9 +294,11 @@ def test_threads_do_not_change_bits(seed, layout, norm):
 
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_threads_do_not_change_bits_of_columns(seed, layout, threads):
-    tensors = random_tensors(seed, torch.float32, "none", (8, 3), (24, 24), 4, 6, layout=LAYOUTS[layout])
-    g, epilogue = geometry(2, 2, 1), Epilogue(activation="tanh")
+@pytest.mark.parametrize(("channels", "groups"), [((8, 3), 1), ((8, 8), 8)], ids=["C3", "depthwise"])
+def test_threads_do_not_change_bits_of_columns(seed, layout, threads, channels, groups):
+    shape = {"layout": LAYOUTS[layout], "groups": groups}
+    tensors = random_tensors(seed, torch.float32, "none", channels, (24, 24), 4, 6, **shape)
+    g, epilogue = geometry(2, 2, 1, groups=groups), Epilogue(activation="tanh")
     expected = conv_transpose(tuple(tensors), g, epilogue, "cpu")[0]
     torch.set_num_threads(threads)
     # integers: torch's matrix product may add in another order
@@ -418,6 +435,10 @@ def test_preference():
     assert OP.explain(plain).backend == "torch"
     assert OP.explain(plain._replace(out_channels=3)).backend == "cpu"
     assert OP.explain(plain._replace(norm="batch", activation="relu")).backend == "cpu"
+    assert OP.explain(plain._replace(groups=32)).backend == "torch"
+    depthwise = plain._replace(groups=64, out_channels=64)
+    assert OP.explain(depthwise).backend == "cpu"
+    assert OP.explain(depthwise._replace(stride=(1, 1))).backend == "torch"
     assert OP.explain(plain._replace(dtype=torch.bfloat16, norm="batch")).backend == "torch"
 
 
@@ -479,13 +500,14 @@ MUTANTS = {
 }
 
 
+@pytest.mark.parametrize("groups", [1, 64], ids=["dense", "depthwise"])
 @pytest.mark.parametrize("name", MUTANTS)
-def test_rule_catches(seed, name):
-    tensors = random_tensors(seed, torch.float32, "batch", size=(6, 6), kernel=4)
+def test_rule_catches(seed, name, groups):
+    channels = (max(5, groups), 64)
+    tensors = random_tensors(seed, torch.float32, "batch", channels, size=(6, 6), kernel=4, groups=groups)
     # a small variance, so that eps counts
     tensors[1] *= 0.02
-    g = geometry(2, 2, (1, 2), crop=(0, 2, 0, 0))
-    g = g._replace(crop=(2, 0, 1, 1))
+    g = geometry(2, 2, (1, 2), groups=groups, crop=(2, 0, 1, 1))
     epilogue = Epilogue("batch", 1e-3, "leaky_relu", 0.2)
     exact = [None if x is None else x.double() for x in tensors]
     reference = equations.forward(*exact, g, epilogue)[0]

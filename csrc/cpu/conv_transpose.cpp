@@ -1,4 +1,4 @@
-// Columns to image and back: what a transposed convolution needs around its matrix product.
+// Columns to image and back: what a transposed convolution needs around its matrix product, and all of a depthwise one.
 //
 // Pointers, shapes and the formula: mmfast_columns_args in mmfast.h. Both read and write every element of columns and
 // image once or (taps / stride) times: bound by memory, or by the caches where the caller works in blocks.
@@ -89,13 +89,41 @@ inline void deinterleave(T* phases, const T* row, int64_t stride, int64_t length
         for (int64_t q = 0; q < length; ++q) phases[r * length + q] = row[stride * q + r];
 }
 
-// phases += every tap of the last dimension, for one row of one tap of the others
+// sum += weight * row
 template <typename T>
-inline void add_taps(const Args& args, const Sizes& sizes, T* phases, const T* columns) {
+inline void add_scaled_row(T* sum, const T* row, T weight, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) store(sum + i, load(sum + i) + load(row + i) * weight);
+    if (i == n) return;
+    const int rest = int(n - i);
+    store_float(sum + i, load_float(sum + i, rest) + load_float(row + i, rest) * weight, rest);
+}
+
+template <typename T>
+inline T dot_of_rows(const T* a, const T* b, int64_t n) {
+    Vec<T> sum = {};
+    int64_t i = 0;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) sum += load(a + i) * load(b + i);
+    if (i < n) sum += load_float(a + i, int(n - i)) * load_float(b + i, int(n - i));
+    return sum_lanes<T>(sum);
+}
+
+// Where tap k of the last dimension begins in the phases of a row.
+inline int64_t phase_of(const Args& args, const Sizes& sizes, int64_t k) {
+    const int64_t reached = k * args.dilation[2];
+    return reached % args.stride[2] * sizes.phase_length + reached / args.stride[2];
+}
+
+// phases += every tap of the last dimension, for one row of one tap of the others: of columns, or, where weight is not
+// null, of weight * x.
+template <typename T>
+inline void add_taps(const Args& args, const Sizes& sizes, T* phases, const T* source, const T* weight) {
     for (int64_t k = 0; k < args.kernel[2]; ++k) {
-        const int64_t reached = k * args.dilation[2];
-        T* phase = phases + reached % args.stride[2] * sizes.phase_length + reached / args.stride[2];
-        add_row(phase, columns + k * sizes.positions, args.in_size[2]);
+        T* phase = phases + phase_of(args, sizes, k);
+        if (weight)
+            add_scaled_row(phase, source, weight[k], args.in_size[2]);
+        else
+            add_row(phase, source + k * sizes.positions, args.in_size[2]);
     }
 }
 
@@ -118,7 +146,7 @@ T* image_at(const Args& args, const Sizes& sizes, int64_t n, int64_t c) {
                                     : image + (n * args.channels + c) * sizes.out_positions;
 }
 
-template <typename T>
+template <typename T, bool kDepthwise>
 int to_image(const Args& args) {
     const Sizes sizes(args);
     const int64_t padded = args.stride[2] * sizes.phase_length;
@@ -133,7 +161,9 @@ int to_image(const Args& args) {
             }
             T* row = phases + padded;
             const int64_t c = unit % args.channels;
-            const T* columns = static_cast<const T*>(args.columns) + unit * sizes.taps * sizes.positions;
+            const T* weight = kDepthwise ? static_cast<const T*>(args.weight) + c * sizes.taps : nullptr;
+            const T* source = kDepthwise ? static_cast<const T*>(args.x) + unit * sizes.positions
+                                         : static_cast<const T*>(args.columns) + unit * sizes.taps * sizes.positions;
             T* image = image_at<T>(args, sizes, unit / args.channels, c);
             const T bias = args.bias ? static_cast<const T*>(args.bias)[c] : T(0);
             for (int64_t out_row = 0; out_row < sizes.out_rows; ++out_row) {
@@ -145,7 +175,8 @@ int to_image(const Args& args) {
                         if (h < 0) continue;
                         const int64_t tap = (kd * args.kernel[1] + kh) * args.kernel[2];
                         const int64_t position = (d * args.in_size[1] + h) * args.in_size[2];
-                        add_taps(args, sizes, phases, columns + tap * sizes.positions + position);
+                        const T* row = source + position + (kDepthwise ? 0 : tap * sizes.positions);
+                        add_taps(args, sizes, phases, row, kDepthwise ? weight + tap : nullptr);
                     }
                 }
                 if (args.stride[2] == 1)
@@ -193,9 +224,8 @@ int to_columns(const Args& args) {
         split_phases(args, sizes, image, step, phases + sizes.out_rows * padded, phases);
         T* columns = static_cast<T*>(args.columns) + unit * sizes.taps * sizes.positions;
         for (int64_t tap = 0; tap < sizes.taps; ++tap, columns += sizes.positions) {
-            const int64_t reached = tap % args.kernel[2] * args.dilation[2];
             const int64_t kh = tap / args.kernel[2] % args.kernel[1], kd = tap / args.kernel[2] / args.kernel[1];
-            const int64_t offset = reached % args.stride[2] * sizes.phase_length + reached / args.stride[2];
+            const int64_t offset = phase_of(args, sizes, tap % args.kernel[2]);
             for (int64_t in_row = 0; in_row < sizes.in_rows; ++in_row) {
                 const int64_t d = in_row / args.in_size[1] * args.stride[0] + kd * args.dilation[0] - args.before[0];
                 const int64_t h = in_row % args.in_size[1] * args.stride[1] + kh * args.dilation[1] - args.before[1];
@@ -211,14 +241,65 @@ int to_columns(const Args& args) {
     return status;
 }
 
+// One row of x and the taps of the last dimension that go from it to the row of dy in phases.
+template <typename T>
+inline void add_gradients(const Args& args, const Sizes& sizes, const T* phases, const T* x, const T* weight, T* dx,
+                          T* dweight) {
+    for (int64_t k = 0; k < args.kernel[2]; ++k) {
+        const T* window = phases + phase_of(args, sizes, k);
+        if (dx) add_scaled_row(dx, window, weight[k], args.in_size[2]);
+        if (dweight) dweight[k] += dot_of_rows(x, window, args.in_size[2]);
+    }
+}
+
+template <typename T>
+int gradients(const Args& args) {
+    const Sizes sizes(args);
+    const int64_t padded = args.stride[2] * sizes.phase_length;
+    const int64_t step = args.image_channels_last ? args.channels : 1;
+    int status = MMFAST_OK;
+    parallel_for(threads_for(args, sizes), args.batch * args.channels, [&](int64_t unit) {
+        T* phases = static_cast<T*>(malloc(size_t((sizes.out_rows + 1) * padded) * sizeof(T)));
+        if (!phases) {
+            __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
+            return;
+        }
+        const int64_t c = unit % args.channels;
+        const T* image = image_at<T>(args, sizes, unit / args.channels, c);
+        split_phases(args, sizes, image, step, phases + sizes.out_rows * padded, phases);
+        const T* x = static_cast<const T*>(args.x) + unit * sizes.positions;
+        const T* weight = static_cast<const T*>(args.weight) + c * sizes.taps;
+        T* dx = args.dx ? static_cast<T*>(args.dx) + unit * sizes.positions : nullptr;
+        T* dweight = args.dweight ? static_cast<T*>(args.dweight) + unit * sizes.taps : nullptr;
+        if (dx) memset(dx, 0, size_t(sizes.positions) * sizeof(T));
+        if (dweight) memset(dweight, 0, size_t(sizes.taps) * sizeof(T));
+        for (int64_t in_row = 0; in_row < sizes.in_rows; ++in_row) {
+            const int64_t begin = in_row * args.in_size[2];
+            for (int64_t kd = 0; kd < args.kernel[0]; ++kd) {
+                const int64_t d = in_row / args.in_size[1] * args.stride[0] + kd * args.dilation[0] - args.before[0];
+                for (int64_t kh = 0; d >= 0 && d < args.out_size[0] && kh < args.kernel[1]; ++kh) {
+                    const int64_t h =
+                        in_row % args.in_size[1] * args.stride[1] + kh * args.dilation[1] - args.before[1];
+                    if (h < 0 || h >= args.out_size[1]) continue;
+                    const int64_t tap = (kd * args.kernel[1] + kh) * args.kernel[2];
+                    add_gradients(args, sizes, phases + (d * args.out_size[1] + h) * padded, x + begin, weight + tap,
+                                  dx ? dx + begin : nullptr, dweight ? dweight + tap : nullptr);
+                }
+            }
+        }
+        free(phases);
+    });
+    return status;
+}
+
 }  // namespace
 
 int columns_to_image(const mmfast_columns_args& args) {
     switch (args.dtype) {
         case MMFAST_FLOAT32:
-            return to_image<float>(args);
+            return to_image<float, false>(args);
         case MMFAST_FLOAT64:
-            return to_image<double>(args);
+            return to_image<double, false>(args);
         default:
             return MMFAST_INVALID_ARGUMENT;
     }
@@ -230,6 +311,28 @@ int image_to_columns(const mmfast_columns_args& args) {
             return to_columns<float>(args);
         case MMFAST_FLOAT64:
             return to_columns<double>(args);
+        default:
+            return MMFAST_INVALID_ARGUMENT;
+    }
+}
+
+int depthwise_forward(const mmfast_columns_args& args) {
+    switch (args.dtype) {
+        case MMFAST_FLOAT32:
+            return to_image<float, true>(args);
+        case MMFAST_FLOAT64:
+            return to_image<double, true>(args);
+        default:
+            return MMFAST_INVALID_ARGUMENT;
+    }
+}
+
+int depthwise_backward(const mmfast_columns_args& args) {
+    switch (args.dtype) {
+        case MMFAST_FLOAT32:
+            return gradients<float>(args);
+        case MMFAST_FLOAT64:
+            return gradients<double>(args);
         default:
             return MMFAST_INVALID_ARGUMENT;
     }

@@ -30,7 +30,9 @@
     X(activation_forward, mmfast_activation_args)    \
     X(activation_backward, mmfast_activation_args)   \
     X(columns_to_image, mmfast_columns_args)         \
-    X(image_to_columns, mmfast_columns_args)
+    X(image_to_columns, mmfast_columns_args)         \
+    X(depthwise_forward, mmfast_columns_args)        \
+    X(depthwise_backward, mmfast_columns_args)
 
 namespace mmfast {
 

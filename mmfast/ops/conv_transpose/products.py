@@ -1,10 +1,12 @@
-"""The transposed convolution as matrix products of torch: an input of one position, and columns.
+"""The transposed convolution without PyTorch's: an input of one position, columns, and depthwise.
 
 One position: y is x (N, Cin) times the window of weight (Cin, Cout * taps) that is not cropped away; nothing is summed.
 
 Columns: `weight^T x` holds, for each input position, what it adds to each output channel through each tap; the native
 library adds up what lands on one output position (and back: copies it to where it came from, for the two gradients).
 Samples go in blocks whose columns stay in the cache.
+
+Depthwise, as many groups as channels in and out: the native library multiplies too.
 """
 
 from __future__ import annotations
@@ -163,4 +165,40 @@ def columns_backward(
         dweight = dmatrix.view(weight.shape)
         if not weight.is_contiguous():
             dweight = torch.empty_like(weight).copy_(dweight)
+    return dx, dweight, _sum_positions(dy) if mask[2] else None
+
+
+def is_depthwise(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether each output channel has an input channel of its own."""
+    return geometry.groups == x.shape[1] and weight.shape[1] == 1
+
+
+def depthwise_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    y: Tensor,
+    activation: tuple[int, float],
+) -> Tensor:
+    """Fills y, (N, C, *size) and dense, with activation(conv_transpose(x) + bias), and returns it."""
+    window = _native_window(x, weight, geometry)
+    native.cpu_depthwise_forward(window, x.contiguous(), weight.contiguous(), y, bias, activation)
+    return y
+
+
+def depthwise_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the convolution in `depthwise_forward` that mask asks for; dy is dense."""
+    dx = torch.empty(x.shape, dtype=x.dtype) if mask[0] else None
+    shares = x.new_empty(x.shape[0], *weight.shape) if mask[1] else None
+    if mask[0] or mask[1]:
+        window = _native_window(x, weight, geometry)
+        native.cpu_depthwise_backward(window, dy, x.contiguous(), weight.contiguous(), dx, shares)
+    if dx is not None and not x.is_contiguous():
+        dx = torch.empty_like(x).copy_(dx)
+    dweight = None if shares is None else shares.sum(0)
+    if dweight is not None and not weight.is_contiguous():
+        dweight = torch.empty_like(weight).copy_(dweight)
     return dx, dweight, _sum_positions(dy) if mask[2] else None
