@@ -11,7 +11,6 @@
 // same bits each time, and no sync. Forward reads each element once, backward reads it once and writes its gradient:
 // both are bound by memory. Backward: d = dtotal * weight_k [/ n_k] * sign_k * w_i * phi_k'(u), less the peer's part,
 // rounded once.
-#include <vector>
 
 #include "cuda/device.h"
 

@@ -39,6 +39,8 @@
 #pragma once
 #include <stdint.h>
 
+#include <vector>  // of host code, which lays out what a launch is given
+
 #include "mmfast.h"
 
 namespace mmfast {
