@@ -436,9 +436,10 @@ def test_preference():
     assert OP.explain(plain._replace(out_channels=3)).backend == "cpu"
     assert OP.explain(plain._replace(norm="batch", activation="relu")).backend == "cpu"
     assert OP.explain(plain._replace(groups=32)).backend == "torch"
-    depthwise = plain._replace(groups=64, out_channels=64)
+    assert OP.explain(plain._replace(groups=64, out_channels=64)).backend == "torch"
+    depthwise = Case("cpu", torch.float32, 64, 64, (4,), (2,), (1,), (0,), (1,), 64)
     assert OP.explain(depthwise).backend == "cpu"
-    assert OP.explain(depthwise._replace(stride=(1, 1))).backend == "torch"
+    assert OP.explain(depthwise._replace(stride=(1,))).backend == "torch"
     assert OP.explain(plain._replace(dtype=torch.bfloat16, norm="batch")).backend == "torch"
 
 
