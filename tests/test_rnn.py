@@ -201,17 +201,17 @@ SHAPES = {"T1-B9-I3-H17": (1, 9, 3, 17), "T7-B6-I5-H33": (7, 6, 5, 33), "T33-B13
 
 
 def triples(
-    problem: Problem, dtype: torch.dtype, *, rival=of_torch, truth=equations.sequence
+    problem: Problem, dtype: torch.dtype, *, of=cpu, rival=of_torch, truth=equations.sequence
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     reference = results(truth, problem)
     narrow = problem.to(dtype)
-    ours, theirs = results(cpu, narrow), results(rival, narrow)
+    ours, theirs = results(of, narrow), results(rival, narrow)
     if problem.layer.mode == "RNN_RELU":
         # relu's slope jumps where rounding carries a sum across 0: a few such jumps, other ones in each kernel, are the
         # whole error of a gradient; float64 has none of them, and test_any_shape and gradcheck hold the gradients
         reference = {name: reference[name] for name in ("y", "hn")}
     return {
-        name: tuple(torch.cat([of[key].flatten() for key in keys]) for of in (ours, theirs, reference))
+        name: tuple(torch.cat([found[key].flatten() for key in keys]) for found in (ours, theirs, reference))
         for name, keys in grouped(reference).items()
     }
 
@@ -225,6 +225,28 @@ def grouped(names: Iterable[str]) -> dict[str, list[str]]:
         kind = "dw" + kinds[int(name[2:]) % len(kinds)] if name.startswith("dw") else name.replace("dc0", "dh0")
         groups.setdefault(kind, []).append(name)
     return groups
+
+
+def hold_to_formula(function, problem: Problem, tolerance: float = 2e-5) -> None:
+    """A GPU backend's results in float32 against the formula's in float64."""
+    found, expected = results(function, problem.to(torch.float32)), results(equations.sequence, problem)
+    found = {name: value.double() for name, value in found.items()}
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def hold_second_order(function, problem: Problem) -> None:
+    """The same of the gradients of a penalty on all gradients."""
+
+    def second(function, problem):
+        inputs = [a.clone().requires_grad_() for a in problem.tensors]
+        states, weights = inputs[1 : 1 + len(problem.states)], inputs[1 + len(problem.states) :]
+        y = function(inputs[0], weights, *(*states, None)[:2], problem.layer)[0]
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True, allow_unused=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), inputs)
+
+    found, expected = second(function, problem.to(torch.float32)), second(equations.sequence, problem)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-5
 
 
 @per_mode

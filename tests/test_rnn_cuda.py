@@ -10,11 +10,10 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 
 from test_module_db import INFOS, RECURRENT, hold_to_torch
-from test_rnn import DTYPES, Problem, draw, grouped, name_of, of_torch, results
+from test_rnn import DTYPES, draw, hold_second_order, hold_to_formula, name_of, of_torch, results, triples
 
 import mmfast
 from mmfast import native, numerics
-from mmfast.ops.rnn import equations
 from mmfast.ops.rnn.backends import OP, Case
 from mmfast.ops.rnn.equations import MODES
 from mmfast.ops.rnn.op import sequence
@@ -37,10 +36,7 @@ def emulated(request, monkeypatch):
     native.emulator_order(0)
 
 
-def close(problem: Problem, tolerance: float = 2e-5) -> None:
-    found, expected = results(cuda, problem.to(torch.float32)), results(equations.sequence, problem)
-    found = {name: value.double() for name, value in found.items()}
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+close = functools.partial(hold_to_formula, cuda)
 
 
 def test_refusals():
@@ -90,15 +86,7 @@ def test_lengths_of_zero(mode):
 def test_numerics(mode, dtype, kind, seed):
     def one(draw_seed):
         problem = draw(mode, (6, 15, 5, 40), 2, seed=draw_seed, kind=kind, dtype=dtype)
-        reference, narrow = results(equations.sequence, problem), problem.to(dtype)
-        ours, theirs = results(cuda, narrow), results(of_torch, narrow)
-        if mode == "RNN_RELU":
-            # relu's slope jumps where rounding carries a sum across 0, as in test_rnn.py
-            reference = {name: reference[name] for name in ("y", "hn")}
-        return {
-            name: tuple(torch.cat([of[key].flatten() for key in keys]) for of in (ours, theirs, reference))
-            for name, keys in grouped(reference).items()
-        }
+        return triples(problem, dtype, of=cuda)
 
     numerics.assert_pooled(one, first_seed=seed)
 
@@ -119,18 +107,7 @@ def test_saturated_and_special_values(mode):
 @per_mode
 @per_kind
 def test_double_backward(mode, kind):
-    problem = draw(mode, (4, 3, 3, 5), 2, seed=5, kind=kind)
-
-    def second(function, problem):
-        inputs = [a.clone().requires_grad_() for a in problem.tensors]
-        states, weights = inputs[1 : 1 + len(problem.states)], inputs[1 + len(problem.states) :]
-        y = function(inputs[0], weights, *(*states, None)[:2], problem.layer)[0]
-        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True, allow_unused=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), inputs)
-
-    found, expected = second(cuda, problem.to(torch.float32)), second(equations.sequence, problem)
-    for a, b in zip(found, expected, strict=True):
-        assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-5
+    hold_second_order(cuda, draw(mode, (4, 3, 3, 5), 2, seed=5, kind=kind))
 
 
 @pytest.mark.parametrize("name", RECURRENT)

@@ -15,12 +15,11 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 
 from test_module_db import INFOS, RECURRENT, hold_to_torch
-from test_rnn import Problem, draw, grouped, of_torch, results
+from test_rnn import draw, hold_second_order, hold_to_formula, results, triples
 
 import mmfast
 from mmfast import numerics
 from mmfast.ops import portable
-from mmfast.ops.rnn import equations
 from mmfast.ops.rnn.backends import OP, Case
 from mmfast.ops.rnn.equations import MODES
 from mmfast.ops.rnn.op import sequence
@@ -64,10 +63,7 @@ if INTERPRETED:
         yield
         torch.use_deterministic_algorithms(False)
 
-    def close(problem: Problem, tolerance: float = 2e-5) -> None:
-        found, expected = results(triton, problem.to(torch.float32)), results(equations.sequence, problem)
-        found = {name: value.double() for name, value in found.items()}
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    close = functools.partial(hold_to_formula, triton)
 
     @per_mode
     @per_kind
@@ -105,33 +101,14 @@ if INTERPRETED:
 
         def one(draw_seed):
             problem = draw(mode, (6, 15, 5, 61), 2, seed=draw_seed, kind=kind, dtype=dtype)
-            reference, narrow = results(equations.sequence, problem), problem.to(dtype)
-            ours, theirs = results(triton, narrow), results(of_torch, narrow)
-            if mode == "RNN_RELU":
-                # relu's slope jumps where rounding carries a sum across 0, as in test_rnn.py
-                reference = {name: reference[name] for name in ("y", "hn")}
-            return {
-                name: tuple(torch.cat([of[key].flatten() for key in keys]) for of in (ours, theirs, reference))
-                for name, keys in grouped(reference).items()
-            }
+            return triples(problem, dtype, of=triton)
 
         numerics.assert_pooled(one, first_seed=seed)
 
     @per_mode
     @per_kind
     def test_triton_double_backward(mode, kind):
-        problem = draw(mode, (4, 3, 3, 5), 2, seed=5, kind=kind)
-
-        def second(function, problem):
-            inputs = [a.clone().requires_grad_() for a in problem.tensors]
-            states, weights = inputs[1 : 1 + len(problem.states)], inputs[1 + len(problem.states) :]
-            y = function(inputs[0], weights, *(*states, None)[:2], problem.layer)[0]
-            first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True, allow_unused=True)
-            return torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), inputs)
-
-        found, expected = second(triton, problem.to(torch.float32)), second(equations.sequence, problem)
-        for a, b in zip(found, expected, strict=True):
-            assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-5
+        hold_second_order(triton, draw(mode, (4, 3, 3, 5), 2, seed=5, kind=kind))
 
     @pytest.mark.parametrize("name", [name for name in RECURRENT if not name.endswith("Cell")])
     def test_triton_module_db(name, outcome, same):

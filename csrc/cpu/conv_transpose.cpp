@@ -292,50 +292,35 @@ int gradients(const Args& args) {
     return status;
 }
 
+// run(a value of args.dtype), where this op has kernels for it
+template <typename Run>
+int with_type(const Args& args, const Run& run) {
+    switch (args.dtype) {
+        case MMFAST_FLOAT32:
+            return run(float{});
+        case MMFAST_FLOAT64:
+            return run(double{});
+        default:
+            return MMFAST_INVALID_ARGUMENT;
+    }
+}
+
 }  // namespace
 
 int columns_to_image(const mmfast_columns_args& args) {
-    switch (args.dtype) {
-        case MMFAST_FLOAT32:
-            return to_image<float, false>(args);
-        case MMFAST_FLOAT64:
-            return to_image<double, false>(args);
-        default:
-            return MMFAST_INVALID_ARGUMENT;
-    }
+    return with_type(args, [&](auto type) { return to_image<decltype(type), false>(args); });
 }
 
 int image_to_columns(const mmfast_columns_args& args) {
-    switch (args.dtype) {
-        case MMFAST_FLOAT32:
-            return to_columns<float>(args);
-        case MMFAST_FLOAT64:
-            return to_columns<double>(args);
-        default:
-            return MMFAST_INVALID_ARGUMENT;
-    }
+    return with_type(args, [&](auto type) { return to_columns<decltype(type)>(args); });
 }
 
 int depthwise_forward(const mmfast_columns_args& args) {
-    switch (args.dtype) {
-        case MMFAST_FLOAT32:
-            return to_image<float, true>(args);
-        case MMFAST_FLOAT64:
-            return to_image<double, true>(args);
-        default:
-            return MMFAST_INVALID_ARGUMENT;
-    }
+    return with_type(args, [&](auto type) { return to_image<decltype(type), true>(args); });
 }
 
 int depthwise_backward(const mmfast_columns_args& args) {
-    switch (args.dtype) {
-        case MMFAST_FLOAT32:
-            return gradients<float>(args);
-        case MMFAST_FLOAT64:
-            return gradients<double>(args);
-        default:
-            return MMFAST_INVALID_ARGUMENT;
-    }
+    return with_type(args, [&](auto type) { return gradients<decltype(type)>(args); });
 }
 
 }  // namespace MMFAST_ISA

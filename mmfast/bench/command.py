@@ -41,7 +41,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         choices=("training", "all", "both", "none"),
         help="torch.compile of PyTorch's module in forward+backward or all passes, of both modules, or not (training; "
-        "one case an op where no cases are named, for compiling takes long)",
+        "on a CPU of one case an op where none are named: compiling takes long)",
     )
     add("--peers", action="store_true", help="other libraries that are installed: onnxruntime")
     add("--threads", type=int, metavar="N", help="threads (as torch has)")

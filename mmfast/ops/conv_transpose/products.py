@@ -160,12 +160,13 @@ def columns_backward(
             torch.bmm(matrix.expand(end - begin, -1, -1), block, out=dx_samples[begin:end])
         if dmatrix is not None:
             dmatrix.addbmm_(samples[begin:end], block.transpose(1, 2))
-    dweight = None
-    if dmatrix is not None:
-        dweight = dmatrix.view(weight.shape)
-        if not weight.is_contiguous():
-            dweight = torch.empty_like(weight).copy_(dweight)
+    dweight = None if dmatrix is None else _laid_out_as(weight, dmatrix.view(weight.shape))
     return dx, dweight, _sum_positions(dy) if mask[2] else None
+
+
+def _laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
+    """The contiguous gradient in the memory format of x."""
+    return gradient if x.is_contiguous() else torch.empty_like(x).copy_(gradient)
 
 
 def is_depthwise(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -196,9 +197,6 @@ def depthwise_backward(
     if mask[0] or mask[1]:
         window = _native_window(x, weight, geometry)
         native.cpu_depthwise_backward(window, dy, x.contiguous(), weight.contiguous(), dx, shares)
-    if dx is not None and not x.is_contiguous():
-        dx = torch.empty_like(x).copy_(dx)
-    dweight = None if shares is None else shares.sum(0)
-    if dweight is not None and not weight.is_contiguous():
-        dweight = torch.empty_like(weight).copy_(dweight)
+    dx = None if dx is None else _laid_out_as(x, dx)
+    dweight = None if shares is None else _laid_out_as(weight, shares.sum(0))
     return dx, dweight, _sum_positions(dy) if mask[2] else None

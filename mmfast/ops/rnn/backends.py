@@ -272,6 +272,13 @@ class Cpu(Walker):
         return h, c
 
 
+def _beyond_the_gpu_kernels(case: Case) -> list[str]:
+    """What neither CUDA C++ nor Triton has."""
+    refusals = [f"proj_size is {case.proj_size} (supported: 0)"] if case.proj_size else []
+    refusals += [f"{name} is given (supported: reset_mask)" for name in case.extras if name != "reset_mask"]
+    return [*refusals, "autocast is on (supported: off)"] if case.autocast else refusals
+
+
 class Cuda(Walker, GpuBackend):
     """csrc/cuda/rnn.cu, on a CUDA device; on CPU tensors in the emulator. A step is one of torch's products and one
     launch, so a Cell, a layer of one step, is two products and one launch."""
@@ -282,12 +289,7 @@ class Cuda(Walker, GpuBackend):
         refusals = native.cuda_refusals(case.device)
         if case.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             refusals.append(f"the input is {case.dtype} (supported: float32, float16, bfloat16)")
-        if case.proj_size:
-            refusals.append(f"proj_size is {case.proj_size} (supported: 0)")
-        refusals += [f"{name} is given (supported: reset_mask)" for name in case.extras if name != "reset_mask"]
-        if case.autocast:
-            refusals.append("autocast is on (supported: off)")
-        return refusals
+        return refusals + _beyond_the_gpu_kernels(case)
 
     def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
         y, hn, cn = results
@@ -401,14 +403,9 @@ class Triton(Walker, GpuBackend):
         refusals = portable.refusals("the input is", case.device, case.dtype, kernels.INTERPRETED)
         if not 1 <= case.hidden_size <= kernels.HIDDEN:
             refusals.append(f"hidden_size is {case.hidden_size} (supported: 1 to {kernels.HIDDEN})")
-        if case.proj_size:
-            refusals.append(f"proj_size is {case.proj_size} (supported: 0)")
-        refusals += [f"{name} is given (supported: reset_mask)" for name in case.extras if name != "reset_mask"]
         if case.cell:
             refusals.append("a single step of a cell was asked for (supported: layers over sequences)")
-        if case.autocast:
-            refusals.append("autocast is on (supported: off)")
-        return refusals
+        return refusals + _beyond_the_gpu_kernels(case)
 
     def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
         shape = sizes.steps, sizes.batch, sizes.hidden
