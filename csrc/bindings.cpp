@@ -119,14 +119,13 @@ int cpu_adversarial_forward(const Terms& terms, int dtype, bool mean, const Poin
     if (!gradients.empty()) call.want(gradients);
     set_outputs(call.args, outputs);
     call.args.threads = threads;
-    const int status = run(mmfast_cpu_adversarial_forward, call.args);
-    return status || gradients.empty() ? status : run(mmfast_cpu_adversarial_backward, call.args);
+    return run(mmfast_cpu_adversarial_forward, call.args);
 }
 
-// One or two tensors of few logits, without weights and peers: two terms of x and y, or one of x, less y where y is
-// not 0; dx, dy: 0 where one is not wanted.
-int cpu_adversarial_few(const Terms& list, int dtype, bool mean, Pointer x, int64_t x_size, Pointer y, int64_t y_size,
-                        Pointer total, Pointer dx, Pointer dy) {
+// One or two tensors of logits, without weights: two terms of x and y, which with `averages` are each other's peers, or
+// one of x, less y where y is not 0; dx, dy: 0 where one is not wanted.
+int cpu_adversarial_few(const Terms& list, int dtype, bool mean, bool averages, Pointer x, int64_t x_size, Pointer y,
+                        int64_t y_size, Pointer total, Pointer dx, Pointer dy) {
     const size_t count = list.terms.size();
     if (count < 1 || count > 2 || (count == 1 && y && y_size != x_size))
         throw std::invalid_argument("one or two terms are expected, and as many elements of tensors that meet");
@@ -140,8 +139,16 @@ int cpu_adversarial_few(const Terms& list, int dtype, bool mean, Pointer x, int6
     mmfast_adversarial_args args{};
     args.dtype = dtype, args.mean = mean, args.count = int64_t(count), args.terms = terms, args.threads = 1;
     args.total = as_pointer(total);
-    const int status = run(mmfast_cpu_adversarial_forward, args);
-    return status || !(dx || dy) ? status : run(mmfast_cpu_adversarial_backward, args);
+    double means[2], slopes[2];
+    if (averages && count == 2) {
+        const size_t second = dtype == MMFAST_FLOAT64 ? 8 : 4;
+        args.means = means, args.slopes = slopes;
+        for (size_t k = 0; k < 2; ++k) {
+            terms[k].centre = reinterpret_cast<char*>(means) + (1 - k) * second;
+            terms[k].peer_slope = reinterpret_cast<char*>(slopes) + (1 - k) * second;
+        }
+    }
+    return run(mmfast_cpu_adversarial_forward, args);
 }
 
 int cpu_adversarial_backward(const Terms& terms, int dtype, bool mean, const Pointers& logits,

@@ -48,14 +48,15 @@ enum mmfast_phi {
 #define MMFAST_ADVERSARIAL_LEAK 0.05
 
 typedef struct {
-    const void* logits;   // (size,) dtype, contiguous
-    const void* other;    // (size,) dtype, contiguous; null: 0, or the centre
-    const void* centre;   // (1,) values' dtype: one other for all logits; null: 0. Not together with other
-    const void* weights;  // (size / per_weight,) values' dtype, w_i is element i / per_weight; null: 1
-    const void*
-        peer_slope;  // (1,) values' dtype, backward only: dlogits is less by dtotal * peer_slope / size; or null
-    void* dlogits;   // (size,) dtype; backward only, may alias logits; null: not wanted
-    void* dother;    // (size,) dtype; backward only, may alias other; null: not wanted
+    const void* logits;      // (size,) dtype, contiguous
+    const void* other;       // (size,) dtype, contiguous; null: 0, or the centre
+    const void* centre;      // (1,) values' dtype: one other for all logits; null: 0. Not together with other
+    const void* weights;     // (size / per_weight,) values' dtype, w_i is element i / per_weight; null: 1
+    const void* peer_slope;  // (1,) values' dtype: dlogits is less by dtotal * peer_slope / size; or null. May point
+                             // into slopes
+    // backward, and CPU forward, which gives those of dtotal = 1:
+    void* dlogits;  // (size,) dtype; may alias logits; null: not wanted
+    void* dother;   // (size,) dtype; may alias other; null: not wanted
     int64_t size;
     int64_t per_weight;  // at least 1
     int32_t phi;         // enum mmfast_phi

@@ -199,7 +199,7 @@ def cpu_adversarial_forward(
     """Fills total (), and values (K,) and state (2, K) where there are any, from K terms of dense CPU tensors.
 
     state: slopes and centres of terms that have peers; the centres are computed where `inputs` has none.
-    gradients: (), or those of the total by the logits, then by the others (None: not wanted): filled, too.
+    gradients: (), or those of the total by the logits, then by the others (None: not wanted): filled in the same pass.
     """
     arguments = _adversarial_inputs(terms, mean, inputs, state)
     outputs = _adversarial_outputs(inputs, total, values, state)
@@ -212,6 +212,7 @@ def cpu_adversarial_forward(
 def cpu_adversarial_few(
     terms: Terms,
     mean: bool,
+    averages: bool,
     x: torch.Tensor,
     y: torch.Tensor | None,
     total: torch.Tensor,
@@ -220,13 +221,14 @@ def cpu_adversarial_few(
 ) -> None:
     """Fills total () and its gradients that are wanted, from terms of x and y, or one term of x, less y if there is y.
 
-    Dense CPU tensors of one dtype, without weights and peers; x and y of one shape where they meet.
+    Dense CPU tensors of one dtype, without weights; x and y of one shape where they meet. averages: the two terms are
+    each other's peers. On one thread.
     """
-    copy = terms.copies.get("_C") or _adversarial_terms(terms, "_C")
     status = library().cpu_adversarial_few(
-        copy,
+        terms.copies.get("_C") or _adversarial_terms(terms, "_C"),
         DTYPES[x.dtype],
         mean,
+        averages,
         x.data_ptr(),
         x.numel(),
         0 if y is None else y.data_ptr(),
