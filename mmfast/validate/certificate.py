@@ -14,6 +14,8 @@ from typing import Any
 from ..bench.report import replace
 from .checks import BINS, CHECKS, NUMERICS, SECOND, TRAINING, Row
 
+INTERRUPTED = "interrupted"
+
 
 @dataclass
 class Certificate:
@@ -25,6 +27,7 @@ class Certificate:
     rows: list[Row] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)  # reason -> what it kept from being checked
     complete: bool = False
+    cause: str = ""  # why it is not complete
 
     @property
     def passed(self) -> bool:
@@ -37,7 +40,7 @@ class Certificate:
         if failed:
             return f"FAILED: {failed} of {len(self.rows)} checks"
         if not self.complete:
-            return f"INCOMPLETE: interrupted after {len(self.rows)} checks, all passed"
+            return f"INCOMPLETE: {self.cause or 'ended'} after {len(self.rows)} checks, all passed"
         return f"PASSED: {len(self.rows)} checks" if self.rows else "NOTHING was checked"
 
     def as_dict(self) -> dict[str, Any]:
