@@ -32,6 +32,9 @@ CHECKS = (SAME, NUMERICS, SECOND, GRADCHECK, REPEATED, THREADS, MUTANT, TRAINING
 #: a constant that is rounded once errs alike in all values of a draw, so that one large draw is still one sample
 FEWEST_SEEDS = 16
 
+#: so many times the seeds are drawn where fewer values than the rule asks for fail it
+FURTHER = 16
+
 #: how a backend runs on a device
 HOW = {
     ("cpu", "torch"): "PyTorch",
@@ -222,7 +225,7 @@ def refusals(subject: Subject) -> list[str]:
 def numerics(subject: Subject, seeds: Sequence[int], order: int = 1) -> list[Row]:
     """A row for each output and gradient, its errors pooled over at least 16 seeds, and until there are 4096 values.
 
-    Where the seeds end before and a quantity fails, which may then be chance, they go on until it has 4096 values.
+    Where the seeds end before and a quantity fails, which may then be chance, up to 16 times as many are drawn for it.
     """
     pools: dict[str, Pool] = {}
     for drawn, seed in enumerate(itertools.count(seeds[0]), 1):
@@ -236,7 +239,7 @@ def numerics(subject: Subject, seeds: Sequence[int], order: int = 1) -> list[Row
             break
         if drawn >= len(seeds) and all(pool.enough or pool.passes for pool in pools.values()):
             break
-        if drawn == ENOUGH:
+        if drawn == FURTHER * len(seeds):
             break
     return [pool.row(subject, NUMERICS if order == 1 else SECOND, name) for name, pool in pools.items()]
 
