@@ -549,8 +549,8 @@ def _by_gates(dgates: Tensor, w_ih: Tensor) -> Tensor:
 
 def _sum_over_rows(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """out = left^T right"""
-    if right.shape[1] < WIDE:
-        return out.copy_(torch.mm(right.t(), left).t())
+    if right.shape[1] < WIDE <= left.shape[1]:
+        return out.copy_(_sum_over_rows(right, left, out.new_empty(out.shape[::-1])).t())
     rows = left.shape[0]
     if rows > ONE_CHAIN or out.dtype != torch.float32:
         return torch.mm(left.t(), right, out=out)
