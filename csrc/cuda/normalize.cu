@@ -458,10 +458,10 @@ struct Call {
         parameters.mean = buffers.input<float>(args.mean, channels);
         parameters.var = buffers.input<float>(args.var, channels);
     }
-    // one of two halves of the scratch
-    Global<float> parts(int half) {
+    // the first or the second half of the scratch
+    Global<float> parts(int which) {
         const int64_t n = channels * tiles.parts;
-        return buffers.scratch<float>(static_cast<float*>(args.scratch) + half * n, n);
+        return buffers.scratch<float>(static_cast<float*>(args.scratch) + which * n, n);
     }
 
     template <int V, bool kLast>
