@@ -93,6 +93,13 @@ def test_double_backward_is_held_to_the_rule(seed):
     assert checks.double_backward(subject(case=flat), range(4)) == []
 
 
+def test_double_backward_of_recurrent_weights_keeps_the_rule(seed):
+    """Summed over all steps in one chain, they missed it."""
+    [gru] = cases.matching(["layer-GRU-T128-B64-*"])
+    for row in checks.double_backward(subject(case=gru.shrunk(8, 24, 512)), range(seed, seed + 16)):
+        assert row.passed, row.detail
+
+
 def test_a_planted_bug_must_be_caught(seed):
     mutant = MUTANTS["adversarial"][0]
     row = checks.caught("adversarial", mutant, mutant.modes[0], torch.float32, seed)
