@@ -13,6 +13,7 @@ import functools
 import importlib
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,20 +31,35 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 _STATUS_ERRORS = {1: ValueError, 2: MemoryError, 3: RuntimeError}
 
 
+_INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir mmfast"
+
+
+def _remedy(name: str, error: str) -> str:
+    """The command that mends it."""
+    built_for_others = sorted(path.name for path in Path(__file__).parent.glob(f"{name}.*"))
+    if "GLIBC" in error or "CXXABI" in error:
+        return f"it was built on a newer system; build it on this one: {_INSTALL} --no-binary mmfast"
+    if "cannot open shared object file" in error:
+        return "that library is the system's: install it with your package manager (libgomp.so.1: apt install libgomp1)"
+    if "No module named" in error and built_for_others:
+        return f"what is installed is for another Python ({', '.join(built_for_others)}): {_INSTALL}"
+    return f"install it with a C++ compiler on PATH: {_INSTALL}"
+
+
 @functools.cache
 def _load(name: str = "_C") -> tuple[types.ModuleType | None, str]:
     try:
         library = importlib.import_module(f"mmfast.{name}")
     except ImportError as error:
         what = "native library" if name == "_C" else "emulator"
-        return None, f"mmfast's {what} could not be loaded ({error}); reinstall with a C++ compiler on PATH"
+        return None, f"mmfast's {what} could not be loaded ({error}); {_remedy(name, str(error))}"
     if library.abi_version != ABI_VERSION:
         return None, (
             f"mmfast's {name} has ABI version {library.abi_version}, but this Python code needs {ABI_VERSION}; "
-            "reinstall mmfast"
+            f"install both anew: {_INSTALL}"
         )
     if name == "_C" and config.ISA is not None and library.set_isa(config.ISA) != 0:
-        return None, f"MMFAST_ISA={config.ISA} is not one of: {library.supported_isas()}"
+        return None, f"MMFAST_ISA={config.ISA} is not one of: {library.supported_isas()}; unset MMFAST_ISA"
     return library, ""
 
 
@@ -52,9 +68,9 @@ def available() -> bool:
     return _load()[0] is not None
 
 
-def load_error() -> str:
-    """Why the native library is not available; empty where it is."""
-    return _load()[1]
+def load_error(name: str = "_C") -> str:
+    """Why the native library, or the emulator, is not available; empty where it is."""
+    return _load(name)[1]
 
 
 def library(name: str = "_C") -> types.ModuleType:
