@@ -156,6 +156,16 @@ def isa() -> str:
     return library().isa()
 
 
+def beats_mkl() -> bool:
+    """Whether the CPU kernels' vectors are wider than MKL's, which are AVX2's unless the processor is Intel's."""
+    return _wide_vectors() and library().isa() == "avx512"
+
+
+@functools.cache
+def _wide_vectors() -> bool:
+    return available() and not library().is_intel()
+
+
 def set_isa(name: str) -> None:
     """Chooses the instruction set of the CPU kernels, at most what the processor supports (ValueError otherwise)."""
     check(library().set_isa(name))
@@ -497,6 +507,16 @@ def cpu_rnn_cell(
     addresses = [0 if a is None else a.data_ptr() for a in inputs]
     function = library().cpu_rnn_cell
     check(function(DTYPES[h.dtype], mode, *shape, *addresses, h.data_ptr(), c.data_ptr()))
+
+
+def cpu_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> None:
+    """out = a b + bias, or with `add` out += a b + bias: CPU tensors, float32 or float64, out dense along its rows."""
+    pointers = a.data_ptr(), b.data_ptr(), _address(bias), out.data_ptr()
+    strides = *a.stride(), *b.stride(), out.stride(0)
+    shape = *out.shape, a.shape[1]
+    status = library().cpu_product(DTYPES[a.dtype], shape, *pointers, strides, add, torch.get_num_threads())
+    if status:
+        check(status)
 
 
 class RnnTensors(NamedTuple):
