@@ -354,6 +354,21 @@ int rnn_cell(int dtype, int mode, int64_t batch, int64_t input, int64_t hidden, 
     return run(mmfast_cpu_rnn_cell, args);
 }
 
+// strides: of a and b by row and column, of out by row
+int product(int dtype, const std::array<int64_t, 3>& shape, Pointer a, Pointer b, Pointer bias, Pointer out,
+            const std::array<int64_t, 5>& strides, bool add, int threads) {
+    mmfast_product_args args{};
+    args.dtype = dtype;
+    args.rows = shape[0], args.columns = shape[1], args.depth = shape[2];
+    args.a = as_pointer(a), args.a_row = strides[0], args.a_column = strides[1];
+    args.b = as_pointer(b), args.b_row = strides[2], args.b_column = strides[3];
+    args.bias = as_pointer(bias);
+    args.out = as_pointer(out), args.out_row = strides[4];
+    args.add = add;
+    args.threads = threads;
+    return run(mmfast_cpu_product, args);
+}
+
 int cpu_normalize_forward(const Normalization& row, Pointer out, int threads) {
     mmfast_normalize_args args = as_normalize(row);
     args.out = as_pointer(out);
@@ -428,6 +443,7 @@ int depthwise_backward(int dtype, bool image_channels_last, int64_t batch, int64
 void bind_cpu(py::module_& m) {
     m.def("isa", &mmfast_isa);
     m.def("set_isa", &mmfast_set_isa);
+    m.def("is_intel", &mmfast_is_intel);
     m.def("supported_isas", &mmfast_supported_isas);
 
     m.def("cpu_adversarial_forward", &cpu_adversarial_forward);
@@ -436,6 +452,7 @@ void bind_cpu(py::module_& m) {
     m.def("cpu_rnn_forward", &rnn_forward);
     m.def("cpu_rnn_backward", &rnn_backward);
     m.def("cpu_rnn_cell", &rnn_cell);
+    m.def("cpu_product", &product);
 
     m.def("cpu_columns_to_image", [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
                                      const std::array<Triple, 6>& geometry, Pointer source, Pointer image, Pointer bias,

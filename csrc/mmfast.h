@@ -26,6 +26,8 @@ const char* mmfast_supported_isas(void);
 // The instruction set in use, and a way to choose a lower one (for tests). An unknown or unsupported name is refused.
 const char* mmfast_isa(void);
 int mmfast_set_isa(const char* name);
+// 1 on Intel's processors, on which alone Intel's libraries use the best instruction set; else 0.
+int mmfast_is_intel(void);
 
 // ---- adversarial
 // A loss is a sum over K terms. Term k maps one tensor of n_k logits x to
@@ -282,6 +284,24 @@ typedef struct {
 } mmfast_rnn_cell_args;
 
 int mmfast_cpu_rnn_cell(const mmfast_rnn_cell_args* args);
+
+// out = a b + bias, or with add: out += a b + bias. a (M, K) and b (K, N) of any strides, one of each matrix' 1 to be
+// fast. float32 and float64.
+typedef struct {
+    int32_t dtype;
+    int64_t rows, columns, depth;  // M, N, K
+    const void* a;
+    int64_t a_row, a_column;  // strides
+    const void* b;
+    int64_t b_row, b_column;
+    const void* bias;  // (N,) or null: 0
+    void* out;         // (M, N), rows out_row apart; aliases nothing
+    int64_t out_row;
+    int32_t add;
+    int32_t threads;
+} mmfast_product_args;
+
+int mmfast_cpu_product(const mmfast_product_args* args);
 
 // One step of one direction of a layer on the current CUDA device, without zoneout, dropout and projection: the caller
 // walks time and makes each step's product of matrices. The step's R rows are the first R sequences of the batch. A
