@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,7 +105,9 @@ def contenders(case: Any, mode: str) -> dict[str, Call]:
 
 
 def print_rows(rows: list[tuple[Any, dict[str, float]]], passes: list[str], seconds: float) -> None:
-    print(f"{'case':56} {'pass':17} {'torch ms':>8} {'last':>8} {'mmfast':>8} {'last':>8} {'ratio':>6} {'best':>5}  bar")
+    print(
+        f"{'case':56} {'pass':17} {'torch ms':>8} {'last':>8} {'mmfast':>8} {'last':>8} {'ratio':>6} {'best':>5}  bar"
+    )
     for case, bars in rows:
         for mode in passes:
             if mode == SECOND and isinstance(case, Generator):
@@ -116,7 +118,9 @@ def print_rows(rows: list[tuple[Any, dict[str, float]]], passes: list[str], seco
             times = " ".join(f"{taken:8.3f}" for pair in (theirs, ours) for taken in (*pair, *[float("nan")] * 2)[:2])
             ratio, bar = min(theirs) / ours[0], bars.get(mode)
             verdict = "" if bar is None else f"{bar:4.2f} {'holds' if ratio >= bar else 'NOT'}"
-            print(f"{case.name:56} {mode:17} {times} {ratio:6.2f} {min(theirs) / min(ours):5.2f}  {verdict}", flush=True)
+            print(
+                f"{case.name:56} {mode:17} {times} {ratio:6.2f} {min(theirs) / min(ours):5.2f}  {verdict}", flush=True
+            )
 
 
 def random_cases(count: int, seed: int) -> Iterator[tuple[ConvTransposeCase, str, torch.memory_format | None]]:

@@ -374,23 +374,16 @@ def cpu_phases_forward(
     y: torch.Tensor,
     activation: tuple[int, float],
 ) -> bool:
-    """Fills y (N, Cout, *out_size) from x (N, Cin, *in_size), both contiguous or channels last, and a contiguous weight.
+    """Fills y (N, Cout, *out_size) from x (N, Cin, *in_size), dense both, and weight, contiguous.
 
     False: the weight is not finite, and nothing was done.
     """
     return _cpu_conv_transpose("cpu_phases_forward", window, (x, weight, bias, y, None, None), activation)
 
 
-def cpu_phases_backward(
-    window: Window,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    dy: torch.Tensor,
-    dx: torch.Tensor | None,
-    dweight: torch.Tensor | None,
-) -> bool:
-    """Fills dx and dweight, of x's and weight's shape; all but dy contiguous. False: as in the forward."""
-    return _cpu_conv_transpose("cpu_phases_backward", window, (x, weight, None, dy, dx, dweight))
+def cpu_phases_backward(window: Window, weight: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor) -> bool:
+    """Fills dx (N, Cin, *in_size) from dy, contiguous or channels last; the others contiguous. False: see forward."""
+    return _cpu_conv_transpose("cpu_phases_backward", window, (None, weight, None, dy, dx, None))
 
 
 def cpu_depthwise_forward(
@@ -424,7 +417,7 @@ def _cpu_conv_transpose(
     kernel: str, window: Window, tensors: Sequence[torch.Tensor | None], activation: tuple[int, float] = (0, 0.0)
 ) -> bool:
     """tensors: x, weight, bias, y or its gradient, dx, dweight. Whether the kernel did not decline them."""
-    x, y = tensors[0], tensors[3]
+    x, y = tensors[4] if tensors[0] is None else tensors[0], tensors[3]
     assert x is not None and y is not None
     layouts = (not x.is_contiguous(), not y.is_contiguous())
     sizes = (x.shape[0], x.shape[1], y.shape[1])

@@ -1,12 +1,11 @@
-// Transposed convolution by phases, forward and both gradients, for layers whose rows are long enough for vectors.
+// Transposed convolution by phases, forward and the gradient with respect to x.
 //
 // Pointers, shapes and the formula: mmfast_conv_transpose_args in mmfast.h. In each dimension an output position o has
 // u = o + before = stride * q + r, and tap k * dilation = stride * shift + r reaches it from input position q - shift.
-// So the outputs of one phase r are a sum over channels and the phase's taps of a weight times a shifted x, and all
-// three products of the layer are one loop over what was laid out for it, padded with zeros, in one flat plane each:
+// So the outputs of one phase r are a sum over channels and the phase's taps of a weight times a shifted x, and both
+// products are one loop over channels that were laid out for it, padded with zeros, in one flat plane each:
 //     forward  y[cout][q]  = sum over (cin, tap of the phase) of w * x[cin][q - shift]
 //     dx       dx[cin][i]  = sum over (cout, tap) of w * dy_r[cout][i + shift]     dy_r: dy split into its phases
-//     dw       dw[cin][cout, tap] = sum over i of x[cin][i] * dy_r[cout][i + shift]
 // Planes are flat: rows follow each other with a gap of zeros, a shifted row is an offset, and what is computed for the
 // gaps is dropped. Samples are cut into bands so that their planes stay in the second-level cache: every number is read
 // from memory once a pass, and the tile keeps its sums in registers over a chain of terms. Bound by multiplications.
@@ -29,7 +28,6 @@ using Args = mmfast_conv_transpose_args;
 
 constexpr int64_t kBandElements = 1 << 16;  // of a band's planes: half of a second-level cache of 512 KB in float32
 constexpr int64_t kChain = 64;              // terms summed in one go: a chain's rounding error grows with its length
-constexpr int64_t kGroups = 16;             // of samples, each with a dw of its own
 #if defined(__AVX512F__)
 constexpr bool kManyRegisters = true;
 #else
@@ -38,7 +36,7 @@ constexpr bool kManyRegisters = false;
 constexpr int kMaxRows = kManyRegisters ? 8 : 4;
 // how many vectors a tile of so many rows is wide
 constexpr int width_of(int rows) {
-    if (kManyRegisters) return rows == 8 ? 3 : rows == 4 ? 6 : 8;
+    if (kManyRegisters) return rows == 8 ? 3 : rows == 4 ? 5 : rows == 3 ? 7 : 8;
     return rows == 4 ? 2 : rows == 3 ? 3 : rows == 2 ? 4 : 8;
 }
 
@@ -217,8 +215,9 @@ void sum_vectors(const T* source, const int64_t* offsets, int64_t terms, const T
     constexpr int kStep = kVectors * kLanes<T>;
     for (; vectors >= kVectors; vectors -= kVectors, source += kStep, sums += kStep)
         sum_tile<T, kRows, kVectors>(source, offsets, terms, weights, sums, pitch);
+    // 8, 7, 5, 4, 3 vectors, then half of them and so on
     if constexpr (kVectors > 1)
-        if (vectors) sum_vectors<T, kRows, kVectors / 2>(source, offsets, terms, weights, sums, pitch, vectors);
+        if (vectors) sum_vectors<T, kRows, (kVectors + 1) / 2>(source, offsets, terms, weights, sums, pitch, vectors);
 }
 
 template <typename T>
@@ -410,32 +409,47 @@ void describe(const Problem& problem, const Plane& plane, Range band, int64_t ch
     const bool empty = last[0] < 0 || last[1] < 0 || last[2] < 0;
     phase.start = plane.flat(phase.q[0].begin, phase.q[1].begin, phase.q[2].begin);
     phase.flat = empty ? 0 : last[0] * plane.pitch[0] + last[1] * plane.pitch[1] + last[2] + 1;
-    phase.terms = 0;
-    for (int64_t c = 0; c < channels; ++c)
-        for (int64_t k = 0; k < problem.taps; ++k) {
-            int64_t tap[3];
-            problem.tap(k, tap);
-            if (problem.phase_of(tap) != p) continue;
-            int64_t offset = c * plane.length;
-            for (int d = 0; d < 3; ++d) offset -= problem.axis[d].shift(tap[d]) * plane.pitch[d];
-            phase.offsets[phase.terms++] = offset;
-        }
+    int64_t taps = 0;
+    for (int64_t k = 0; k < problem.taps; ++k) {
+        int64_t tap[3];
+        problem.tap(k, tap);
+        if (problem.phase_of(tap) != p) continue;
+        int64_t offset = 0;
+        for (int d = 0; d < 3; ++d) offset -= problem.axis[d].shift(tap[d]) * plane.pitch[d];
+        phase.offsets[taps++] = offset;
+    }
+    for (int64_t i = taps; i < channels * taps; ++i) phase.offsets[i] = phase.offsets[i - taps] + plane.length;
+    phase.terms = channels * taps;
 }
 
 // (phases, blocks of output channels, terms, rows): weights in the order in which the forward's tiles read them
 template <typename T>
 void pack_forward(const Args& args, const Problem& problem, const Blocks& blocks, T* packed) {
     const T* w = static_cast<const T*>(args.weight);
+    const int64_t wide = args.out_channels * problem.taps;
     for (int64_t p = 0; p < problem.phases; ++p)
-        for (int64_t o = 0; o < args.out_channels; o += blocks.rows(o))
-            for (int64_t c = 0; c < args.in_channels; ++c)
-                for (int64_t k = 0; k < problem.taps; ++k) {
-                    int64_t tap[3];
-                    problem.tap(k, tap);
-                    if (problem.phase_of(tap) != p) continue;
-                    for (int64_t r = o; r < o + blocks.rows(o); ++r)
-                        *packed++ = r < args.out_channels ? w[(c * args.out_channels + r) * problem.taps + k] : T(0);
+        for (int64_t o = 0; o < args.out_channels; o += blocks.rows(o)) {
+            const int64_t rows = blocks.rows(o), real = least(rows, args.out_channels - o);
+            int64_t taps = 0;
+            for (int64_t k = 0; k < problem.taps; ++k) {
+                int64_t tap[3];
+                problem.tap(k, tap);
+                taps += problem.phase_of(tap) == p;
+            }
+            int64_t t = 0;
+            for (int64_t k = 0; k < problem.taps; ++k) {
+                int64_t tap[3];
+                problem.tap(k, tap);
+                if (problem.phase_of(tap) != p) continue;
+                for (int64_t c = 0; c < args.in_channels; ++c) {
+                    T* to = packed + (c * taps + t) * rows;
+                    for (int64_t r = 0; r < rows; ++r)
+                        to[r] = r < real ? w[c * wide + (o + r) * problem.taps + k] : T(0);
                 }
+                ++t;
+            }
+            packed += args.in_channels * taps * rows;
+        }
 }
 
 // The rows of the image of one channel in a band, from its phases' sums.
@@ -586,82 +600,6 @@ void fill_phases(const Problem& problem, const Plane& plane, const Image<const T
         }
 }
 
-// all of n vectors' sums of lanes, lane j that of v[j]; n is a vector's number of lanes
-template <typename T>
-Vec<T> sums_of_lanes(Vec<T>* v) {
-    static const Halves<T> halves;
-    for (int n = kLanes<T>; n > 1; n /= 2)
-        for (int i = 0; i < n / 2; ++i)
-            v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], halves.even) +
-                   __builtin_shuffle(v[2 * i], v[2 * i + 1], halves.odd);
-    return v[0];
-}
-
-constexpr int kLeft = 4, kRight = kManyRegisters ? 4 : 2;  // a tile of dw
-
-// dw[i * pitch + j] += sum over rows of left[i] * right[j], for i < lefts, j < rights, at most a tile's
-template <typename T>
-void dot_tile(const Problem& problem, const Plane& plane, Range band, const T* const* left, const T* const* right,
-              int lefts, int rights, T* dw, int64_t pitch) {
-    const Axis* axis = problem.axis;
-    Range range[3];
-    for (int d = 0; d < 3; ++d) range[d] = d == problem.band ? band : Range{0, axis[d].in};
-    const int64_t inner = range[2].size();
-    Vec<T> sum[kLeft][kRight] = {};
-    for (int64_t a = range[0].begin; a < range[0].end; ++a)
-        for (int64_t b = range[1].begin; b < range[1].end; ++b) {
-            const int64_t l = (a * axis[1].in + b) * axis[2].in + range[2].begin;
-            const int64_t r = plane.flat(a, b, range[2].begin);
-            int64_t i = 0;
-            for (; i + kLanes<T> <= inner; i += kLanes<T>) {
-                Vec<T> v[kRight];
-#pragma GCC unroll 4
-                for (int j = 0; j < kRight; ++j) v[j] = load(right[j] + r + i);
-#pragma GCC unroll 4
-                for (int k = 0; k < kLeft; ++k) {
-                    const Vec<T> u = load(left[k] + l + i);
-#pragma GCC unroll 4
-                    for (int j = 0; j < kRight; ++j) sum[k][j] += u * v[j];
-                }
-            }
-            if (i == inner) continue;
-            // both with zeros beyond the row: what is in its gap may not be finite
-            const int rest = int(inner - i);
-            Vec<T> v[kRight];
-#pragma GCC unroll 4
-            for (int j = 0; j < kRight; ++j) v[j] = load_float(right[j] + r + i, rest);
-#pragma GCC unroll 4
-            for (int k = 0; k < kLeft; ++k) {
-                const Vec<T> u = load_float(left[k] + l + i, rest);
-#pragma GCC unroll 4
-                for (int j = 0; j < kRight; ++j) sum[k][j] += u * v[j];
-            }
-        }
-    T totals[kLeft * kRight];
-    constexpr int kAtOnce = kLanes<T> < kLeft * kRight ? kLanes<T> : kLeft * kRight;
-    if constexpr (kAtOnce == kLanes<T>) {
-        for (int i = 0; i < kLeft * kRight; i += kAtOnce) store(totals + i, sums_of_lanes<T>(&sum[0][0] + i));
-    } else {
-        for (int i = 0; i < kLeft * kRight; ++i) totals[i] = sum_lanes<T>((&sum[0][0])[i]);
-    }
-    for (int i = 0; i < lefts; ++i)
-        for (int j = 0; j < rights; ++j) dw[i * pitch + j] += totals[i * kRight + j];
-}
-
-template <typename T>
-void add_dweight(const Args& args, const Problem& problem, const Plane& plane, Range band, const T* x, const T* planes,
-                 const int64_t* offsets, T* dw) {
-    const int64_t terms = args.out_channels * problem.taps;
-    for (int64_t k = 0; k < terms; k += kRight)
-        for (int64_t c = 0; c < args.in_channels; c += kLeft) {
-            const T *left[kLeft], *right[kRight];
-            for (int i = 0; i < kLeft; ++i) left[i] = x + least(c + i, args.in_channels - 1) * problem.positions;
-            for (int j = 0; j < kRight; ++j) right[j] = planes + offsets[least(k + j, terms - 1)];
-            dot_tile(problem, plane, band, left, right, int(least(args.in_channels - c, kLeft)),
-                     int(least(terms - k, kRight)), dw + c * terms + k, terms);
-        }
-}
-
 template <typename T>
 void write_dx(const Args& args, const Problem& problem, const Plane& plane, Range band, const T* planes,
               const int64_t* offsets, const T* packed, T* sums, int64_t pitch, T* dx) {
@@ -688,61 +626,44 @@ int backward_of(const Args& args) {
     const Problem problem(args);
     constexpr int kWidth = kLanes<T>;
     const Blocks blocks{args.in_channels};
-    const int64_t terms = args.out_channels * problem.taps, weights = args.in_channels * terms;
-    if (!all_finite(static_cast<const T*>(args.weight), weights)) return MMFAST_DECLINED;
-    const int64_t groups = least(args.batch, kGroups);
-    Scratch<T> packed(blocks.padded() * terms), shares(args.dweight ? groups * weights : 0);
-    if (!packed.get() || !shares.get()) return MMFAST_OUT_OF_MEMORY;
+    const int64_t terms = args.out_channels * problem.taps;
+    if (!all_finite(static_cast<const T*>(args.weight), args.in_channels * terms)) return MMFAST_DECLINED;
+    Scratch<T> packed(blocks.padded() * terms);
+    if (!packed.get()) return MMFAST_OUT_OF_MEMORY;
     pack_backward(args, problem, blocks, packed.get());
 
     const Axis& along = problem.axis[problem.band];
     const int64_t slab = args.out_channels * problem.phases * plane_of_dy(problem, {0, 1}, 1).pitch[problem.band];
     const int64_t size = band_size(along.in, slab, along.reach);
+    const int64_t bands = (along.in + size - 1) / size;
     const Image<const T> dy{static_cast<const T*>(args.y), args.out_channels, problem.out_positions,
                             bool(args.y_channels_last)};
     int status = MMFAST_OK;
-    parallel_for(threads_for(args, problem), groups, [&](int64_t group) {
-        const Plane largest = plane_of_dy(problem, {0, size}, kWidth);
-        const int64_t planes_size = args.out_channels * problem.phases * largest.length;
-        Scratch<T> scratch(planes_size + kMaxRows * (largest.length + kWidth) +
-                           problem.axis[2].stride * (largest.count[2] + kWidth) + 2 * kWidth);
+    parallel_for(threads_for(args, problem), args.batch * bands, [&](int64_t unit) {
+        const int64_t n = unit / bands, i = unit % bands * size;
+        const Range band{i, least(i + size, along.in)};
+        const Plane plane = plane_of_dy(problem, band, kWidth);
+        const int64_t planes = args.out_channels * problem.phases * plane.length, pitch = plane.length + kWidth;
+        Scratch<T> scratch(planes + kMaxRows * pitch + problem.axis[2].stride * (plane.count[2] + kWidth) + 2 * kWidth);
         Scratch<int64_t> offsets(terms);
         if (!scratch.get() || !offsets.get()) {
             __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
             return;
         }
-        T* planes = scratch.get();
-        T* sums = planes + planes_size;
-        T* row = sums + kMaxRows * (largest.length + kWidth);
-        T* dw = shares.get() + group * weights;
-        if (args.dweight) clear(dw, weights);
-        for (int64_t n = group * args.batch / groups; n < (group + 1) * args.batch / groups; ++n)
-            for (int64_t i = 0; i < along.in; i += size) {
-                const Range band{i, least(i + size, along.in)};
-                const Plane plane = plane_of_dy(problem, band, kWidth);
-                for (int64_t k = 0; k < terms; ++k) {
-                    int64_t tap[3];
-                    problem.tap(k % problem.taps, tap);
-                    int64_t offset = (k / problem.taps * problem.phases + problem.phase_of(tap)) * plane.length;
-                    for (int d = 0; d < 3; ++d) offset += problem.axis[d].shift(tap[d]) * plane.pitch[d];
-                    offsets.get()[k] = offset;
-                }
-                fill_phases(problem, plane, dy, n, planes, row);
-                const int64_t sample = n * args.in_channels * problem.positions;
-                if (args.dweight)
-                    add_dweight(args, problem, plane, band, static_cast<const T*>(args.x) + sample, planes,
-                                offsets.get(), dw);
-                if (args.dx)
-                    write_dx(args, problem, plane, band, planes, offsets.get(), packed.get(), sums,
-                             plane.length + kWidth, static_cast<T*>(args.dx) + sample);
-            }
+        T* sums = scratch.get() + planes;
+        for (int64_t k = 0; k < problem.taps; ++k) {
+            int64_t tap[3];
+            problem.tap(k, tap);
+            int64_t offset = problem.phase_of(tap) * plane.length;
+            for (int d = 0; d < 3; ++d) offset += problem.axis[d].shift(tap[d]) * plane.pitch[d];
+            offsets.get()[k] = offset;
+        }
+        for (int64_t k = problem.taps; k < terms; ++k)
+            offsets.get()[k] = offsets.get()[k - problem.taps] + problem.phases * plane.length;
+        fill_phases(problem, plane, dy, n, scratch.get(), sums + kMaxRows * pitch);
+        write_dx(args, problem, plane, band, scratch.get(), offsets.get(), packed.get(), sums, pitch,
+                 static_cast<T*>(args.dx) + n * args.in_channels * problem.positions);
     });
-    if (args.dweight) {
-        T* dweight = static_cast<T*>(args.dweight);
-        memcpy(dweight, shares.get(), size_t(weights) * sizeof(T));
-        for (int64_t group = 1; group < groups; ++group)
-            for (int64_t i = 0; i < weights; ++i) dweight[i] += shares.get()[group * weights + i];
-    }
     return status;
 }
 

@@ -2,9 +2,9 @@
 
 One position: y is x (N, Cin) times the window of weight (Cin, Cout * taps) that is not cropped away; nothing is summed.
 
-By phases: the native library computes it and both gradients directly, csrc/cpu/conv_phases.cpp.
+By phases: the native library computes it and dx directly, csrc/cpu/conv_phases.cpp; dweight is torch's.
 
-Depthwise, as many groups as channels in and out: the native library has a kernel of its own, csrc/cpu/conv_depthwise.cpp.
+Depthwise, as many groups as channels in and out: csrc/cpu/conv_depthwise.cpp.
 """
 
 from __future__ import annotations
@@ -117,20 +117,11 @@ def phases_forward(
     return native.cpu_phases_forward(window, x, weight.contiguous(), bias, y, activation)
 
 
-def phases_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
-    """The gradients of the convolution in `phases_forward` that mask asks for; dy is dense. None: as False there."""
-    window = _native_window(x, weight, geometry)
-    dx = torch.empty(x.shape, dtype=x.dtype) if mask[0] else None
-    dweight = torch.empty(weight.shape, dtype=x.dtype) if mask[1] else None
-    if mask[0] or mask[1]:
-        done = native.cpu_phases_backward(window, x.contiguous(), weight.contiguous(), dy, dx, dweight)
-        if not done:
-            return None
-    dx = None if dx is None else _laid_out_as(x, dx)
-    dweight = None if dweight is None else _laid_out_as(weight, dweight)
-    return dx, dweight, _sum_positions(dy) if mask[2] else None
+def phases_dx(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
+    """The gradient of x in `phases_forward`, contiguous; dy is dense. None: the weight is not finite."""
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    done = native.cpu_phases_backward(_native_window(x, weight, geometry), weight.contiguous(), dy, dx)
+    return dx if done else None
 
 
 def _laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
