@@ -266,7 +266,7 @@ struct StepBackward {
             }
             step.write(dm, at_y, m, count);
             clear(m, cut);
-            step.write(delta, p.row * G * H + 2 * H + p.unit, m, count);
+            if (has_delta) step.write(delta, p.row * G * H + 2 * H + p.unit, m, count);
         } else {
             step.read(other, y, at_y, count);
             MMFAST_UNROLL
@@ -307,12 +307,6 @@ struct StepBackward {
         if (has_previous) step.write(previous, at_y, zero, p.count);
     }
 };
-
-// Whether every one of these addresses, null or not, is a multiple of 16 bytes.
-template <typename... Pointers>
-bool are_aligned(Pointers... addresses) {
-    return ((reinterpret_cast<uintptr_t>(addresses) % 16 == 0) && ...);
-}
 
 template <typename T>
 Step<T> step_of(const mmfast_rnn_step& from, Buffers& buffers, bool aligned) {
