@@ -27,7 +27,7 @@ namespace {
 using Args = mmfast_conv_transpose_args;
 
 constexpr int64_t kBandElements = 1 << 16;  // of a band's planes: half of a second-level cache of 512 KB in float32
-constexpr int64_t kChain = 64;              // terms summed in one go: a chain's rounding error grows with its length
+constexpr int64_t kChain = 32;              // terms summed in one go: a chain's rounding error grows with its length
 #if defined(__AVX512F__)
 constexpr bool kManyRegisters = true;
 #else
