@@ -154,6 +154,8 @@ def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding
             "groups": groups,
         }
         tensors = random_tensors(at, torch.float32, "none", **shape)
+        # where nearly every tanh is saturated, the few that are not decide alone, and by chance
+        tensors[1] *= channels[0] ** -0.5
         exact = [None if x is None else x.double() for x in tensors]
         runs = [outputs(tensors, g, epilogue, backend, order, at) for backend in ("cpu", "stock")]
         # dbias is a plain sum that both take with torch
