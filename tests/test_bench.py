@@ -285,6 +285,16 @@ def test_a_step_with_mmfast_is_pytorchs_step(name, seed):
     assert math.isnan(row.floor)
 
 
+def test_a_model_may_be_off_by_a_kink_and_by_no_more(seed):
+    exact = torch.randn(5000, dtype=torch.float64)
+    yardstick = exact.float()
+    kinked = exact.float() + 0.005 * torch.randn(5000).clamp(-3, 3)
+    assert "rms error" in measuring.disagreement("x", kinked, yardstick, exact, measuring.MODEL_SLACK)
+    assert not measuring.disagreement("x", kinked, yardstick, exact, measuring.MODEL_SLACK, measuring.KINKS)
+    wrong = exact.float() * 1.02
+    assert "error" in measuring.disagreement("x", wrong, yardstick, exact, measuring.MODEL_SLACK, measuring.KINKS)
+
+
 def test_a_step_leaves_the_weights_as_they_were(seed):
     match = bout(cases.STEP, replace(models.MODELS["dcgan"], shapes=SMALL_MODELS["dcgan"]), seed)
     before = [w.detach().clone() for w in match.module.parameters()]
