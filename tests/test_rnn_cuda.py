@@ -1,4 +1,4 @@
-"""The recurrent op's CUDA kernels, in the emulator: the problems and the rule of test_rnn.py."""
+"""The recurrent op's CUDA kernels, in the emulator and on a GPU where there is one, by the rule of test_rnn.py."""
 
 import functools
 import pathlib
@@ -10,7 +10,7 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 
 from test_module_db import INFOS, RECURRENT, hold_to_torch
-from test_rnn import DTYPES, draw, hold_second_order, hold_to_formula, name_of, of_torch, results, triples
+from test_rnn import DTYPES, draw, hold_second_order, hold_to_formula, name_of, of_torch, on, results, triples
 
 import mmfast
 from mmfast import native, numerics
@@ -18,7 +18,6 @@ from mmfast.ops.rnn.backends import OP, Case
 from mmfast.ops.rnn.equations import MODES
 from mmfast.ops.rnn.op import sequence
 
-cuda = functools.partial(sequence, backend="cuda")
 per_mode = pytest.mark.parametrize("mode", list(MODES))
 per_kind = pytest.mark.parametrize("kind", ["padded", "packed", "lengths"])
 NARROW = [dtype for dtype in DTYPES if dtype != torch.float64]
@@ -36,7 +35,19 @@ def emulated(request, monkeypatch):
     native.emulator_order(0)
 
 
-close = functools.partial(hold_to_formula, cuda)
+@pytest.fixture(params=["cpu", *["cuda"] * torch.cuda.is_available()], ids=lambda device: f"cuda-{device}")
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def cuda(device):
+    return on(device, functools.partial(sequence, backend="cuda"))
+
+
+@pytest.fixture
+def close(cuda):
+    return functools.partial(hold_to_formula, cuda)
 
 
 def test_refusals():
@@ -60,7 +71,7 @@ def test_refusals():
 @per_kind
 @pytest.mark.parametrize("extras", [(), ("resets",)], ids=["plain", "resets"])
 @pytest.mark.parametrize("directions", [1, 2], ids=["uni", "bi"])
-def test_the_formula(mode, kind, extras, directions):
+def test_the_formula(close, mode, kind, extras, directions):
     """Units that fill no vector, and that do; rows past one block's."""
     states = directions == 2
     for hidden in (19, 32):
@@ -69,12 +80,12 @@ def test_the_formula(mode, kind, extras, directions):
 
 @per_mode
 @pytest.mark.parametrize("shape", [(1, 1, 2, 1), (3, 0, 2, 5), (2, 3, 1, 129), (64, 2, 3, 8)], ids=str)
-def test_shapes(mode, shape):
+def test_shapes(close, mode, shape):
     close(draw(mode, shape, 2, seed=4))
 
 
 @per_mode
-def test_lengths_of_zero(mode):
+def test_lengths_of_zero(close, mode):
     problem = draw(mode, (4, 3, 2, 5), 2, seed=10)
     close(problem._replace(layer=problem.layer._replace(lengths=torch.tensor([4, 0, -3]))))
     close(problem._replace(layer=problem.layer._replace(lengths=torch.tensor([0, 0, 0]))))
@@ -83,30 +94,30 @@ def test_lengths_of_zero(mode):
 @per_mode
 @pytest.mark.parametrize("kind", ["padded", "packed"])
 @pytest.mark.parametrize("dtype", NARROW, ids=name_of)
-def test_numerics(mode, dtype, kind, seed):
+def test_numerics(device, cuda, mode, dtype, kind, seed):
     def one(draw_seed):
         problem = draw(mode, (6, 15, 5, 40), 2, seed=draw_seed, kind=kind, dtype=dtype)
-        return triples(problem, dtype, of=cuda)
+        return triples(problem, dtype, of=cuda, rival=on(device, of_torch))
 
     numerics.assert_pooled(one, first_seed=seed)
 
 
 @per_mode
-def test_saturated_and_special_values(mode):
+def test_saturated_and_special_values(device, cuda, mode):
     """Large sums neither overflow nor turn into NaN; NaN and infinity spread as in PyTorch's layer."""
     problem = draw(mode, (6, 4, 3, 20), seed=3, dtype=torch.float32).to(torch.float32)
     problem.x[1] *= 1e4
     problem.x[2, 1, 0] = float("nan")
     problem.x[4, 3, 1] = float("inf")
     args = (problem.x, problem.weights, *(*problem.states, None)[:2], problem.layer)
-    found, expected = cuda(*args)[0], of_torch(*args)[0]
+    found, expected = cuda(*args)[0], on(device, of_torch)(*args)[0]
     assert torch.equal(found.isnan(), expected.isnan())
     assert found.isnan().any() and not found[:2].isnan().any()
 
 
 @per_mode
 @per_kind
-def test_double_backward(mode, kind):
+def test_double_backward(cuda, mode, kind):
     hold_second_order(cuda, draw(mode, (4, 3, 3, 5), 2, seed=5, kind=kind))
 
 
@@ -138,7 +149,7 @@ def test_cells(label, dtype, batch, bias, outcome, same):
 
 
 @per_mode
-def test_thread_order_does_not_change_a_bit(mode, seed):
+def test_thread_order_does_not_change_a_bit(cuda, mode, seed):
     problem = draw(mode, (6, 5, 4, 20), 2, seed=6, kind="packed", extras=("resets",)).to(torch.float32)
     first = results(cuda, problem)
     for order in (0, 1, 2, seed):
@@ -148,7 +159,7 @@ def test_thread_order_does_not_change_a_bit(mode, seed):
 
 
 @pytest.mark.parametrize("mode", ["GRU", "LSTM"])
-def test_a_planted_error_is_seen(mode):
+def test_a_planted_error_is_seen(close, mode):
     """The formula's test fails where a step reads another step's row, or a row's neighbour."""
     at = native.RnnRows.at
     with pytest.MonkeyPatch.context() as patch:
