@@ -4,22 +4,24 @@ All but torchrun's own processes are forked from one that has imported everythin
 """
 
 import contextlib
-import multiprocessing
 import os
 import runpy
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver, get_context
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import mmfast
 from mmfast.train import checkpoint
 
 BEGIN = """
-import os, sys, torch
+import os, sys, torch, mmfast
+assert mmfast.__file__ == package, mmfast.__file__
 os.environ.update(environment)
 os.chdir(folder)
 for stream in (1, 2):
@@ -78,10 +80,16 @@ with started(torch.device("cpu")) as processes:
 
 
 @pytest.fixture(scope="module")
-def forks():
-    """The process that all others are forked from."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmfast.cli", "mmfast.train.evaluate", "torch.testing", "matplotlib.figure"])
+def forks(tmp_path_factory):
+    """The process that all others are forked from; it imports from where it is begun, too."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["mmfast.cli", "mmfast.train.evaluate", "matplotlib.figure"])
+    here = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
     return context
 
 
@@ -100,6 +108,7 @@ def run(forks, tmp_path):
         for rank in range(max(count, 1)):
             own = {**place, "WORLD_SIZE": str(count), "RANK": str(rank)} if count else {}
             given = {"arguments": list(map(str, arguments)), "environment": own, "folder": str(tmp_path)}
+            given["package"] = mmfast.__file__
             processes.append(forks.Process(target=runpy.run_path, args=(str(path), given)))
         try:
             for process in processes:
