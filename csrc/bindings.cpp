@@ -222,6 +222,72 @@ int cuda_rnn_step_backward(const RnnStep& step, const std::array<int64_t, 4>& si
 }
 #endif
 
+// what both passes of a normalisation are given
+using Normalization = std::tuple<int, bool, std::array<int64_t, 4>, int, double, bool, double, Pointer, Pointer,
+                                 Pointer, Pointer, Pointer>;
+
+// row: dtype, channels last, (sets, batch, channels, size), activation, negative slope, measure, eps, then the
+// addresses of y, weight, bias, mean and var
+mmfast_normalize_args as_normalize(const Normalization& row) {
+    const auto& [dtype, channels_last, shape, activation, negative_slope, measure, eps, y, weight, bias, mean, var] =
+        row;
+    mmfast_normalize_args args{};
+    args.dtype = dtype;
+    args.channels_last = channels_last;
+    args.sets = shape[0], args.batch = shape[1], args.channels = shape[2], args.size = shape[3];
+    args.activation = activation;
+    args.negative_slope = negative_slope;
+    args.measure = measure;
+    args.eps = eps;
+    args.y = as_pointer(y);
+    args.weight = as_pointer(weight);
+    args.bias = as_pointer(bias);
+    args.mean = as_pointer(mean);
+    args.var = as_pointer(var);
+    return args;
+}
+
+// gradients: the addresses of dout, dy, dweight and dbias
+mmfast_normalize_args as_normalize_backward(const Normalization& row, const std::array<Pointer, 4>& gradients) {
+    mmfast_normalize_args args = as_normalize(row);
+    args.dout = as_pointer(gradients[0]);
+    args.dy = as_pointer(gradients[1]);
+    args.dweight = as_pointer(gradients[2]);
+    args.dbias = as_pointer(gradients[3]);
+    return args;
+}
+
+#if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
+int64_t cuda_normalize_scratch(const Normalization& row) {
+    const mmfast_normalize_args args = as_normalize(row);
+    return mmfast_cuda_normalize_scratch(&args);
+}
+
+int cuda_normalize_forward(const Normalization& row, Pointer out, Pointer scratch, Pointer stream) {
+    mmfast_normalize_args args = as_normalize(row);
+    args.out = as_pointer(out);
+    args.scratch = as_pointer(scratch);
+    args.stream = as_pointer(stream);
+    return run(mmfast_cuda_normalize_forward, args);
+}
+
+int cuda_normalize_backward(const Normalization& row, const std::array<Pointer, 4>& gradients, Pointer scratch,
+                            Pointer stream) {
+    mmfast_normalize_args args = as_normalize_backward(row, gradients);
+    args.scratch = as_pointer(scratch);
+    args.stream = as_pointer(stream);
+    return run(mmfast_cuda_normalize_backward, args);
+}
+
+// y and out, or of the backward y, dout and out
+int cuda_activation(bool backward, int dtype, int which, double negative_slope, int64_t count, Pointer y, Pointer dout,
+                    Pointer out, Pointer stream) {
+    const mmfast_activation_args args{dtype,           which, negative_slope,    count, as_pointer(y), as_pointer(dout),
+                                      as_pointer(out), 1,     as_pointer(stream)};
+    return run(backward ? mmfast_cuda_activation_backward : mmfast_cuda_activation_forward, args);
+}
+#endif
+
 #ifndef MMFAST_EMULATOR
 // mmfast_rnn_layer, row by row: dtype, mode, directions, T, B, H, proj, zoneout, then the addresses of offsets,
 // lengths, reset, zoneout mask, dropout mask, W_hh, b_hh and W_hr of both directions, h0, c0, and threads
@@ -281,53 +347,38 @@ int rnn_cell(int dtype, int mode, int64_t batch, int64_t input, int64_t hidden, 
     return run(mmfast_cpu_rnn_cell, args);
 }
 
-// what both passes of a normalisation are given
-mmfast_normalize_args as_normalize(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
-                                   double negative_slope, bool measure, double eps, Pointer y, Pointer weight,
-                                   Pointer bias, Pointer mean, Pointer var, int threads) {
-    mmfast_normalize_args args{};
+// strides: of a and b by row and column, of out by row
+int product(int dtype, const std::array<int64_t, 3>& shape, Pointer a, Pointer b, Pointer bias, Pointer out,
+            const std::array<int64_t, 5>& strides, bool add, int threads) {
+    mmfast_product_args args{};
     args.dtype = dtype;
-    args.channels_last = channels_last;
-    args.sets = shape[0], args.batch = shape[1], args.channels = shape[2], args.size = shape[3];
-    args.activation = activation;
-    args.negative_slope = negative_slope;
-    args.measure = measure;
-    args.eps = eps;
-    args.y = as_pointer(y);
-    args.weight = as_pointer(weight);
+    args.rows = shape[0], args.columns = shape[1], args.depth = shape[2];
+    args.a = as_pointer(a), args.a_row = strides[0], args.a_column = strides[1];
+    args.b = as_pointer(b), args.b_row = strides[2], args.b_column = strides[3];
     args.bias = as_pointer(bias);
-    args.mean = as_pointer(mean);
-    args.var = as_pointer(var);
+    args.out = as_pointer(out), args.out_row = strides[4];
+    args.add = add;
     args.threads = threads;
-    return args;
+    return run(mmfast_cpu_product, args);
 }
 
-int normalize_forward(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
-                      double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
-                      Pointer mean, Pointer var, Pointer out, int threads) {
-    mmfast_normalize_args args = as_normalize(dtype, channels_last, shape, activation, negative_slope, measure, eps, y,
-                                              weight, bias, mean, var, threads);
+int cpu_normalize_forward(const Normalization& row, Pointer out, int threads) {
+    mmfast_normalize_args args = as_normalize(row);
     args.out = as_pointer(out);
+    args.threads = threads;
     return run(mmfast_cpu_normalize_forward, args);
 }
 
-int normalize_backward(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
-                       double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
-                       Pointer mean, Pointer var, Pointer dout, Pointer dy, Pointer dweight, Pointer dbias,
-                       int threads) {
-    mmfast_normalize_args args = as_normalize(dtype, channels_last, shape, activation, negative_slope, measure, eps, y,
-                                              weight, bias, mean, var, threads);
-    args.dout = as_pointer(dout);
-    args.dy = as_pointer(dy);
-    args.dweight = as_pointer(dweight);
-    args.dbias = as_pointer(dbias);
+int cpu_normalize_backward(const Normalization& row, const std::array<Pointer, 4>& gradients, int threads) {
+    mmfast_normalize_args args = as_normalize_backward(row, gradients);
+    args.threads = threads;
     return run(mmfast_cpu_normalize_backward, args);
 }
 
 int activation(Kernel<mmfast_activation_args> kernel, int dtype, int which, double negative_slope, int64_t count,
                Pointer y, Pointer dout, Pointer out, int threads) {
-    const mmfast_activation_args args{dtype,           which,  negative_slope, count, as_pointer(y), as_pointer(dout),
-                                      as_pointer(out), threads};
+    const mmfast_activation_args args{dtype,           which,   negative_slope, count, as_pointer(y), as_pointer(dout),
+                                      as_pointer(out), threads, nullptr};
     return run(kernel, args);
 }
 
@@ -385,6 +436,7 @@ int depthwise_backward(int dtype, bool image_channels_last, int64_t batch, int64
 void bind_cpu(py::module_& m) {
     m.def("isa", &mmfast_isa);
     m.def("set_isa", &mmfast_set_isa);
+    m.def("is_intel", &mmfast_is_intel);
     m.def("supported_isas", &mmfast_supported_isas);
 
     m.def("cpu_adversarial_forward", &cpu_adversarial_forward);
@@ -393,6 +445,7 @@ void bind_cpu(py::module_& m) {
     m.def("cpu_rnn_forward", &rnn_forward);
     m.def("cpu_rnn_backward", &rnn_backward);
     m.def("cpu_rnn_cell", &rnn_cell);
+    m.def("cpu_product", &product);
 
     m.def("cpu_columns_to_image", [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
                                      const std::array<Triple, 6>& geometry, Pointer source, Pointer image, Pointer bias,
@@ -408,8 +461,8 @@ void bind_cpu(py::module_& m) {
           });
     m.def("cpu_depthwise_forward", &depthwise_forward);
     m.def("cpu_depthwise_backward", &depthwise_backward);
-    m.def("cpu_normalize_forward", &normalize_forward);
-    m.def("cpu_normalize_backward", &normalize_backward);
+    m.def("cpu_normalize_forward", &cpu_normalize_forward);
+    m.def("cpu_normalize_backward", &cpu_normalize_backward);
     m.def("cpu_activation_forward",
           [](int dtype, int which, double negative_slope, int64_t count, Pointer y, Pointer out, int threads) {
               return activation(mmfast_cpu_activation_forward, dtype, which, negative_slope, count, y, 0, out, threads);
@@ -427,6 +480,10 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_adversarial_backward", &cuda_adversarial_backward);
     m.def("cuda_rnn_step_forward", &cuda_rnn_step_forward);
     m.def("cuda_rnn_step_backward", &cuda_rnn_step_backward);
+    m.def("cuda_normalize_scratch", &cuda_normalize_scratch);
+    m.def("cuda_normalize_forward", &cuda_normalize_forward);
+    m.def("cuda_normalize_backward", &cuda_normalize_backward);
+    m.def("cuda_activation", &cuda_activation);
 }
 #endif
 

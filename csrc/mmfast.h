@@ -8,7 +8,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MMFAST_ABI_VERSION 3
+#define MMFAST_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -26,6 +26,8 @@ const char* mmfast_supported_isas(void);
 // The instruction set in use, and a way to choose a lower one (for tests). An unknown or unsupported name is refused.
 const char* mmfast_isa(void);
 int mmfast_set_isa(const char* name);
+// 1 on Intel's processors, on which alone Intel's libraries use the best instruction set; else 0.
+int mmfast_is_intel(void);
 
 // ---- adversarial
 // A loss is a sum over K terms. Term k maps one tensor of n_k logits x to
@@ -130,11 +132,18 @@ typedef struct {
     void* dy;            // backward only; may alias dout
     void* dweight;       // (sets, channels) compute dtype, backward only
     void* dbias;         // (sets, channels) compute dtype, backward only
-    int32_t threads;
+    int32_t threads;     // CPU: at least 1
+    void* scratch;       // CUDA only: mmfast_cuda_normalize_scratch(args) float32, unwritten
+    void* stream;        // CUDA: the stream to launch on; null is the default stream
 } mmfast_normalize_args;
 
 int mmfast_cpu_normalize_forward(const mmfast_normalize_args* args);
 int mmfast_cpu_normalize_backward(const mmfast_normalize_args* args);
+// The same on the current CUDA device, for float32, float16 and bfloat16: at most three launches. Every pointer is
+// device memory, aligned to 16 bytes.
+int64_t mmfast_cuda_normalize_scratch(const mmfast_normalize_args* args);
+int mmfast_cuda_normalize_forward(const mmfast_normalize_args* args);
+int mmfast_cuda_normalize_backward(const mmfast_normalize_args* args);
 
 // out = act(y), and its gradient.
 typedef struct {
@@ -145,11 +154,14 @@ typedef struct {
     const void* y;     // (count,) forward: the argument; backward: the value, for silu and gelu the argument
     const void* dout;  // (count,) backward only
     void* out;         // (count,) forward: the value; backward: dout * act'; may alias y or dout
-    int32_t threads;
+    int32_t threads;   // CPU: at least 1
+    void* stream;      // CUDA: the stream to launch on; null is the default stream
 } mmfast_activation_args;
 
 int mmfast_cpu_activation_forward(const mmfast_activation_args* args);
 int mmfast_cpu_activation_backward(const mmfast_activation_args* args);
+int mmfast_cuda_activation_forward(const mmfast_activation_args* args);
+int mmfast_cuda_activation_backward(const mmfast_activation_args* args);
 
 // ---- conv_transpose: columns
 // With columns = weight^T x, one value for each (output channel, tap, input position), a transposed convolution is
@@ -271,6 +283,24 @@ typedef struct {
 } mmfast_rnn_cell_args;
 
 int mmfast_cpu_rnn_cell(const mmfast_rnn_cell_args* args);
+
+// out = a b + bias, or with add: out += a b + bias. a (M, K) and b (K, N) of any strides, one of each matrix' 1 to be
+// fast. float32 and float64.
+typedef struct {
+    int32_t dtype;
+    int64_t rows, columns, depth;  // M, N, K
+    const void* a;
+    int64_t a_row, a_column;  // strides
+    const void* b;
+    int64_t b_row, b_column;
+    const void* bias;  // (N,) or null: 0
+    void* out;         // (M, N), rows out_row apart; aliases nothing
+    int64_t out_row;
+    int32_t add;
+    int32_t threads;
+} mmfast_product_args;
+
+int mmfast_cpu_product(const mmfast_product_args* args);
 
 // One step of one direction of a layer on the current CUDA device, without zoneout, dropout and projection: the caller
 // walks time and makes each step's product of matrices. The step's R rows are the first R sequences of the batch. A

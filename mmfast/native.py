@@ -13,6 +13,7 @@ import functools
 import importlib
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,12 +23,27 @@ from . import config
 if TYPE_CHECKING:
     from .ops.adversarial.equations import Inputs, Terms
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 #: enum mmfast_dtype
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 _STATUS_ERRORS = {1: ValueError, 2: MemoryError, 3: RuntimeError}
+
+
+_INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir mmfast"
+
+
+def _remedy(name: str, error: str) -> str:
+    """The command that mends it."""
+    built_for_others = sorted(path.name for path in Path(__file__).parent.glob(f"{name}.*"))
+    if "GLIBC" in error or "CXXABI" in error:
+        return f"it was built on a newer system; build it on this one: {_INSTALL} --no-binary mmfast"
+    if "cannot open shared object file" in error:
+        return "that library is the system's: install it with your package manager (libgomp.so.1: apt install libgomp1)"
+    if "No module named" in error and built_for_others:
+        return f"what is installed is for another Python ({', '.join(built_for_others)}): {_INSTALL}"
+    return f"install it with a C++ compiler on PATH: {_INSTALL}"
 
 
 @functools.cache
@@ -36,14 +52,14 @@ def _load(name: str = "_C") -> tuple[types.ModuleType | None, str]:
         library = importlib.import_module(f"mmfast.{name}")
     except ImportError as error:
         what = "native library" if name == "_C" else "emulator"
-        return None, f"mmfast's {what} could not be loaded ({error}); reinstall with a C++ compiler on PATH"
+        return None, f"mmfast's {what} could not be loaded ({error}); {_remedy(name, str(error))}"
     if library.abi_version != ABI_VERSION:
         return None, (
             f"mmfast's {name} has ABI version {library.abi_version}, but this Python code needs {ABI_VERSION}; "
-            "reinstall mmfast"
+            f"install both anew: {_INSTALL}"
         )
     if name == "_C" and config.ISA is not None and library.set_isa(config.ISA) != 0:
-        return None, f"MMFAST_ISA={config.ISA} is not one of: {library.supported_isas()}"
+        return None, f"MMFAST_ISA={config.ISA} is not one of: {library.supported_isas()}; unset MMFAST_ISA"
     return library, ""
 
 
@@ -52,9 +68,9 @@ def available() -> bool:
     return _load()[0] is not None
 
 
-def load_error() -> str:
-    """Why the native library is not available; empty where it is."""
-    return _load()[1]
+def load_error(name: str = "_C") -> str:
+    """Why the native library, or the emulator, is not available; empty where it is."""
+    return _load(name)[1]
 
 
 def library(name: str = "_C") -> types.ModuleType:
@@ -138,6 +154,16 @@ def emulator_selftest(name: str, bug: str) -> None:
 def isa() -> str:
     """The instruction set that the CPU kernels use."""
     return library().isa()
+
+
+def beats_mkl() -> bool:
+    """Whether the CPU kernels' vectors are wider than MKL's, which are AVX2's unless the processor is Intel's."""
+    return _wide_vectors() and library().isa() == "avx512"
+
+
+@functools.cache
+def _wide_vectors() -> bool:
+    return available() and not library().is_intel()
 
 
 def set_isa(name: str) -> None:
@@ -305,43 +331,65 @@ def cuda_adversarial_backward(
     _launch("cuda_adversarial_backward", dtotal, *arguments, dtotal.data_ptr(), slopes, wanted, scratch.data_ptr())
 
 
-def cpu_normalize_forward(
+def normalization(
     layout: tuple[bool, tuple[int, int, int, int]],
     activation: tuple[int, float],
     measure: bool,
     eps: float,
     y: torch.Tensor,
     parameters: Sequence[torch.Tensor | None],
-    out: torch.Tensor | None,
-) -> None:
-    """Fills out, if any, and with `measure` mean and var, from y: dense CPU tensors of one dtype and order of memory.
+) -> tuple:
+    """What both passes of a normalisation are given; the caller keeps the tensors alive.
 
-    layout: (channels last, (sets, batch, channels, size)). activation: (number, negative slope). parameters: weight,
-    bias (channels,) or None, mean, var (sets, channels) in y's compute dtype, contiguous.
+    layout: (channels last, (sets, batch, channels, size)). activation: (number, negative slope). measure: whether mean
+    and var are y's own. y: dense. parameters: weight, bias (channels,) or None, mean, var (sets, channels) in y's
+    compute dtype, contiguous.
     """
-    pointers = [_address(x) for x in parameters]
-    threads = torch.get_num_threads()
-    arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, y.data_ptr(), *pointers, _address(out), threads)
-    check(library().cpu_normalize_forward(*arguments))
+    return (DTYPES[y.dtype], *layout, *activation, measure, eps, *(_address(x) for x in (y, *parameters)))
+
+
+def cpu_normalize_forward(call: tuple, out: torch.Tensor | None) -> None:
+    """Fills out, if any, of y's layout, and, where they are measured, mean and var; call: `normalization`."""
+    check(library().cpu_normalize_forward(call, _address(out), torch.get_num_threads()))
 
 
 def cpu_normalize_backward(
-    layout: tuple[bool, tuple[int, int, int, int]],
-    activation: tuple[int, float],
-    measure: bool,
-    eps: float,
-    y: torch.Tensor,
-    parameters: Sequence[torch.Tensor | None],
-    dout: torch.Tensor,
-    dy: torch.Tensor,
-    dweight: torch.Tensor,
-    dbias: torch.Tensor,
+    call: tuple, dout: torch.Tensor, dy: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor
 ) -> None:
-    """Fills dy, of y's layout, and dweight and dbias (sets, channels); the other arguments as in the forward."""
-    pointers = [_address(x) for x in (y, *parameters, dout, dy, dweight, dbias)]
-    threads = torch.get_num_threads()
-    arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, *pointers, threads)
-    check(library().cpu_normalize_backward(*arguments))
+    """Fills dy, of y's and dout's layout, and dweight and dbias (sets, channels); call: `normalization`."""
+    gradients = [x.data_ptr() for x in (dout, dy, dweight, dbias)]
+    check(library().cpu_normalize_backward(call, gradients, torch.get_num_threads()))
+
+
+def cuda_normalize_forward(call: tuple, y: torch.Tensor, out: torch.Tensor | None) -> None:
+    """As cpu_normalize_forward, on CUDA or in the emulator; every tensor begins at a multiple of 16 bytes."""
+    _launch("cuda_normalize_forward", y, call, _address(out), _normalize_scratch(call, y).data_ptr())
+
+
+def cuda_normalize_backward(
+    call: tuple, dout: torch.Tensor, dy: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor
+) -> None:
+    """As cpu_normalize_backward, on CUDA or in the emulator; every tensor begins at a multiple of 16 bytes."""
+    gradients = [x.data_ptr() for x in (dout, dy, dweight, dbias)]
+    _launch("cuda_normalize_backward", dout, call, gradients, _normalize_scratch(call, dout).data_ptr())
+
+
+def _normalize_scratch(call: tuple, x: torch.Tensor) -> torch.Tensor:
+    module = library("_C" if x.is_cuda else "_emulator")
+    return torch.empty(module.cuda_normalize_scratch(call), dtype=torch.float32, device=x.device)
+
+
+def cuda_activation_forward(activation: tuple[int, float], y: torch.Tensor, out: torch.Tensor) -> None:
+    """As cpu_activation_forward, on CUDA or in the emulator; both begin at a multiple of 16 bytes."""
+    _launch("cuda_activation", y, False, DTYPES[y.dtype], *activation, y.numel(), y.data_ptr(), 0, out.data_ptr())
+
+
+def cuda_activation_backward(
+    activation: tuple[int, float], value: torch.Tensor, dout: torch.Tensor, dy: torch.Tensor
+) -> None:
+    """As cpu_activation_backward, on CUDA or in the emulator; all begin at a multiple of 16 bytes."""
+    pointers = (value.data_ptr(), dout.data_ptr(), dy.data_ptr())
+    _launch("cuda_activation", value, True, DTYPES[value.dtype], *activation, value.numel(), *pointers)
 
 
 def cpu_activation_forward(activation: tuple[int, float], y: torch.Tensor, out: torch.Tensor) -> None:
@@ -459,6 +507,16 @@ def cpu_rnn_cell(
     addresses = [0 if a is None else a.data_ptr() for a in inputs]
     function = library().cpu_rnn_cell
     check(function(DTYPES[h.dtype], mode, *shape, *addresses, h.data_ptr(), c.data_ptr()))
+
+
+def cpu_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> None:
+    """out = a b + bias, or with `add` out += a b + bias: CPU tensors, float32 or float64, out dense along its rows."""
+    pointers = a.data_ptr(), b.data_ptr(), _address(bias), out.data_ptr()
+    strides = *a.stride(), *b.stride(), out.stride(0)
+    shape = *out.shape, a.shape[1]
+    status = library().cpu_product(DTYPES[a.dtype], shape, *pointers, strides, add, torch.get_num_threads())
+    if status:
+        check(status)
 
 
 class RnnTensors(NamedTuple):

@@ -72,12 +72,14 @@ def resources(cubin: pathlib.Path, target: str) -> list[Resources]:
 
 
 def _readable(name: str) -> str:
-    """Forward<float> of a mangled instantiation of device.h's run()."""
-    match = re.search(r"\d([A-Z][A-Za-z]+?)I(?:NS\w*?\d(Bf16|Half)E|(f)|(d))(?:Li(\d+)E)?E", name)
+    """Forward<float, 4> of a mangled instantiation of device.h's run()."""
+    match = re.search(r"\d([A-Z][A-Za-z]+?)(?:I(?:NS\w*?\d(Bf16|Half)E|(f)|(d))((?:L[ib]\d+E)*)E|EEE)", name)
     if not match:
         return name
-    stem, half, single, _, number = match.groups()
-    return f"{stem}<{half or ('float' if single else 'double')}{f', {number}' if number else ''}>"
+    stem, half, single, double, numbers = match.groups()
+    kind = half or (single and "float") or (double and "double")
+    arguments = [kind] * bool(kind) + re.findall(r"L[ib](\d+)E", numbers or "")
+    return f"{stem}<{', '.join(arguments)}>" if arguments else stem
 
 
 # ---- Triton
@@ -343,6 +345,11 @@ def test_cuda(cuda_folder, capsys, stem, architecture):
         if found.kernel.startswith(("Forward", "Backward")) and stem == "adversarial":
             assert "LDG.E.128" in found.sass, f"{found.kernel} does not load 16 bytes at a time"
         if found.kernel.startswith("Backward") and stem == "adversarial":
+            assert "STG.E.128" in found.sass, f"{found.kernel} does not store 16 bytes at a time"
+        wide = stem == "normalize" and re.match(r"\w+<\w+, [48],|Activate", found.kernel)
+        if wide:
+            assert "LDG.E.128" in found.sass, f"{found.kernel} does not load 16 bytes at a time"
+        if wide and found.kernel.startswith(("Normalize", "InputGradient", "Activate")):
             assert "STG.E.128" in found.sass, f"{found.kernel} does not store 16 bytes at a time"
         if stem == "rnn":
             for access in ("LDG.E.128", "STG.E.128"):

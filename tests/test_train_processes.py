@@ -40,7 +40,7 @@ sys.exit(cli.main(arguments))
 
 STEPS = """
 from mmfast.train import data, loop
-from mmfast.train.processes import started, whole
+from mmfast.train.processes import leave, started, whole
 from mmfast.train.settings import Settings
 from mmfast.train.step import Step, PlainHinge
 
@@ -76,6 +76,7 @@ with started(torch.device("cpu")) as processes:
         made = trained(processes, way == "fsdp")
         if processes.first:
             torch.save(made, way)
+leave(0)
 """
 
 

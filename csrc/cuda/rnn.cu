@@ -308,12 +308,6 @@ struct StepBackward {
     }
 };
 
-// Whether every one of these addresses, null or not, is a multiple of 16 bytes.
-template <typename... Pointers>
-bool are_aligned(Pointers... addresses) {
-    return ((reinterpret_cast<uintptr_t>(addresses) % 16 == 0) && ...);
-}
-
 template <typename T>
 Step<T> step_of(const mmfast_rnn_step& from, Buffers& buffers, bool aligned) {
     Step<T> step{};

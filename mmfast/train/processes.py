@@ -12,7 +12,7 @@ import datetime
 import inspect
 import os
 import signal
-import time
+import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -28,7 +28,6 @@ from torch.utils import _pytree as pytree
 from mmfast.train import UserError
 
 T = TypeVar("T")
-LETTING_GO = 0.2  # seconds
 PATIENCE = datetime.timedelta(minutes=10)  # that a process waits for another: rank 0 may be preparing the data
 
 
@@ -151,11 +150,21 @@ def started(device: torch.device) -> Iterator[Processes]:
             "the last checkpoint is kept: go on with torchrun ... -m mmfast train --resume RUN"
         ) from None
     finally:
-        # Gloo's threads let go of the last tensors after the work is done, for which they need the interpreter; the
-        # group's destructor joins them and keeps it, for ever where one is still about to (pytorch/pytorch#56297).
-        time.sleep(LETTING_GO)
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        if dist.get_backend() != "gloo":
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """Ends this process where it is connected by gloo; elsewhere does nothing.
+
+    gloo's threads free tensors under the interpreter's lock. Destroying its group waits for them and holds that lock,
+    and Python's own end kills them while they wait for it: the one can hang, the other abort. So neither is done.
+    """
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _is_lost_connection(error: Exception) -> bool:
