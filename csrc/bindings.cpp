@@ -119,14 +119,13 @@ int cpu_adversarial_forward(const Terms& terms, int dtype, bool mean, const Poin
     if (!gradients.empty()) call.want(gradients);
     set_outputs(call.args, outputs);
     call.args.threads = threads;
-    const int status = run(mmfast_cpu_adversarial_forward, call.args);
-    return status || gradients.empty() ? status : run(mmfast_cpu_adversarial_backward, call.args);
+    return run(mmfast_cpu_adversarial_forward, call.args);
 }
 
-// One or two tensors of few logits, without weights and peers: two terms of x and y, or one of x, less y where y is
-// not 0; dx, dy: 0 where one is not wanted.
-int cpu_adversarial_few(const Terms& list, int dtype, bool mean, Pointer x, int64_t x_size, Pointer y, int64_t y_size,
-                        Pointer total, Pointer dx, Pointer dy) {
+// One or two tensors of logits, without weights: two terms of x and y, which with `averages` are each other's peers, or
+// one of x, less y where y is not 0; dx, dy: 0 where one is not wanted.
+int cpu_adversarial_few(const Terms& list, int dtype, bool mean, bool averages, Pointer x, int64_t x_size, Pointer y,
+                        int64_t y_size, Pointer total, Pointer dx, Pointer dy) {
     const size_t count = list.terms.size();
     if (count < 1 || count > 2 || (count == 1 && y && y_size != x_size))
         throw std::invalid_argument("one or two terms are expected, and as many elements of tensors that meet");
@@ -140,8 +139,16 @@ int cpu_adversarial_few(const Terms& list, int dtype, bool mean, Pointer x, int6
     mmfast_adversarial_args args{};
     args.dtype = dtype, args.mean = mean, args.count = int64_t(count), args.terms = terms, args.threads = 1;
     args.total = as_pointer(total);
-    const int status = run(mmfast_cpu_adversarial_forward, args);
-    return status || !(dx || dy) ? status : run(mmfast_cpu_adversarial_backward, args);
+    double means[2], slopes[2];
+    if (averages && count == 2) {
+        const size_t second = dtype == MMFAST_FLOAT64 ? 8 : 4;
+        args.means = means, args.slopes = slopes;
+        for (size_t k = 0; k < 2; ++k) {
+            terms[k].centre = reinterpret_cast<char*>(means) + (1 - k) * second;
+            terms[k].peer_slope = reinterpret_cast<char*>(slopes) + (1 - k) * second;
+        }
+    }
+    return run(mmfast_cpu_adversarial_forward, args);
 }
 
 int cpu_adversarial_backward(const Terms& terms, int dtype, bool mean, const Pointers& logits,
@@ -277,6 +284,44 @@ int cuda_normalize_backward(const Normalization& row, const std::array<Pointer, 
     args.scratch = as_pointer(scratch);
     args.stream = as_pointer(stream);
     return run(mmfast_cuda_normalize_backward, args);
+}
+
+using Sizes = std::array<int64_t, 3>;
+// dtype, x channels last, y channels last, batch, input channels, groups, output channels a group, then in_size,
+// out_size, kernel, stride, dilation, before
+using Direct = std::tuple<int, bool, bool, int64_t, int64_t, int64_t, int64_t, std::array<Sizes, 6>>;
+
+mmfast_direct_args as_direct(const Direct& row) {
+    const auto& [dtype, x_last, y_last, batch, in_channels, groups, group_out, sizes] = row;
+    mmfast_direct_args args{};
+    args.dtype = dtype, args.x_channels_last = x_last, args.y_channels_last = y_last;
+    args.batch = batch, args.in_channels = in_channels, args.groups = groups, args.group_out = group_out;
+    int64_t* const members[] = {args.in_size, args.out_size, args.kernel, args.stride, args.dilation, args.before};
+    for (size_t i = 0; i < 6; ++i) std::copy(sizes[i].begin(), sizes[i].end(), members[i]);
+    return args;
+}
+
+int64_t cuda_direct_scratch(const Direct& row) {
+    const mmfast_direct_args args = as_direct(row);
+    return mmfast_cuda_direct_scratch(&args);
+}
+
+int cuda_direct_forward(const Direct& row, int activation, double negative_slope, Pointer x, Pointer weight,
+                        Pointer bias, Pointer y, Pointer stream) {
+    mmfast_direct_args args = as_direct(row);
+    args.activation = activation, args.negative_slope = negative_slope;
+    args.x = as_pointer(x), args.weight = as_pointer(weight), args.bias = as_pointer(bias), args.y = as_pointer(y);
+    args.stream = as_pointer(stream);
+    return run(mmfast_cuda_direct_forward, args);
+}
+
+int cuda_direct_backward(const Direct& row, Pointer x, Pointer weight, Pointer dy, Pointer dx, Pointer dweight,
+                         Pointer scratch, Pointer stream) {
+    mmfast_direct_args args = as_direct(row);
+    args.x = as_pointer(x), args.weight = as_pointer(weight), args.dy = as_pointer(dy);
+    args.dx = as_pointer(dx), args.dweight = as_pointer(dweight), args.scratch = as_pointer(scratch);
+    args.stream = as_pointer(stream);
+    return run(mmfast_cuda_direct_backward, args);
 }
 
 // y and out, or of the backward y, dout and out
@@ -484,6 +529,9 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_normalize_forward", &cuda_normalize_forward);
     m.def("cuda_normalize_backward", &cuda_normalize_backward);
     m.def("cuda_activation", &cuda_activation);
+    m.def("cuda_direct_scratch", &cuda_direct_scratch);
+    m.def("cuda_direct_forward", &cuda_direct_forward);
+    m.def("cuda_direct_backward", &cuda_direct_backward);
 }
 #endif
 

@@ -225,7 +225,7 @@ def cpu_adversarial_forward(
     """Fills total (), and values (K,) and state (2, K) where there are any, from K terms of dense CPU tensors.
 
     state: slopes and centres of terms that have peers; the centres are computed where `inputs` has none.
-    gradients: (), or those of the total by the logits, then by the others (None: not wanted): filled, too.
+    gradients: (), or those of the total by the logits, then by the others (None: not wanted): filled in the same pass.
     """
     arguments = _adversarial_inputs(terms, mean, inputs, state)
     outputs = _adversarial_outputs(inputs, total, values, state)
@@ -238,6 +238,7 @@ def cpu_adversarial_forward(
 def cpu_adversarial_few(
     terms: Terms,
     mean: bool,
+    averages: bool,
     x: torch.Tensor,
     y: torch.Tensor | None,
     total: torch.Tensor,
@@ -246,13 +247,14 @@ def cpu_adversarial_few(
 ) -> None:
     """Fills total () and its gradients that are wanted, from terms of x and y, or one term of x, less y if there is y.
 
-    Dense CPU tensors of one dtype, without weights and peers; x and y of one shape where they meet.
+    Dense CPU tensors of one dtype, without weights; x and y of one shape where they meet. averages: the two terms are
+    each other's peers. On one thread.
     """
-    copy = terms.copies.get("_C") or _adversarial_terms(terms, "_C")
     status = library().cpu_adversarial_few(
-        copy,
+        terms.copies.get("_C") or _adversarial_terms(terms, "_C"),
         DTYPES[x.dtype],
         mean,
+        averages,
         x.data_ptr(),
         x.numel(),
         0 if y is None else y.data_ptr(),
@@ -466,6 +468,45 @@ def cpu_depthwise_backward(
     pointers = (image.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(dx), _address(dweight))
     shape = (not image.is_contiguous(), *image.shape[:2])
     check(library().cpu_depthwise_backward(DTYPES[image.dtype], *shape, window, *pointers, torch.get_num_threads()))
+
+
+def _direct(window: Window, x: torch.Tensor, y: torch.Tensor, groups: int) -> tuple:
+    last = (not x.is_contiguous(), not y.is_contiguous())
+    return DTYPES[x.dtype], *last, *x.shape[:2], groups, y.shape[1] // groups, window
+
+
+def cuda_direct_forward(
+    window: Window,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: tuple[int, float],
+    groups: int,
+    y: torch.Tensor,
+) -> None:
+    """Fills y (N, Cout, *out_size) as mmfast_cuda_direct_forward does; x and y contiguous or channels last.
+
+    weight: (*kernel, Cin, Cout / groups) contiguous. Every tensor begins at a multiple of 16 bytes.
+    """
+    pointers = (x.data_ptr(), weight.data_ptr(), _address(bias), y.data_ptr())
+    _launch("cuda_direct_forward", x, _direct(window, x, y, groups), *activation, *pointers)
+
+
+def cuda_direct_backward(
+    window: Window,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    groups: int,
+    dy: torch.Tensor,
+    dx: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+) -> None:
+    """Fills dx and dweight, of x's and weight's layout, where they are wanted; all else as in the forward."""
+    call = _direct(window, x, dy, groups)
+    size = 0 if dweight is None else library("_C" if x.is_cuda else "_emulator").cuda_direct_scratch(call)
+    scratch = torch.empty(size, dtype=torch.float32, device=x.device)
+    pointers = [_address(t) for t in (x, weight, dy, dx, dweight, scratch)]
+    _launch("cuda_direct_backward", x, call, *pointers)
 
 
 def _address(x: torch.Tensor | None) -> int:
