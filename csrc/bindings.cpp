@@ -125,7 +125,7 @@ int cpu_adversarial_forward(const Terms& terms, int dtype, bool mean, const Poin
 // One or two tensors of logits, without weights: two terms of x and y, which with `averages` are each other's peers, or
 // one of x, less y where y is not 0; dx, dy: 0 where one is not wanted.
 int cpu_adversarial_few(const Terms& list, int dtype, bool mean, bool averages, Pointer x, int64_t x_size, Pointer y,
-                        int64_t y_size, Pointer total, Pointer dx, Pointer dy) {
+                        int64_t y_size, Pointer total, Pointer dx, Pointer dy, int threads) {
     const size_t count = list.terms.size();
     if (count < 1 || count > 2 || (count == 1 && y && y_size != x_size))
         throw std::invalid_argument("one or two terms are expected, and as many elements of tensors that meet");
@@ -137,7 +137,7 @@ int cpu_adversarial_few(const Terms& list, int dtype, bool mean, bool averages, 
         terms[0].other = as_pointer(y), terms[0].dother = as_pointer(dy);
     }
     mmfast_adversarial_args args{};
-    args.dtype = dtype, args.mean = mean, args.count = int64_t(count), args.terms = terms, args.threads = 1;
+    args.dtype = dtype, args.mean = mean, args.count = int64_t(count), args.terms = terms, args.threads = threads;
     args.total = as_pointer(total);
     double means[2], slopes[2];
     if (averages && count == 2) {

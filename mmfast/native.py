@@ -248,7 +248,7 @@ def cpu_adversarial_few(
     """Fills total () and its gradients that are wanted, from terms of x and y, or one term of x, less y if there is y.
 
     Dense CPU tensors of one dtype, without weights; x and y of one shape where they meet. averages: the two terms are
-    each other's peers. On one thread.
+    each other's peers.
     """
     status = library().cpu_adversarial_few(
         terms.copies.get("_C") or _adversarial_terms(terms, "_C"),
@@ -262,6 +262,7 @@ def cpu_adversarial_few(
         total.data_ptr(),
         0 if dx is None else dx.data_ptr(),
         0 if dy is None else dy.data_ptr(),
+        torch.get_num_threads(),
     )
     if status:
         check(status)
