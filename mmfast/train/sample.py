@@ -54,9 +54,7 @@ def sample(
     if inputs["image"] is not None:
         drawn.insert(0, inputs["image"][0])
         headings.insert(0, "given")
-    drawing.draw_sections(
-        out, [drawing.Section(f"from {run.name}", headings, [drawing.Entry(asked, drawn)])]
-    )
+    drawing.draw_sections(out, [drawing.Section(f"from {run.name}", headings, [drawing.Entry(asked, drawn)])])
     print(out)
 
 
