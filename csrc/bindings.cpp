@@ -262,6 +262,72 @@ int cuda_rnn_step_backward(const RnnStep& step, const std::array<int64_t, 4>& si
 }
 #endif
 
+// what both passes of a normalisation are given
+using Normalization = std::tuple<int, bool, std::array<int64_t, 4>, int, double, bool, double, Pointer, Pointer,
+                                 Pointer, Pointer, Pointer>;
+
+// row: dtype, channels last, (sets, batch, channels, size), activation, negative slope, measure, eps, then the
+// addresses of y, weight, bias, mean and var
+mmfast_normalize_args as_normalize(const Normalization& row) {
+    const auto& [dtype, channels_last, shape, activation, negative_slope, measure, eps, y, weight, bias, mean, var] =
+        row;
+    mmfast_normalize_args args{};
+    args.dtype = dtype;
+    args.channels_last = channels_last;
+    args.sets = shape[0], args.batch = shape[1], args.channels = shape[2], args.size = shape[3];
+    args.activation = activation;
+    args.negative_slope = negative_slope;
+    args.measure = measure;
+    args.eps = eps;
+    args.y = as_pointer(y);
+    args.weight = as_pointer(weight);
+    args.bias = as_pointer(bias);
+    args.mean = as_pointer(mean);
+    args.var = as_pointer(var);
+    return args;
+}
+
+// gradients: the addresses of dout, dy, dweight and dbias
+mmfast_normalize_args as_normalize_backward(const Normalization& row, const std::array<Pointer, 4>& gradients) {
+    mmfast_normalize_args args = as_normalize(row);
+    args.dout = as_pointer(gradients[0]);
+    args.dy = as_pointer(gradients[1]);
+    args.dweight = as_pointer(gradients[2]);
+    args.dbias = as_pointer(gradients[3]);
+    return args;
+}
+
+#if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
+int64_t cuda_normalize_scratch(const Normalization& row) {
+    const mmfast_normalize_args args = as_normalize(row);
+    return mmfast_cuda_normalize_scratch(&args);
+}
+
+int cuda_normalize_forward(const Normalization& row, Pointer out, Pointer scratch, Pointer stream) {
+    mmfast_normalize_args args = as_normalize(row);
+    args.out = as_pointer(out);
+    args.scratch = as_pointer(scratch);
+    args.stream = as_pointer(stream);
+    return run(mmfast_cuda_normalize_forward, args);
+}
+
+int cuda_normalize_backward(const Normalization& row, const std::array<Pointer, 4>& gradients, Pointer scratch,
+                            Pointer stream) {
+    mmfast_normalize_args args = as_normalize_backward(row, gradients);
+    args.scratch = as_pointer(scratch);
+    args.stream = as_pointer(stream);
+    return run(mmfast_cuda_normalize_backward, args);
+}
+
+// y and out, or of the backward y, dout and out
+int cuda_activation(bool backward, int dtype, int which, double negative_slope, int64_t count, Pointer y, Pointer dout,
+                    Pointer out, Pointer stream) {
+    const mmfast_activation_args args{dtype,           which, negative_slope,    count, as_pointer(y), as_pointer(dout),
+                                      as_pointer(out), 1,     as_pointer(stream)};
+    return run(backward ? mmfast_cuda_activation_backward : mmfast_cuda_activation_forward, args);
+}
+#endif
+
 #ifndef MMFAST_EMULATOR
 int rnn_forward(const py::tuple& layer, Pointer gx, Pointer gates, Pointer cell, Pointer y, Pointer hn, Pointer cn) {
     const mmfast_rnn_forward_args args = {as_layer(layer), as_pointer(gx), as_pointer(gates), as_pointer(cell),
@@ -299,53 +365,23 @@ int rnn_cell(int dtype, int mode, int64_t batch, int64_t input, int64_t hidden, 
     return run(mmfast_cpu_rnn_cell, args);
 }
 
-// what both passes of a normalisation are given
-mmfast_normalize_args as_normalize(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
-                                   double negative_slope, bool measure, double eps, Pointer y, Pointer weight,
-                                   Pointer bias, Pointer mean, Pointer var, int threads) {
-    mmfast_normalize_args args{};
-    args.dtype = dtype;
-    args.channels_last = channels_last;
-    args.sets = shape[0], args.batch = shape[1], args.channels = shape[2], args.size = shape[3];
-    args.activation = activation;
-    args.negative_slope = negative_slope;
-    args.measure = measure;
-    args.eps = eps;
-    args.y = as_pointer(y);
-    args.weight = as_pointer(weight);
-    args.bias = as_pointer(bias);
-    args.mean = as_pointer(mean);
-    args.var = as_pointer(var);
-    args.threads = threads;
-    return args;
-}
-
-int normalize_forward(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
-                      double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
-                      Pointer mean, Pointer var, Pointer out, int threads) {
-    mmfast_normalize_args args = as_normalize(dtype, channels_last, shape, activation, negative_slope, measure, eps, y,
-                                              weight, bias, mean, var, threads);
+int cpu_normalize_forward(const Normalization& row, Pointer out, int threads) {
+    mmfast_normalize_args args = as_normalize(row);
     args.out = as_pointer(out);
+    args.threads = threads;
     return run(mmfast_cpu_normalize_forward, args);
 }
 
-int normalize_backward(int dtype, bool channels_last, const std::array<int64_t, 4>& shape, int activation,
-                       double negative_slope, bool measure, double eps, Pointer y, Pointer weight, Pointer bias,
-                       Pointer mean, Pointer var, Pointer dout, Pointer dy, Pointer dweight, Pointer dbias,
-                       int threads) {
-    mmfast_normalize_args args = as_normalize(dtype, channels_last, shape, activation, negative_slope, measure, eps, y,
-                                              weight, bias, mean, var, threads);
-    args.dout = as_pointer(dout);
-    args.dy = as_pointer(dy);
-    args.dweight = as_pointer(dweight);
-    args.dbias = as_pointer(dbias);
+int cpu_normalize_backward(const Normalization& row, const std::array<Pointer, 4>& gradients, int threads) {
+    mmfast_normalize_args args = as_normalize_backward(row, gradients);
+    args.threads = threads;
     return run(mmfast_cpu_normalize_backward, args);
 }
 
 int activation(Kernel<mmfast_activation_args> kernel, int dtype, int which, double negative_slope, int64_t count,
                Pointer y, Pointer dout, Pointer out, int threads) {
-    const mmfast_activation_args args{dtype,           which,  negative_slope, count, as_pointer(y), as_pointer(dout),
-                                      as_pointer(out), threads};
+    const mmfast_activation_args args{dtype,           which,   negative_slope, count, as_pointer(y), as_pointer(dout),
+                                      as_pointer(out), threads, nullptr};
     return run(kernel, args);
 }
 
@@ -426,8 +462,8 @@ void bind_cpu(py::module_& m) {
           });
     m.def("cpu_depthwise_forward", &depthwise_forward);
     m.def("cpu_depthwise_backward", &depthwise_backward);
-    m.def("cpu_normalize_forward", &normalize_forward);
-    m.def("cpu_normalize_backward", &normalize_backward);
+    m.def("cpu_normalize_forward", &cpu_normalize_forward);
+    m.def("cpu_normalize_backward", &cpu_normalize_backward);
     m.def("cpu_activation_forward",
           [](int dtype, int which, double negative_slope, int64_t count, Pointer y, Pointer out, int threads) {
               return activation(mmfast_cpu_activation_forward, dtype, which, negative_slope, count, y, 0, out, threads);
@@ -447,6 +483,10 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_rnn_resident", &mmfast_cuda_rnn_resident);
     m.def("cuda_rnn_step_forward", &cuda_rnn_step_forward);
     m.def("cuda_rnn_step_backward", &cuda_rnn_step_backward);
+    m.def("cuda_normalize_scratch", &cuda_normalize_scratch);
+    m.def("cuda_normalize_forward", &cuda_normalize_forward);
+    m.def("cuda_normalize_backward", &cuda_normalize_backward);
+    m.def("cuda_activation", &cuda_activation);
 }
 #endif
 

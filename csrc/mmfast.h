@@ -130,11 +130,18 @@ typedef struct {
     void* dy;            // backward only; may alias dout
     void* dweight;       // (sets, channels) compute dtype, backward only
     void* dbias;         // (sets, channels) compute dtype, backward only
-    int32_t threads;
+    int32_t threads;     // CPU: at least 1
+    void* scratch;       // CUDA only: mmfast_cuda_normalize_scratch(args) float32, unwritten
+    void* stream;        // CUDA: the stream to launch on; null is the default stream
 } mmfast_normalize_args;
 
 int mmfast_cpu_normalize_forward(const mmfast_normalize_args* args);
 int mmfast_cpu_normalize_backward(const mmfast_normalize_args* args);
+// The same on the current CUDA device, for float32, float16 and bfloat16: at most three launches. Every pointer is
+// device memory, aligned to 16 bytes.
+int64_t mmfast_cuda_normalize_scratch(const mmfast_normalize_args* args);
+int mmfast_cuda_normalize_forward(const mmfast_normalize_args* args);
+int mmfast_cuda_normalize_backward(const mmfast_normalize_args* args);
 
 // out = act(y), and its gradient.
 typedef struct {
@@ -145,11 +152,14 @@ typedef struct {
     const void* y;     // (count,) forward: the argument; backward: the value, for silu and gelu the argument
     const void* dout;  // (count,) backward only
     void* out;         // (count,) forward: the value; backward: dout * act'; may alias y or dout
-    int32_t threads;
+    int32_t threads;   // CPU: at least 1
+    void* stream;      // CUDA: the stream to launch on; null is the default stream
 } mmfast_activation_args;
 
 int mmfast_cpu_activation_forward(const mmfast_activation_args* args);
 int mmfast_cpu_activation_backward(const mmfast_activation_args* args);
+int mmfast_cuda_activation_forward(const mmfast_activation_args* args);
+int mmfast_cuda_activation_backward(const mmfast_activation_args* args);
 
 // ---- conv_transpose: columns
 // With columns = weight^T x, one value for each (output channel, tap, input position), a transposed convolution is

@@ -158,10 +158,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (without the program's name; default: this process's own). Returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
     except UserError as error:
         print(f"mmfast: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except KeyboardInterrupt:
         print("mmfast: interrupted", file=sys.stderr)
-        return 130
+        code = 130
+    except SystemExit as ended:
+        code = ended.code
+    if processes := sys.modules.get("mmfast.train.processes"):
+        processes.leave(code)
+    return code

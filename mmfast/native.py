@@ -305,43 +305,65 @@ def cuda_adversarial_backward(
     _launch("cuda_adversarial_backward", dtotal, *arguments, dtotal.data_ptr(), slopes, wanted, scratch.data_ptr())
 
 
-def cpu_normalize_forward(
+def normalization(
     layout: tuple[bool, tuple[int, int, int, int]],
     activation: tuple[int, float],
     measure: bool,
     eps: float,
     y: torch.Tensor,
     parameters: Sequence[torch.Tensor | None],
-    out: torch.Tensor | None,
-) -> None:
-    """Fills out, if any, and with `measure` mean and var, from y: dense CPU tensors of one dtype and order of memory.
+) -> tuple:
+    """What both passes of a normalisation are given; the caller keeps the tensors alive.
 
-    layout: (channels last, (sets, batch, channels, size)). activation: (number, negative slope). parameters: weight,
-    bias (channels,) or None, mean, var (sets, channels) in y's compute dtype, contiguous.
+    layout: (channels last, (sets, batch, channels, size)). activation: (number, negative slope). measure: whether mean
+    and var are y's own. y: dense. parameters: weight, bias (channels,) or None, mean, var (sets, channels) in y's
+    compute dtype, contiguous.
     """
-    pointers = [_address(x) for x in parameters]
-    threads = torch.get_num_threads()
-    arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, y.data_ptr(), *pointers, _address(out), threads)
-    check(library().cpu_normalize_forward(*arguments))
+    return (DTYPES[y.dtype], *layout, *activation, measure, eps, *(_address(x) for x in (y, *parameters)))
+
+
+def cpu_normalize_forward(call: tuple, out: torch.Tensor | None) -> None:
+    """Fills out, if any, of y's layout, and, where they are measured, mean and var; call: `normalization`."""
+    check(library().cpu_normalize_forward(call, _address(out), torch.get_num_threads()))
 
 
 def cpu_normalize_backward(
-    layout: tuple[bool, tuple[int, int, int, int]],
-    activation: tuple[int, float],
-    measure: bool,
-    eps: float,
-    y: torch.Tensor,
-    parameters: Sequence[torch.Tensor | None],
-    dout: torch.Tensor,
-    dy: torch.Tensor,
-    dweight: torch.Tensor,
-    dbias: torch.Tensor,
+    call: tuple, dout: torch.Tensor, dy: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor
 ) -> None:
-    """Fills dy, of y's layout, and dweight and dbias (sets, channels); the other arguments as in the forward."""
-    pointers = [_address(x) for x in (y, *parameters, dout, dy, dweight, dbias)]
-    threads = torch.get_num_threads()
-    arguments = (DTYPES[y.dtype], *layout, *activation, measure, eps, *pointers, threads)
-    check(library().cpu_normalize_backward(*arguments))
+    """Fills dy, of y's and dout's layout, and dweight and dbias (sets, channels); call: `normalization`."""
+    gradients = [x.data_ptr() for x in (dout, dy, dweight, dbias)]
+    check(library().cpu_normalize_backward(call, gradients, torch.get_num_threads()))
+
+
+def cuda_normalize_forward(call: tuple, y: torch.Tensor, out: torch.Tensor | None) -> None:
+    """As cpu_normalize_forward, on CUDA or in the emulator; every tensor begins at a multiple of 16 bytes."""
+    _launch("cuda_normalize_forward", y, call, _address(out), _normalize_scratch(call, y).data_ptr())
+
+
+def cuda_normalize_backward(
+    call: tuple, dout: torch.Tensor, dy: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor
+) -> None:
+    """As cpu_normalize_backward, on CUDA or in the emulator; every tensor begins at a multiple of 16 bytes."""
+    gradients = [x.data_ptr() for x in (dout, dy, dweight, dbias)]
+    _launch("cuda_normalize_backward", dout, call, gradients, _normalize_scratch(call, dout).data_ptr())
+
+
+def _normalize_scratch(call: tuple, x: torch.Tensor) -> torch.Tensor:
+    module = library("_C" if x.is_cuda else "_emulator")
+    return torch.empty(module.cuda_normalize_scratch(call), dtype=torch.float32, device=x.device)
+
+
+def cuda_activation_forward(activation: tuple[int, float], y: torch.Tensor, out: torch.Tensor) -> None:
+    """As cpu_activation_forward, on CUDA or in the emulator; both begin at a multiple of 16 bytes."""
+    _launch("cuda_activation", y, False, DTYPES[y.dtype], *activation, y.numel(), y.data_ptr(), 0, out.data_ptr())
+
+
+def cuda_activation_backward(
+    activation: tuple[int, float], value: torch.Tensor, dout: torch.Tensor, dy: torch.Tensor
+) -> None:
+    """As cpu_activation_backward, on CUDA or in the emulator; all begin at a multiple of 16 bytes."""
+    pointers = (value.data_ptr(), dout.data_ptr(), dy.data_ptr())
+    _launch("cuda_activation", value, True, DTYPES[value.dtype], *activation, value.numel(), *pointers)
 
 
 def cpu_activation_forward(activation: tuple[int, float], y: torch.Tensor, out: torch.Tensor) -> None:

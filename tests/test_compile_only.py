@@ -72,12 +72,14 @@ def resources(cubin: pathlib.Path, target: str) -> list[Resources]:
 
 
 def _readable(name: str) -> str:
-    """Forward<float> of a mangled instantiation of device.h's run()."""
-    match = re.search(r"\d([A-Z][A-Za-z]+?)I(?:NS\w*?\d(Bf16|Half)E|(f)|(d))((?:Li\d+E)*)E", name)
+    """Forward<float, 4> of a mangled instantiation of device.h's run()."""
+    match = re.search(r"\d([A-Z][A-Za-z]+?)(?:I(?:NS\w*?\d(Bf16|Half)E|(f)|(d))((?:L[ib]\d+E)*)E|EEE)", name)
     if not match:
         return name
-    stem, half, single, _, numbers = match.groups()
-    return f"{stem}<{', '.join([half or ('float' if single else 'double'), *re.findall('[0-9]+', numbers)])}>"
+    stem, half, single, double, numbers = match.groups()
+    kind = half or (single and "float") or (double and "double")
+    arguments = [kind] * bool(kind) + re.findall(r"L[ib](\d+)E", numbers or "")
+    return f"{stem}<{', '.join(arguments)}>" if arguments else stem
 
 
 # ---- Triton
@@ -349,6 +351,11 @@ def test_cuda(cuda_folder, capsys, stem, architecture):
             assert "HMMA" in found.sass, f"{found.kernel} has no matrix instruction"
             for access in (r"LDGSTS\.E\.\S*128", r"STG\.E\.128", "LDG.E.128"):
                 assert re.search(access, found.sass), f"{found.kernel} has no {access}"
+        wide = stem == "normalize" and re.match(r"\w+<\w+, [48],|Activate", found.kernel)
+        if wide:
+            assert "LDG.E.128" in found.sass, f"{found.kernel} does not load 16 bytes at a time"
+        if wide and found.kernel.startswith(("Normalize", "InputGradient", "Activate")):
+            assert "STG.E.128" in found.sass, f"{found.kernel} does not store 16 bytes at a time"
         if stem == "rnn":
             for access in ("LDG.E.128", "STG.E.128"):
                 assert access in found.sass, f"{found.kernel} has no {access}"

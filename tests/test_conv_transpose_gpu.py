@@ -1,10 +1,12 @@
 """The transposed convolution's kernels for GPUs, on whatever can run them here.
 
-Without a GPU that is Triton's interpreter, which needs a process of its own: test_triton_interpreter.py runs this file
-there, with TRITON_INTERPRET=1. With one, the Triton kernels run on it.
+Without a GPU the CUDA kernels run in the emulator, and Triton's in its interpreter, which needs a process of its own:
+test_triton_interpreter.py runs this file there, with TRITON_INTERPRET=1. With one, all run on it.
 """
 
 import os
+import pathlib
+import sys
 
 import pytest
 import torch
@@ -12,8 +14,13 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parent))
+
+from test_module_db import CONVOLUTIONS, INFOS, hold_to_torch
+
+import mmfast
 import mmfast.functional as MF
-from mmfast import numerics
+from mmfast import native, numerics
 from mmfast.ops.conv_transpose import equations, triton_kernels
 from mmfast.ops.conv_transpose.backends import OP, empty_output
 from mmfast.ops.conv_transpose.equations import Epilogue, Geometry
@@ -21,7 +28,12 @@ from mmfast.ops.conv_transpose.op import conv_transpose
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
-SERVED = [("triton", "cpu")] if INTERPRETED else [("triton", "cuda")] if torch.cuda.is_available() else []
+if INTERPRETED:
+    SERVED = [("triton", "cpu")]
+elif torch.cuda.is_available():
+    SERVED = [("triton", "cuda"), ("cuda", "cuda")]
+else:
+    SERVED = [("cuda", "cpu")]
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 
 by_backend = pytest.mark.parametrize(("name", "device"), SERVED, ids=["-".join(served) for served in SERVED])
@@ -35,6 +47,14 @@ def full_precision():
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     yield
     torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
+def thread_order(request):
+    """The emulator runs threads in the order of the run's seed."""
+    native.emulator_order(request.config.option.seed)
+    yield
+    native.emulator_order(0)
 
 
 @pytest.fixture(autouse=True)
@@ -223,6 +243,13 @@ def test_torchs_own_samples(name, device, dims):
     assert count > 3
 
 
+@pytest.mark.skipif(INTERPRETED, reason="Triton's kernels have been held to torch's samples above")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_module_db_on_cuda(name, outcome, same):
+    with mmfast.use_backend("cuda"):
+        hold_to_torch(INFOS[name], name, "f32", True, None, outcome, same)
+
+
 @by_backend
 def test_sliced_input_and_empty_batch(seed, name, device):
     generator = torch.Generator().manual_seed(seed)
@@ -265,6 +292,53 @@ def test_gradients_of_relu(seed, name, device, norm, activation):
         torch.testing.assert_close(found.cpu().double(), expected, rtol=0, atol=0 if norm == "none" else 2e-3)
 
 
+# (batch, channels, size), channels last: accesses of 16 bytes and of one element; of one tile, of several tiles, of
+# fewer channels and rows than a block has threads, of samples that end within a tile
+NORM_SHAPES = [
+    ((2, 3, (9, 17)), True),
+    ((3, 40, (11, 10)), True),
+    ((1, 264, (2, 3)), True),
+    ((5, 3, (4, 6)), False),
+    ((3, 7, (5, 5)), False),
+    ((2, 1, (96, 100)), False),
+]
+
+
+@by_backend
+@pytest.mark.parametrize("dtype", DTYPES[::2] if not INTERPRETED else DTYPES[:1], ids=str)
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize(("shape", "last"), NORM_SHAPES, ids=str)
+def test_norms_of_shapes(seed, name, device, dtype, norm, shape, last):
+    """A norm alone, after a convolution that leaves its input as it is, with a mean far from 0."""
+    batch, channels, size = shape
+    layout = LAYOUTS["last" if last else "first"]
+    g = geometry(2, groups=channels)
+    problem = Problem(seed, dtype, g, Epilogue(norm, 1e-5, "tanh"), (channels, channels), size, 1, batch, layout)
+    problem.tensors[:3] = [problem.tensors[0] + 3, torch.ones_like(problem.tensors[1]), None]
+    (ours, moments), (exact, truth) = problem.run(name, device), problem.run("exact")
+    # the weight's gradient is 0 but for rounding, and torch's product of our dy
+    del ours[2], exact[2]
+    tolerance = 2e-5 if dtype == torch.float32 else 3e-2
+    for found, expected in zip([*ours, *moments], [*exact, *truth], strict=True):
+        scale = 1 + float(expected.detach().abs().max())
+        torch.testing.assert_close(found.cpu().double(), expected.detach(), rtol=tolerance, atol=tolerance * scale)
+
+
+@by_backend
+def test_thread_order_does_not_change_a_bit(seed, name, device):
+    """Orders are the emulator's; elsewhere this is one more test of repeatability."""
+    found = []
+    for order in (0, 1, 2, seed):
+        native.emulator_order(order)
+        launches = native.emulator_launches()
+        problem = Problem(seed, torch.float32, geometry(2, 2, 1), Epilogue("batch", 1e-5, "silu"), (6, 3), (9, 9), 4)
+        outputs, moments = problem.run(name, device)
+        found.append([*outputs, *moments])
+        # the moments' two launches and the norm, then the sums' two and the input's gradient
+        assert native.emulator_launches() - launches >= 6 * ((name, device) == ("cuda", "cpu"))
+    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
+
+
 @by_backend
 def test_second_order(seed, name, device):
     """A penalty on the input's gradient: the formula of equations.py behind the kernels."""
@@ -304,6 +378,17 @@ def test_offsets_of_triton_past_2_to_31():
             probe[(1,)](out, i_tile, positions, channels, n, WIDE=wide)
             sample, start = divmod(i_tile * 128, positions)
             assert out.tolist() == [sample * positions * channels, start, n // positions]
+
+
+def test_refusals_of_cuda_are_sentences():
+    case = OP.case("cpu", torch.float32, 4, 4, (3,), (1,), (0,), (0,), (1,), 1)
+    refused = OP.backends["cuda"].refusals
+    leaky = case._replace(activation="leaky_relu", negative_slope=-1.0)
+    for words, other in {"torch.float64": case._replace(dtype=torch.float64), "slope is -1.0": leaky}.items():
+        assert any(words in sentence and "supported" in sentence for sentence in refused(other)), words
+    assert not refused(case)
+    assert OP.select(case) == "torch"
+    assert any("tensors are on xpu" in sentence for sentence in refused(case._replace(device="xpu")))
 
 
 def test_refusals_are_sentences():

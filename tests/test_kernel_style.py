@@ -7,6 +7,8 @@ import pytest
 
 CSRC = pathlib.Path(__file__).resolve().parent.parent / "csrc"
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+#: what several kernels share
+HEADERS = sorted(path for path in (CSRC / "cuda").glob("*.h") if path.name != "device.h")
 
 FORBIDDEN = {
     "a launch": r"<<<|>>>\s*\(",
@@ -16,7 +18,7 @@ FORBIDDEN = {
     "an intrinsic": r"\b__(?!COUNTER__)[a-z]\w*\s*\(",
     "a built-in index": r"\b(threadIdx|blockIdx|blockDim|gridDim|warpSize)\b",
     "the runtime": r"\bcuda[A-Z]\w*|\bcu[A-Z]\w*\(",
-    "a CUDA header": r"#include\s*[<\"](cuda(?!/device\.h\")|cooperative_groups|mma|nv|cub|thrust)",
+    "a CUDA header": r"#include\s*[<\"](cuda(?!/\w+\.h\")|cooperative_groups|mma|nv|cub|thrust)",
     "a CUDA type": r"\b(__half|__nv_bfloat16|nv_bfloat16|half2?|float[234]|int[234]|uint[234])\b",
     "cooperative groups": r"cooperative_groups|\bcg::",
     "the standard library": r"#include\s*<(vector|string|memory|algorithm|map)>",
@@ -32,7 +34,7 @@ def test_there_are_kernels():
     assert KERNELS
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*KERNELS, *HEADERS], ids=lambda path: path.name)
 def test_kernels_use_device_h_alone(path):
     source = path.read_text()
     assert '#include "cuda/device.h"' in source

@@ -138,6 +138,21 @@ def of_torch(x, weights, h0, c0, layer: Layer):
     return function(x, hx, *options, False)
 
 
+def on(device: str, function):
+    """`function(x, weights, h0, c0, layer)` on a device, of tensors on the CPU and with results there."""
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    def call(x, weights, h0, c0, layer: Layer):
+        masks = ("lengths", "reset_mask", "zoneout_mask", "dropout_mask")
+        layer = layer._replace(**{name: moved(getattr(layer, name)) for name in masks})
+        outputs = function(moved(x), [moved(w) for w in weights], moved(h0), moved(c0), layer)
+        return tuple(None if out is None else out.cpu() for out in outputs)
+
+    return call
+
+
 # ---- gate functions
 
 

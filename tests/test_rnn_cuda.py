@@ -1,4 +1,4 @@
-"""The recurrent op's CUDA kernels, in the emulator: the problems and the rule of test_rnn.py."""
+"""The recurrent op's CUDA kernels, in the emulator and on a GPU where there is one, by the rule of test_rnn.py."""
 
 import functools
 import pathlib
@@ -10,7 +10,7 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 
 from test_module_db import INFOS, RECURRENT, hold_to_torch
-from test_rnn import DTYPES, draw, hold_second_order, hold_to_formula, name_of, of_torch, results, triples
+from test_rnn import DTYPES, draw, hold_second_order, hold_to_formula, name_of, of_torch, on, results, triples
 
 import mmfast
 from mmfast import native, numerics
@@ -19,7 +19,6 @@ from mmfast.ops.rnn.backends import OP, Case
 from mmfast.ops.rnn.equations import MODES
 from mmfast.ops.rnn.op import sequence
 
-cuda = functools.partial(sequence, backend="cuda")
 per_mode = pytest.mark.parametrize("mode", list(MODES))
 per_kind = pytest.mark.parametrize("kind", ["padded", "packed", "lengths"])
 NARROW = [dtype for dtype in DTYPES if dtype != torch.float64]
@@ -27,7 +26,11 @@ NARROW = [dtype for dtype in DTYPES if dtype != torch.float64]
 
 @pytest.fixture(autouse=True)
 def emulated(request, monkeypatch):
-    """Threads in the order of the run's seed; unwritten memory is NaN, so that what a kernel leaves out shows."""
+    """Threads in the order of the run's seed; unwritten memory is NaN, so that what a kernel leaves out shows.
+
+    Float32 is not rounded to TF32, on a GPU either.
+    """
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
     native.emulator_order(request.config.option.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
@@ -37,15 +40,26 @@ def emulated(request, monkeypatch):
     native.emulator_order(0)
 
 
-@pytest.fixture(params=["resident", "steps"])
-def walk(request, monkeypatch):
-    """W_hh on chip for all steps, and the op's own loop over steps, which the emulator is made to need."""
-    if request.param == "steps":
-        monkeypatch.setattr(native, "cuda_rnn_resident", lambda *_: 0)
+@pytest.fixture(params=["cpu", *["cuda"] * torch.cuda.is_available()], ids=lambda device: f"cuda-{device}")
+def device(request):
     return request.param
 
 
-close = functools.partial(hold_to_formula, cuda)
+@pytest.fixture
+def cuda(device):
+    return on(device, functools.partial(sequence, backend="cuda"))
+
+
+@pytest.fixture(params=["resident", "steps"])
+def walk(request, monkeypatch):
+    """W_hh on chip for all steps, and the op's own loop over steps, which nothing then fits."""
+    if request.param == "steps":
+        monkeypatch.setattr(native, "cuda_rnn_resident", lambda *_: 0)
+
+
+@pytest.fixture
+def close(cuda):
+    return functools.partial(hold_to_formula, cuda)
 
 
 def test_refusals():
@@ -69,7 +83,7 @@ def test_refusals():
 @per_kind
 @pytest.mark.parametrize("extras", [(), ("resets",)], ids=["plain", "resets"])
 @pytest.mark.parametrize("directions", [1, 2], ids=["uni", "bi"])
-def test_the_formula(walk, mode, kind, extras, directions):
+def test_the_formula(walk, close, mode, kind, extras, directions):
     """Units that fill no vector, and that do; rows past one block's."""
     states = directions == 2
     for hidden in (19, 32):
@@ -78,12 +92,12 @@ def test_the_formula(walk, mode, kind, extras, directions):
 
 @per_mode
 @pytest.mark.parametrize("shape", [(1, 1, 2, 1), (3, 0, 2, 5), (2, 3, 1, 129), (64, 2, 3, 8)], ids=str)
-def test_shapes(walk, mode, shape):
+def test_shapes(walk, close, mode, shape):
     close(draw(mode, shape, 2, seed=4))
 
 
 @per_mode
-def test_lengths_of_zero(walk, mode):
+def test_lengths_of_zero(walk, close, mode):
     problem = draw(mode, (4, 3, 2, 5), 2, seed=10)
     close(problem._replace(layer=problem.layer._replace(lengths=torch.tensor([4, 0, -3]))))
     close(problem._replace(layer=problem.layer._replace(lengths=torch.tensor([0, 0, 0]))))
@@ -92,10 +106,10 @@ def test_lengths_of_zero(walk, mode):
 @per_mode
 @pytest.mark.parametrize("kind", ["padded", "packed"])
 @pytest.mark.parametrize("dtype", NARROW, ids=name_of)
-def test_numerics(walk, mode, dtype, kind, seed):
+def test_numerics(walk, device, cuda, mode, dtype, kind, seed):
     def one(draw_seed):
         problem = draw(mode, (6, 15, 5, 40), 2, seed=draw_seed, kind=kind, dtype=dtype)
-        return triples(problem, dtype, of=cuda)
+        return triples(problem, dtype, of=cuda, rival=on(device, of_torch))
 
     numerics.assert_pooled(one, first_seed=seed)
 
@@ -111,20 +125,27 @@ FULL += [("GRU", torch.float32, 64), ("LSTM", torch.float32, 64), ("RNN_TANH", t
     FULL,
     ids=lambda value: name_of(value) if isinstance(value, torch.dtype) else str(value),
 )
-def test_numerics_of_full_blocks(mode, dtype, hidden, seed):
+def test_numerics_of_full_blocks(device, cuda, mode, dtype, hidden, seed):
     """64, 128 and 256 units, aligned or not, W_hh on chip; two blocks of sequences, resets."""
 
     def one(draw_seed):
         problem = draw(mode, (5, 9, 4, hidden), 2, seed=draw_seed, kind="lengths", dtype=dtype, extras=("resets",))
-        return triples(problem, dtype, of=cuda, rival=functools.partial(sequence, backend="cpu"))
+        return triples(
+            problem,
+            dtype,
+            of=cuda,
+            rival=functools.partial(sequence, backend="cpu") if device == "cpu" else on(device, of_torch),
+        )
 
     numerics.assert_pooled(one, first_seed=seed)
 
 
 @per_mode
-def test_many_steps(mode, seed):
+def test_many_steps(device, cuda, mode, seed):
     problem = draw(mode, (64, 3, 4, 40), seed=seed, kind="packed", dtype=torch.bfloat16)
-    numerics.assert_pooled(lambda _: triples(problem, torch.bfloat16, of=cuda), first_seed=seed)
+    numerics.assert_pooled(
+        lambda _: triples(problem, torch.bfloat16, of=cuda, rival=on(device, of_torch)), first_seed=seed
+    )
 
 
 @per_mode
@@ -132,7 +153,7 @@ def test_one_launch(mode):
     """All sequences, all steps and both directions."""
     problem = draw(mode, (5, 20, 3, 33), 2, kind="packed").to(torch.bfloat16)
     before = native.emulator_launches()
-    cuda(problem.x, problem.weights, *(*problem.states, None)[:2], problem.layer)
+    sequence(problem.x, problem.weights, *(*problem.states, None)[:2], problem.layer, "cuda")
     assert native.emulator_launches() - before == 1
 
 
@@ -153,7 +174,7 @@ def test_what_fits_on_chip(mode, dtype, units):
 
 
 @per_mode
-def test_tf32(mode, monkeypatch):
+def test_tf32(cuda, mode, monkeypatch):
     """Where PyTorch's setting allows it, operands are rounded to 11 bits; results differ, by so much."""
     problem = draw(mode, (4, 3, 3, 40), 2, seed=8)
     full = results(cuda, problem.to(torch.float32))["y"]
@@ -163,31 +184,27 @@ def test_tf32(mode, monkeypatch):
 
 
 def test_pytorchs_setting_of_precision(monkeypatch):
-    before = torch.backends.cudnn.rnn.fp32_precision
-    try:
-        for precision, expected in (("ieee", False), ("tf32", True)):
-            torch.backends.cudnn.rnn.fp32_precision = precision
-            assert portable.uses_tf32() is expected
-    finally:
-        torch.backends.cudnn.rnn.fp32_precision = before
+    for precision, expected in (("ieee", False), ("tf32", True)):
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+        assert portable.uses_tf32() is expected
 
 
 @per_mode
-def test_saturated_and_special_values(walk, mode):
+def test_saturated_and_special_values(walk, device, cuda, mode):
     """Large sums neither overflow nor turn into NaN; NaN and infinity spread as in PyTorch's layer."""
     problem = draw(mode, (6, 4, 3, 20), seed=3, dtype=torch.float32).to(torch.float32)
     problem.x[1] *= 1e4
     problem.x[2, 1, 0] = float("nan")
     problem.x[4, 3, 1] = float("inf")
     args = (problem.x, problem.weights, *(*problem.states, None)[:2], problem.layer)
-    found, expected = cuda(*args)[0], of_torch(*args)[0]
+    found, expected = cuda(*args)[0], on(device, of_torch)(*args)[0]
     assert torch.equal(found.isnan(), expected.isnan())
     assert found.isnan().any() and not found[:2].isnan().any()
 
 
 @per_mode
 @per_kind
-def test_double_backward(mode, kind):
+def test_double_backward(cuda, mode, kind):
     hold_second_order(cuda, draw(mode, (4, 3, 3, 5), 2, seed=5, kind=kind))
 
 
@@ -219,7 +236,7 @@ def test_cells(label, dtype, batch, bias, outcome, same):
 
 
 @per_mode
-def test_thread_order_does_not_change_a_bit(mode, seed):
+def test_thread_order_does_not_change_a_bit(cuda, mode, seed):
     problem = draw(mode, (6, 5, 4, 20), 2, seed=6, kind="packed", extras=("resets",)).to(torch.float32)
     first = results(cuda, problem)
     for order in (0, 1, 2, seed):
@@ -229,7 +246,7 @@ def test_thread_order_does_not_change_a_bit(mode, seed):
 
 
 @pytest.mark.parametrize("mode", ["GRU", "LSTM"])
-def test_a_planted_error_is_seen(mode):
+def test_a_planted_error_is_seen(close, mode):
     """The formula's test fails where a step reads another step's row, or a row's neighbour."""
     at = native.RnnRows.at
     with pytest.MonkeyPatch.context() as patch:

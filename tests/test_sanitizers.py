@@ -16,6 +16,8 @@ adversarial 0 1 0 0:-1:0:1.25:1 2:1:1:0.5:63 1:1:-1:2:129 3:-1:0:1:4097
 adversarial 2 1 7 0:1:0:1.25:4096 1:1:-1:0.5:5 3:-1:0:1:9000
 adversarial 3 0 3 2:-1:1:0.01:4100 0:-1:0:0.01:33
 adversarial 1 0 1 0:1:0:1:0 1:1:0:1:4099
+rnn 0 1 150
+rnn 7 2 150
 """
 # 70 terms are more than one launch takes
 LONG = "adversarial 0 1 5 " + " ".join(f"{k % 4}:1:0.5:1:{k % 9 + 1}" for k in range(70)) + "\n"
@@ -55,7 +57,7 @@ def test_an_unknown_case_fails(executable, tmp_path):
     assert run(executable, "adversarial 9 1 0 0:1:0:1:5\n", tmp_path).returncode == 1
 
 
-@pytest.mark.parametrize("isa", [isa for isa in native.supported_isas() if isa != "avx512"])
+@pytest.mark.parametrize("isa", native.supported_isas())
 def test_recurrent_cpu_kernels_are_clean(executable, isa):
     """Random layers of every mode, dtype, layout and extra; a buffer one element too short is seen."""
     program = executable.parent / f"cpu_rnn_sanitized_{isa}"

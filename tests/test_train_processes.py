@@ -14,7 +14,7 @@ from mmfast.train import checkpoint
 STEP = """
 import sys, torch, mmfast
 from mmfast.train import data, loop
-from mmfast.train.processes import started, whole, whole_tree
+from mmfast.train.processes import leave, started, whole, whole_tree
 from mmfast.train.settings import Settings
 from mmfast.train.step import Step, PlainHinge
 
@@ -45,6 +45,7 @@ with started(torch.device("cpu")) as processes:
     if processes.first:
         kept = {"model": state["model"], "optimizer": state["optimizer"]["state"]}
         torch.save({"losses": losses, "gradients": gradients, **kept}, out)
+leave(0)
 """
 
 

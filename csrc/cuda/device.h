@@ -24,7 +24,7 @@
 //   barrier(), warp_barrier(mask), device_fence()                          execution and memory order
 //   shuffle, shuffle_xor, shuffle_down, ballot, warp_sum                   among the lanes of mask (default: all 32)
 //   atomic_add, atomic_max                                                 integers only: results stay deterministic
-//   exp_of log1p_of abs_of tanh_of fma_of divide                           accurate
+//   exp_of log1p_of abs_of tanh_of erf_of sqrt_of fma_of divide            accurate
 //   exp2_approx tanh_approx reciprocal_approx                              one instruction, with its documented error
 //   Half, Bf16, to_float, from_float<T>, Compute<T>                        16-bit storage, float32 arithmetic
 //   Words, as_words, Tile, multiply<T>, to_tf32, load_matrices             matrix products of a warp, see Tile
@@ -422,6 +422,8 @@ MMFAST_DEVICE float abs_of(float x) { return fabsf(x); }
 MMFAST_DEVICE double abs_of(double x) { return fabs(x); }
 MMFAST_DEVICE float tanh_of(float x) { return tanhf(x); }
 MMFAST_DEVICE double tanh_of(double x) { return tanh(x); }
+MMFAST_DEVICE float erf_of(float x) { return erff(x); }
+MMFAST_DEVICE float sqrt_of(float x) { return sqrtf(x); }
 MMFAST_DEVICE float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 
 MMFAST_DEVICE float exp2_approx(float x) {
@@ -612,6 +614,12 @@ MMFAST_DEVICE float divide(float a, float b) {
     return fma_of(fma_of(-b, quotient, a), reciprocal, quotient);
 }
 MMFAST_DEVICE double divide(double a, double b) { return a / b; }
+
+// Whether every one of these addresses, null or not, is a multiple of 16 bytes.
+template <typename... Pointers>
+bool are_aligned(Pointers... addresses) {
+    return ((reinterpret_cast<uintptr_t>(addresses) % 16 == 0) && ...);
+}
 
 // The sum over all threads of the block, in thread 0 (other threads get a part of it): a butterfly in each warp, then
 // one over the warps. `sums` has 32 elements and may be used again after the next barrier.

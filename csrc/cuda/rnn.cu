@@ -249,7 +249,7 @@ struct StepBackward {
             }
             step.write(dm, at_y, m, count);
             clear(m, cut);
-            step.write(delta, p.row * G * H + 2 * H + p.unit, m, count);
+            if (has_delta) step.write(delta, p.row * G * H + 2 * H + p.unit, m, count);
         } else {
             step.read(other, y, at_y, count);
             MMFAST_UNROLL

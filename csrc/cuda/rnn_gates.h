@@ -94,11 +94,5 @@ int with_gates(int dtype, int mode, const F& f) {
     }
 }
 
-// Whether every one of these addresses, null or not, is a multiple of 16 bytes.
-template <typename... Pointers>
-bool are_aligned(Pointers... addresses) {
-    return ((reinterpret_cast<uintptr_t>(addresses) % 16 == 0) && ...);
-}
-
 }  // namespace device
 }  // namespace mmfast

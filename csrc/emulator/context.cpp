@@ -35,8 +35,8 @@ namespace emulator {
 namespace {
 #if defined(__SANITIZE_ADDRESS__)
 // of the stack that was left, for the one that is entered for the first time
-void* g_bottom = nullptr;
-size_t g_size = 0;
+[[maybe_unused]] void* g_bottom = nullptr;
+[[maybe_unused]] size_t g_size = 0;
 Context* g_left = nullptr;
 #endif
 }  // namespace

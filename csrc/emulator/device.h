@@ -300,6 +300,8 @@ inline float abs_of(float x) { return fabsf(x); }
 inline double abs_of(double x) { return fabs(x); }
 inline float tanh_of(float x) { return tanhf(x); }
 inline double tanh_of(double x) { return tanh(x); }
+inline float erf_of(float x) { return erff(x); }
+inline float sqrt_of(float x) { return sqrtf(x); }
 inline float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 
 // Largest relative errors, none below what the PTX ISA manual states for ex2.approx.ftz.f32, tanh.approx.f32 and

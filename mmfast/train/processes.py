@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -129,8 +130,21 @@ def started(device: torch.device) -> Iterator[Processes]:
             "the last checkpoint is kept: go on with torchrun ... -m mmfast train --resume RUN"
         ) from None
     finally:
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        if dist.get_backend() != "gloo":
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """Ends this process where it is connected by gloo; elsewhere does nothing.
+
+    gloo's threads free tensors under the interpreter's lock. Destroying its group waits for them and holds that lock,
+    and Python's own end kills them while they wait for it: the one can hang, the other abort. So neither is done.
+    """
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _is_lost_connection(error: Exception) -> bool:

@@ -6,13 +6,18 @@ import datetime
 import html
 import json
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bench.report import replace
-from .checks import BINS, CHECKS, NUMERICS, SECOND, TRAINING, Row
+from ..bench.report import WIDTH, replace
+from .checks import BINS, CHECKS, MUTANT, NUMERICS, SECOND, TRAINING, Row
+
+INTERRUPTED = "interrupted"
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass
@@ -25,6 +30,7 @@ class Certificate:
     rows: list[Row] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)  # reason -> what it kept from being checked
     complete: bool = False
+    cause: str = ""  # why it is not complete
 
     @property
     def passed(self) -> bool:
@@ -32,12 +38,16 @@ class Certificate:
         return self.complete and bool(self.rows) and all(row.passed for row in self.rows)
 
     @property
+    def failures(self) -> list[Row]:
+        return [row for row in self.rows if not row.passed]
+
+    @property
     def verdict(self) -> str:
-        failed = sum(not row.passed for row in self.rows)
+        failed = len(self.failures)
         if failed:
             return f"FAILED: {failed} of {len(self.rows)} checks"
         if not self.complete:
-            return f"INCOMPLETE: interrupted after {len(self.rows)} checks, all passed"
+            return f"INCOMPLETE: {self.cause or 'ended'} after {len(self.rows)} checks, all passed"
         return f"PASSED: {len(self.rows)} checks" if self.rows else "NOTHING was checked"
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,35 +70,66 @@ class Group:
         return sum(not row.passed for row in self.rows)
 
     @property
+    def judged(self) -> bool:
+        """Whether its rows hold errors against what the rule allows."""
+        return self.check in (NUMERICS, SECOND)
+
+    @property
     def worst(self) -> Row:
         return max(self.rows, key=lambda row: row.share)
+
+
+def _backend(row: Row) -> str:
+    """The backend, and how it ran here where that says more."""
+    return row.how if row.check == MUTANT else row.backend if row.how == "PyTorch" else f"{row.backend}, {row.how}"
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
     """In the order in which each appeared."""
     found: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row.check, row.op, f"{row.backend}, {row.how}", row.dtype), []).append(row)
+        found.setdefault((row.check, row.op, _backend(row), row.dtype), []).append(row)
     ordered = sorted(found, key=lambda key: (CHECKS.index(key[0]), key[1]))
     return [Group(check, op, backend, dtype, found[check, op, backend, dtype]) for check, op, backend, dtype in ordered]
 
 
 def lines(certificate: Certificate) -> Iterator[tuple[str, str]]:
     """The summary, as (text, style) lines of at most 100 columns."""
-    yield f"{'check':<17}{'op':<15}{'backend':<20}{'dtype':<9}{'checks':>7}  {'worst share of the bound':<25}", "bold"
-    for group in groups(certificate.rows):
-        head = f"{group.check:<17}{group.op:<15}{group.backend:<20}{group.dtype:<9}{len(group.rows):>7}  "
-        worst = f"{group.worst.share:.2f} {group.worst.quantity}" if group.check in (NUMERICS, SECOND) else ""
-        verdict = f"{group.failed} FAIL" if group.failed else "pass"
-        yield f"{head}{worst[:22]:<23}{verdict:>7}", "red" if group.failed else ""
-    for row in certificate.rows:
-        if not row.passed:
-            yield f"! {row.check}: {row.op} {row.case} {row.backend} {row.dtype}", "red"
-            yield f"    {row.quantity}: {row.detail}", "red"
-            yield f"    {row.command}", ""
+    every = groups(certificate.rows)
+    dtypes = sorted({group.dtype for group in every}, key=DTYPES.index)
+    yield "How many checks passed, and the worst share of what the rule allows:", ""
+    yield f"{'check':<17}{'op':<15}{'backend':<20}" + "".join(f"{name:>12}" for name in dtypes), "bold"
+    for head in dict.fromkeys((group.check, group.op, group.backend) for group in every):
+        same = {group.dtype: group for group in every if (group.check, group.op, group.backend) == head}
+        cells = "".join(f"{_cell(same[name]) if name in same else '-':>12}" for name in dtypes)
+        failed = any(group.failed for group in same.values())
+        yield f"{head[0]:<17}{head[1]:<15}{head[2]:<20}{cells}", "red" if failed else ""
+    for row in certificate.failures:
+        yield f"! {row.check}: {row.op} {row.case} {row.backend} {row.dtype}", "red"
+        yield from ((line, "red") for line in _wrapped(f"{row.quantity}: {row.detail}"))
+        yield " \\\n".join(textwrap.wrap(row.command, WIDTH - 2, **_COMMAND)), ""
     for reason, what in certificate.skipped.items():
-        yield f"not checked ({len(what)}): {reason}", "dim"
+        yield from ((line, "dim") for line in textwrap.wrap(f"not checked ({len(what)}): {reason}", WIDTH))
     yield certificate.verdict, "bold green" if certificate.passed else "bold red"
+
+
+#: a command is broken between its words, with a backslash
+_COMMAND: dict[str, Any] = {
+    "initial_indent": "    ",
+    "subsequent_indent": "        ",
+    "break_long_words": False,
+    "break_on_hyphens": False,
+}
+
+
+def _cell(group: Group) -> str:
+    if group.failed:
+        return f"{group.failed} FAILED"
+    return f"{len(group.rows)}  {group.worst.share:.2f}" if group.judged else f"{len(group.rows)}      "
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
 
 
 def write(certificate: Certificate, path: Path) -> None:
@@ -123,17 +164,24 @@ def _markdown(certificate: Certificate) -> Iterator[str]:
     yield "| | |\n|---|---|"
     for name, value in {**certificate.environment, "seed": certificate.seed, "command": certificate.command}.items():
         yield f"| {name} | {value} |"
+    if certificate.failures:
+        yield "\n## Failed\n"
+    for row in certificate.failures:
+        yield f"- {row.check}: {row.op} {row.case}, {_backend(row)}, {row.dtype}, {row.quantity}: {row.detail}\n"
+        yield f"      {row.command}\n"
     yield "\n## Summary\n"
     yield "| check | op | backend | dtype | checks | worst share | at | failed |"
     yield "|---|---|---|---|---:|---:|---|---:|"
     for group in groups(certificate.rows):
-        numeric = group.check in (NUMERICS, SECOND)
-        at = f"{group.worst.case}, {group.worst.quantity}" if numeric else ""
-        share = f"{group.worst.share:.2f}" if numeric else ""
+        at = f"{group.worst.case}, {group.worst.quantity}" if group.judged else ""
+        share = f"{group.worst.share:.2f}" if group.judged else ""
         cells = (group.check, group.op, group.backend, group.dtype, len(group.rows), share, at, group.failed)
         yield "| " + " | ".join(map(str, cells)) + " |"
+    if certificate.skipped:
+        yield "\n## Not checked\n"
     for reason, what in certificate.skipped.items():
-        yield f"\nNot checked: {reason} ({', '.join(what)})"
+        yield f"- {reason}: {len(what)}\n"
+        yield from (f"    - {label}" for label in what)
     yield "\n## Errors against float64\n"
     figures = "PyTorch max / rms / ulp | mmfast max / rms / ulp"
     yield f"| op | case | backend | dtype | quantity | values | {figures} | share | |"
@@ -141,13 +189,13 @@ def _markdown(certificate: Certificate) -> Iterator[str]:
     for row in certificate.rows:
         if row.check in (NUMERICS, SECOND):
             yield (
-                f"| {row.op} | {row.case} | {row.backend} ({row.how}) | {row.dtype} | {_quantity(row)} | {row.count} "
+                f"| {row.op} | {row.case} | {_backend(row)} | {row.dtype} | {_quantity(row)} | {row.count} "
                 f"| {_figures(row.pytorch)} | {_figures(row.mmfast)} | {row.share:.2f} | {_verdict(row)} |"
             )
-    yield "\n## Other checks\n\n| check | op | case | backend | dtype | | |\n|---|---|---|---|---|---|---|"
+    yield "\n## Other checks\n\n| check | op | case | backend | dtype | what | | |\n|---|---|---|---|---|---|---|---|"
     for row in certificate.rows:
         if row.check not in (NUMERICS, SECOND):
-            where = f"{row.check} | {row.op} | {row.case} | {row.backend} ({row.how}) | {row.dtype}"
+            where = f"{row.check} | {row.op} | {row.case} | {_backend(row)} | {row.dtype} | {row.quantity}"
             yield f"| {where} | {row.detail} | {'pass' if row.passed else '**FAIL**'} |"
     yield "\n## To repeat a line\n"
     for command in dict.fromkeys(row.command for row in certificate.rows):
@@ -183,20 +231,31 @@ def _html(certificate: Certificate) -> Iterator[str]:
     yield f"<p>{html.escape(RULE)}</p><table>"
     for name, value in {**certificate.environment, "seed": certificate.seed, "command": certificate.command}.items():
         yield f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
-    yield "</table><h2>Errors in ulp</h2>"
+    yield "</table>"
+    if certificate.failures:
+        yield "<h2>Failed</h2><ul>"
+        for row in certificate.failures:
+            where = f"{row.check}: {row.op} {row.case}, {_backend(row)}, {row.dtype}, {row.quantity}: {row.detail}"
+            yield f'<li class="fail">{html.escape(where)}<br><code>{html.escape(row.command)}</code></li>'
+        yield "</ul>"
+    yield "<h2>Errors in ulp</h2>"
     yield "<p>Shares of all values by their distance from float64, in units of the last place; "
     yield f"{_swatch(_MMFAST)} mmfast, {_swatch(_PYTORCH)} PyTorch.</p>"
     for group in groups(certificate.rows):
-        if group.check in (NUMERICS, SECOND):
+        if group.judged:
             yield _histogram(group)
     for row in certificate.rows:
         if row.check == TRAINING:
             yield _curves(row)
-    yield "<h2>Checks</h2><table><tr><th>check<th>op<th>case<th>backend<th>dtype<th>quantity<th>values"
+    yield "<h2>Checks</h2><p>The command that repeats a line shows where the pointer rests on it.</p>"
+    yield "<table><tr><th>check<th>op<th>case<th>backend<th>dtype<th>quantity<th>values"
     yield "<th>PyTorch max / rms / ulp<th>mmfast max / rms / ulp<th>share<th></tr>"
     for row in certificate.rows:
         yield _html_row(row)
-    yield "</table><h2>Not checked</h2><ul>"
+    yield "</table>"
+    if certificate.skipped:
+        yield "<h2>Not checked</h2>"
+    yield "<ul>"
     for reason, what in certificate.skipped.items():
         yield f"<li>{html.escape(reason)} <small>({html.escape(', '.join(what))})</small></li>"
     yield "</ul>"
@@ -204,7 +263,7 @@ def _html(certificate: Certificate) -> Iterator[str]:
 
 def _html_row(row: Row) -> str:
     numeric = row.check in (NUMERICS, SECOND)
-    cells = (row.check, row.op, row.case, f"{row.backend} ({row.how})", row.dtype, row.quantity)
+    cells = (row.check, row.op, row.case, _backend(row), row.dtype, row.quantity)
     text = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
     for cell in (str(row.count) if numeric else "", _figures(row.pytorch), _figures(row.mmfast)):
         text += f'<td class="n">{cell}</td>'

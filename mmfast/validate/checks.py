@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import Counter
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,9 @@ CHECKS = (SAME, NUMERICS, SECOND, GRADCHECK, REPEATED, THREADS, MUTANT, TRAINING
 
 #: a constant that is rounded once errs alike in all values of a draw, so that one large draw is still one sample
 FEWEST_SEEDS = 16
+
+#: so many times the seeds are drawn where fewer values than the rule asks for fail it
+FURTHER = 16
 
 #: how a backend runs on a device
 HOW = {
@@ -141,7 +144,7 @@ class Pool:
 
     def __init__(self, name: str) -> None:
         self.errors = Errors(name)
-        self.counts = {"mmfast": Counter[int](), "pytorch": Counter[int]()}
+        self.counts = {who: torch.zeros(len(BINS) + 1, dtype=torch.int64) for who in ("mmfast", "pytorch")}
         self.mismatch = ""
 
     def add(self, ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
@@ -151,11 +154,15 @@ class Pool:
             self.mismatch = str(differs)
             return
         for who, x in (("mmfast", ours), ("pytorch", theirs)):
-            self.counts[who].update(_bins(x, exact))
+            self.counts[who] += _bins(x, exact)
 
     @property
     def enough(self) -> bool:
         return self.errors.enough or bool(self.mismatch)
+
+    @property
+    def passes(self) -> bool:
+        return not self.mismatch and (self.errors.count == 0 or self.errors.compare().passes)
 
     def row(self, subject: Subject, check: str, quantity: str) -> Row:
         return self.fill(_row(subject, check, quantity, True))
@@ -170,7 +177,7 @@ class Pool:
         row.detail = "; ".join(filter(None, [self.mismatch, *found.failures]))
         row.count, row.share = found.count, share(found)
         row.pytorch, row.mmfast = found.yardstick._asdict(), found.ours._asdict()
-        row.histogram = {who: [counts[i] for i in range(len(BINS) + 1)] for who, counts in self.counts.items()}
+        row.histogram = {who: counts.tolist() for who, counts in self.counts.items()}
         return row
 
 
@@ -180,14 +187,15 @@ def share(found: Comparison) -> float:
     return max(error / bound if bound else float(error > 0) for error, bound in pairs)
 
 
-def _bins(x: Tensor, exact: Tensor) -> list[int]:
+def _bins(x: Tensor, exact: Tensor) -> Tensor:
+    """How many errors are in each bin, (bins,) int64."""
     info = torch.finfo(x.dtype)
     exponent = torch.frexp(exact.abs().clamp(min=info.tiny)).exponent - 1
     step = torch.ldexp(torch.full_like(exact, info.eps), exponent)
     error = ((x.cpu().double() - exact).abs() / step).flatten()
     edges = torch.tensor(BINS, dtype=torch.float64)
     # right=False: an error equal to a bin's upper end is within it
-    return torch.bucketize(error[error.isfinite()], edges).tolist()
+    return torch.bincount(torch.bucketize(error[error.isfinite()], edges), minlength=len(BINS) + 1)
 
 
 def _row(subject: Subject, check: str, quantity: str, passed: bool, detail: str = "") -> Row:
@@ -215,9 +223,12 @@ def refusals(subject: Subject) -> list[str]:
 
 
 def numerics(subject: Subject, seeds: Sequence[int], order: int = 1) -> list[Row]:
-    """A row for each output and gradient, its errors pooled over at least 16 seeds, and until there are 4096 values."""
+    """A row for each output and gradient, its errors pooled over at least 16 seeds, and until there are 4096 values.
+
+    Where the seeds end before and a quantity fails, which may then be chance, up to 16 times as many are drawn for it.
+    """
     pools: dict[str, Pool] = {}
-    for drawn, seed in enumerate(seeds, 1):
+    for drawn, seed in enumerate(itertools.count(seeds[0]), 1):
         trial = Trial(subject, seed)
         found = zip(trial.by_mmfast(order), trial.by_pytorch(order), trial.in_float64(order), strict=True)
         for (name, ours), (_, theirs), (_, exact) in found:
@@ -225,6 +236,10 @@ def numerics(subject: Subject, seeds: Sequence[int], order: int = 1) -> list[Row
             if drawn <= FEWEST_SEEDS or not pool.errors.enough:
                 pool.add(ours, theirs, exact)
         if drawn >= FEWEST_SEEDS and all(pool.enough for pool in pools.values()):
+            break
+        if drawn >= len(seeds) and all(pool.enough or pool.passes for pool in pools.values()):
+            break
+        if drawn == FURTHER * len(seeds):
             break
     return [pool.row(subject, NUMERICS if order == 1 else SECOND, name) for name, pool in pools.items()]
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import subprocess
+import math
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,11 @@ import torch
 from ..bench import cases, report
 from ..dispatch import BACKENDS, Op
 from . import certificate as documents
-from . import checks, model
-from .certificate import Certificate
+from . import checks, model, schedule
+from .certificate import INTERRUPTED, Certificate
 from .checks import Row, Subject
-from .mutants import MUTANTS, Mutant
+from .mutants import MUTANTS
+from .schedule import Outcome, Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,7 +32,7 @@ class Effort:
     batch: int
     length: int
     width: int
-    seeds: int  # at most so many are pooled
+    seeds: int  # at most so many are pooled, unless they would fail on too few values
 
 
 #: real widths for what runs as fast as in training, small ones for what is interpreted or emulated
@@ -42,6 +40,9 @@ _DEFAULT = {"native": Effort(8, 24, 512, 64), "GPU": Effort(8, 24, 512, 64), "Py
 _FULL = {"native": Effort(16, 64, 1024, 4096), "GPU": Effort(64, 256, 1024, 4096), "PyTorch": Effort(8, 24, 512, 1)}
 _SLOW, _SLOW_FULL = Effort(2, 5, 20, 8), Effort(3, 9, 36, 256)
 _TINY = Effort(2, 3, 4, 1)
+
+#: by default, after so many seconds nothing more is begun of what something was checked of
+SECONDS = 100.0
 
 
 def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,48 +92,138 @@ def _paths(args: argparse.Namespace) -> list[Path]:
     return [*(args.out or ()), *(path for path in (args.json, args.html) if path)]
 
 
-@dataclass
-class Task:
-    """Some checks of one subject: called, it gives rows, or reasons why nothing could be checked."""
+@dataclass(frozen=True)
+class Check:
+    """Every check of a case on a backend in a dtype; `case` is the whole one, the subject's perhaps a small one."""
 
-    label: str
-    call: Callable[[], tuple[list[Row], list[str]]]
+    case: str
+    subject: Subject
+    effort: Effort
+    seed: int
+    full: bool
+
+    @property
+    def label(self) -> str:
+        return " ".join((*self.group, self.case))
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        return self.subject.case.op, self.subject.backend, self.subject.dtype_name
+
+    def __call__(self) -> Outcome:
+        reasons = checks.refusals(self.subject)
+        rows = [] if reasons else list(self._rows())
+        op, backend, dtype = self.group
+        command = f"mmfast validate {op} --cases '{self.case}' --backend {backend} --dtype {dtype}"
+        for row in rows:
+            row.command = f"{command} --device {self.subject.device} --seed {self.seed}{' --full' * self.full}"
+        return rows, reasons
+
+    def _rows(self) -> Iterator[Row]:
+        subject, seeds = self.subject, range(self.seed, self.seed + self.effort.seeds)
+        if subject.backend == "torch":
+            yield checks.torchs_own_bits(subject, self.seed)
+            return
+        yield from checks.numerics(subject, seeds)
+        if subject.dtype != torch.float32:
+            return
+        yield from checks.double_backward(subject, seeds)
+        yield checks.repeatability(subject, self.seed)
+        if subject.device == "cpu" and subject.how != "interpreted":
+            yield checks.thread_independence(subject, self.seed)
+        tiny = Subject(
+            subject.case.shrunk(_TINY.batch, _TINY.length, _TINY.width), subject.backend, torch.float64, subject.device
+        )
+        if not checks.refusals(tiny):
+            yield checks.gradcheck(tiny, self.seed)
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A planted bug, by its place among the op's, in some (mode, dtype) in which it is one."""
+
+    op: str
+    number: int
+    ways: tuple[tuple[str, torch.dtype], ...]
+    seed: int
+    full: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} planted: {MUTANTS[self.op][self.number].name}"
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        # each must be caught, and soon is
+        return "planted", self.op, str(self.number)
+
+    def __call__(self) -> Outcome:
+        mutant = MUTANTS[self.op][self.number]
+        rows = [checks.caught(self.op, mutant, mode, dtype, self.seed) for mode, dtype in self.ways]
+        for row in rows:
+            row.command = f"mmfast validate {self.op} --seed {self.seed}{' --full' * self.full}"
+        return rows, []
 
 
 def _certify(args: argparse.Namespace, tasks: Sequence[Task]) -> int:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     out = Console(highlight=False, soft_wrap=True, width=report.WIDTH)
-    device = _device(args)
-    words = (
-        ["mmfast", "validate", *sys.argv[2:]]
-        if len(sys.argv) > 1 and sys.argv[1] == "validate"
-        else ["mmfast", "validate"]
-    )
-    certificate = Certificate(report.environment(device), args.seed, " ".join(words))
-    bar_console = out if out.is_terminal else Console(stderr=True)
-    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    words = sys.argv[1:] if sys.argv[1:2] == ["validate"] else ["validate"]
+    certificate = Certificate(report.environment(_device(args)), args.seed, " ".join(["mmfast", *words]))
     try:
-        with Progress(*columns, console=bar_console, transient=True, disable=not bar_console.is_terminal) as progress:
-            bar = progress.add_task("", total=len(tasks))
-            for task in tasks:
-                progress.update(bar, description=task.label[:60])
-                rows, reasons = task.call()
-                certificate.rows += rows
-                for reason in reasons:
-                    certificate.skipped.setdefault(reason, []).append(task.label)
-                progress.advance(bar)
+        _fill(certificate, args, tasks, out)
         certificate.complete = True
     except KeyboardInterrupt:
-        pass
+        certificate.cause = INTERRUPTED
+    except schedule.Died as died:
+        certificate.cause = f"a process died while it checked {' or '.join(died.args[0])};"
     for text, style in documents.lines(certificate):
         out.print(text, style=style or None, markup=False)
     for path in _paths(args):
         documents.write(certificate, path)
-    if not certificate.complete:
-        return 130
-    return 0 if certificate.passed else 1
+    return 130 if certificate.cause == INTERRUPTED else 0 if certificate.passed else 1
+
+
+def _fill(certificate: Certificate, args: argparse.Namespace, tasks: Sequence[Task], out: Any) -> None:
+    """Runs the tasks under a progress bar that names them; the certificate has their rows in the tasks' order."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    bar_console = out if out.is_terminal else Console(stderr=True)
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    found: dict[int, Outcome] = {}
+    try:
+        with Progress(*columns, console=bar_console, transient=True, disable=not bar_console.is_terminal) as progress:
+            bar = progress.add_task("", total=len(tasks))
+            seconds = math.inf if args.full or args.cases or args.model else SECONDS
+            running = schedule.outcomes(
+                tasks, seconds, _processes(args, tasks), lambda labels: progress.update(bar, description=_shown(labels))
+            )
+            for task, outcome in running:
+                found[id(task)] = outcome
+                progress.advance(bar)
+    finally:
+        for task in tasks:
+            rows, reasons = found.get(id(task), ([], []))
+            certificate.rows += rows
+            for reason in reasons:
+                certificate.skipped.setdefault(reason, []).append(task.label)
+
+
+def _shown(labels: Sequence[str]) -> str:
+    """What is running, in the 60 columns that the bar leaves."""
+    room = (60 - 3 * (len(labels) - 1)) // len(labels)
+    return " | ".join(label if len(label) <= room else label[: room - 1] + "\u2026" for label in labels)
+
+
+def _processes(args: argparse.Namespace, tasks: Sequence[Task]) -> int:
+    """As many as torch has threads; none, which is to check here, for a GPU, for a user's model, and for one thread."""
+    if args.model or _device(args) != "cpu":
+        return 0
+    count = min(torch.get_num_threads(), schedule.MOST_PROCESSES)
+    interpreted = any(isinstance(task, Check) and task.subject.how == "interpreted" for task in tasks)
+    return count if count > 1 else int(interpreted)
 
 
 def _device(args: argparse.Namespace) -> str:
@@ -144,107 +235,28 @@ def _plan(args: argparse.Namespace) -> list[Task]:
     chosen = [case for op in args.ops or cases.OPS for case in cases.matching(patterns, op)]
     if not chosen:
         raise ValueError(f"no case fits {' or '.join(patterns)}; mmfast bench --list shows all")
-    return list(_tasks(args, chosen))
+    planted = [] if args.backend or args.cases or args.dtype else list(_planted(args))
+    return [*_checks(args, chosen), *planted]
 
 
-def _tasks(args: argparse.Namespace, chosen: Sequence[Any]) -> Iterator[Task]:
+def _checks(args: argparse.Namespace, chosen: Sequence[Any]) -> Iterator[Check]:
     device = _device(args)
-    wanted = args.backend or BACKENDS
-    for op in dict.fromkeys(case.op for case in chosen):
-        for backend in Op.registry[op].backends:
-            if backend not in wanted:
-                continue
-            if backend == "triton" and device == "cpu" and not _interpreting():
-                yield Task(f"{op} triton (interpreted)", lambda op=op: _interpreted(args, op))  # type: ignore[misc]
-                continue
-            same = [case for case in chosen if case.op == op]
-            yield from _backend_tasks(args, same, backend, device)
-    if not (args.backend or args.cases or args.dtype):
-        yield from _mutant_tasks(args)
+    for case in chosen:
+        for backend in Op.registry[case.op].backends:
+            how = checks.HOW[device, backend]
+            slow = how in ("interpreted", "emulated")
+            effort = (_SLOW_FULL if args.full else _SLOW) if slow else (_FULL if args.full else _DEFAULT)[how]
+            small = case.shrunk(effort.batch, effort.length, effort.width)
+            for dtype in DTYPES:
+                if backend in (args.backend or BACKENDS) and dtype in (args.dtype or DTYPES):
+                    subject = Subject(small, backend, DTYPES[dtype], device)
+                    yield Check(case.name, subject, effort, args.seed, args.full)
 
 
-def _mutant_tasks(args: argparse.Namespace) -> Iterator[Task]:
+def _planted(args: argparse.Namespace) -> Iterator[Planted]:
     """Every planted bug, in one mode and dtype in which it is one, or with --full in all of them."""
     for op in args.ops or cases.OPS:
         for number, mutant in enumerate(MUTANTS.get(op, ())):
             ways = list(itertools.product(mutant.modes, mutant.dtypes))
             chosen = ways if args.full else [ways[number % len(ways)]]
-
-            def call(
-                op: str = op, mutant: Mutant = mutant, chosen: list[tuple[str, torch.dtype]] = chosen
-            ) -> tuple[list[Row], list[str]]:
-                rows = [checks.caught(op, mutant, mode, dtype, args.seed) for mode, dtype in chosen]
-                for row in rows:
-                    row.command = f"mmfast validate {op} --seed {args.seed}{' --full' * args.full}"
-                return rows, []
-
-            yield Task(f"{op} planted: {mutant.name}", call)
-
-
-def _backend_tasks(args: argparse.Namespace, chosen: Sequence[Any], backend: str, device: str) -> Iterator[Task]:
-    how = checks.HOW[device, backend]
-    slow = how in ("interpreted", "emulated")
-    effort = (_SLOW_FULL if args.full else _SLOW) if slow else (_FULL if args.full else _DEFAULT)[how]
-    for number, case in enumerate(chosen):
-        # what is interpreted or emulated is checked in 16 bits on every third case, unless everything was asked for
-        for dtype in DTYPES if args.full or not slow or number % 3 == 0 else ("float32",):
-            if args.dtype is None or dtype in args.dtype:
-                small = case.shrunk(effort.batch, effort.length, effort.width)
-                subject = Subject(small, backend, DTYPES[dtype], device)
-                yield Task(f"{case.op} {backend} {dtype} {case.name}", _call(args, case, subject, effort))
-
-
-def _call(
-    args: argparse.Namespace, case: Any, subject: Subject, effort: Effort
-) -> Callable[[], tuple[list[Row], list[str]]]:
-    def call() -> tuple[list[Row], list[str]]:
-        reasons = checks.refusals(subject)
-        rows = [] if reasons else list(_rows(args, subject, effort))
-        full = " --full" * args.full
-        command = f"mmfast validate {case.op} --cases '{case.name}' --backend {subject.backend}"
-        for row in rows:
-            row.command = f"{command} --dtype {subject.dtype_name} --device {subject.device} --seed {args.seed}{full}"
-        return rows, reasons
-
-    return call
-
-
-def _rows(args: argparse.Namespace, subject: Subject, effort: Effort) -> Iterator[Row]:
-    seeds = range(args.seed, args.seed + effort.seeds)
-    if subject.backend == "torch":
-        yield checks.torchs_own_bits(subject, args.seed)
-        return
-    yield from checks.numerics(subject, seeds)
-    if subject.dtype != torch.float32:
-        return
-    yield from checks.double_backward(subject, seeds)
-    yield checks.repeatability(subject, args.seed)
-    if subject.device == "cpu" and subject.how != "interpreted":
-        yield checks.thread_independence(subject, args.seed)
-    tiny = Subject(
-        subject.case.shrunk(_TINY.batch, _TINY.length, _TINY.width), subject.backend, torch.float64, subject.device
-    )
-    if not checks.refusals(tiny):
-        yield checks.gradcheck(tiny, args.seed)
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _interpreted(args: argparse.Namespace, op: str) -> tuple[list[Row], list[str]]:
-    """The same command in a process in which Triton interprets: it decides so once, when it is imported."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "mmfast", "validate", op, "--backend", "triton", "--device", "cpu"]
-        command += ["--seed", str(args.seed), "--json", str(path), *["--full"] * args.full]
-        command += [word for pattern in args.cases or () for word in ("--cases", pattern)]
-        command += [word for dtype in args.dtype or () for word in ("--dtype", dtype)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
-        if not path.exists():
-            raise RuntimeError(f"the interpreted checks of {op} did not end well: {done.stderr.strip()}")
-        found = json.loads(path.read_text())
-    rows = [Row(**row) for row in found["rows"]]
-    for row in rows:
-        row.command = f"TRITON_INTERPRET=1 {row.command}"
-    return rows, list(found["skipped"])
+            yield Planted(op, number, tuple(chosen), args.seed, args.full)

@@ -6,6 +6,7 @@ import argparse
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..accelerate import accelerate
 from ..bench.models import UserCase, floating, from_name
 from .checks import NUMERICS, TRAINING, Named, Pool, Row
+from .schedule import Outcome
 
 OP = "model"
 
@@ -75,30 +77,46 @@ def _cast(x: Tensor, device: str, dtype: torch.dtype) -> Tensor:
     return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
 
-def plan(args: argparse.Namespace) -> list[Any]:
+@dataclass
+class ModelCheck:
+    """Every check of a user's model in a dtype."""
+
+    rivals: Rivals
+    model: str
+    input: str
+    dtype: str
+    steps: int | None
+
+    @property
+    def label(self) -> str:
+        return " ".join(self.group)
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        return self.model, self.dtype
+
+    def __call__(self) -> Outcome:
+        rows = compared(self.rivals)
+        if self.steps:
+            rows.append(trained(self.rivals, self.steps))
+        command = f"mmfast validate --model {self.model} --input {self.input} --dtype {self.dtype}"
+        for row in rows:
+            row.command = f"{command} --seed {self.rivals.seed}{f' --steps {self.steps}' * bool(self.steps)}"
+        return rows, []
+
+
+def plan(args: argparse.Namespace) -> list[ModelCheck]:
     """The tasks of `mmfast validate --model`. ValueError for what cannot be loaded."""
-    from .command import DTYPES, Task, _device
+    from .command import DTYPES, _device
 
     case = from_name(args.model, args.input)
     if not isinstance(case, UserCase):
         raise ValueError(f"--model {args.model}: give your own model as package.module:function")
     device = _device(args)
-    tasks = []
-    for dtype in args.dtype or ("float32",):
-        rivals = Rivals(case, DTYPES[dtype], device, args.seed)
-        command = f"mmfast validate --model {args.model} --input {args.input} --dtype {dtype} --seed {args.seed}"
-
-        def check(rivals: Rivals = rivals, command: str = command) -> tuple[list[Row], list[str]]:
-            rows = compared(rivals)
-            if args.steps:
-                rows.append(trained(rivals, args.steps))
-                command += f" --steps {args.steps}"
-            for row in rows:
-                row.command = command
-            return rows, []
-
-        tasks.append(Task(f"{args.model} {dtype}", check))
-    return tasks
+    return [
+        ModelCheck(Rivals(case, DTYPES[dtype], device, args.seed), args.model, args.input, dtype, args.steps)
+        for dtype in args.dtype or ("float32",)
+    ]
 
 
 def compared(rivals: Rivals) -> list[Row]:

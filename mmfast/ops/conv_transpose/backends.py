@@ -207,7 +207,8 @@ class Cpu(Backend):
         parameters = [_as(p, dtype) for p in (norm_weight, norm_bias, mean, var)]
         options = _layout(y, epilogue.norm), activation, epilogue.measures, epilogue.eps
         if y.numel() and epilogue.norm != "none":
-            native.cpu_normalize_forward(*options, y, parameters, out if epilogue.normalizes else None)
+            call = native.normalization(*options, y, parameters)
+            native.cpu_normalize_forward(call, out if epilogue.normalizes else None)
         if not epilogue.normalizes and activation[0] and not fused[0]:
             native.cpu_activation_forward(activation, y, out)
         moments: Any = (mean, var) if epilogue.measures else (nothing(), nothing())
@@ -288,18 +289,9 @@ class Cpu(Backend):
         shape = (layout[1][0], layout[1][2])
         dweight, dbias = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
         if saved.numel():
-            native.cpu_normalize_backward(
-                layout,
-                activation,
-                epilogue.measures,
-                epilogue.eps,
-                saved,
-                [_as(p, dtype) for p in parameters],
-                dout,
-                dy,
-                dweight,
-                dbias,
-            )
+            wide = [_as(p, dtype) for p in parameters]
+            call = native.normalization(layout, activation, epilogue.measures, epilogue.eps, saved, wide)
+            native.cpu_normalize_backward(call, dout, dy, dweight, dbias)
         return dy, dweight.sum(0), dbias.sum(0)
 
 
@@ -426,6 +418,102 @@ class Triton(GpuBackend):
         ]
 
 
+class Cuda(GpuBackend):
+    """csrc/cuda, on a CUDA device; on CPU tensors in the emulator. The convolution itself, and its gradients, are
+    torch's."""
+
+    name = "cuda"
+
+    def refusals(self, case: Case) -> list[str]:
+        refusals = native.cuda_refusals(case.device)
+        if case.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            refusals.append(f"the input is {case.dtype} (supported: float32, float16, bfloat16)")
+        if case.activation == "leaky_relu" and case.negative_slope < 0:
+            refusals.append(f"leaky_relu's negative slope is {case.negative_slope} (supported: at least 0)")
+        return refusals
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        geometry: Geometry,
+        epilogue: Epilogue,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        keep = keep and keeps_result(epilogue)
+        activation = (_NATIVE_ACTIVATIONS[epilogue.activation], epilogue.negative_slope)
+        y = _aligned(_dense(equations.convolve(x, weight, bias, geometry)))
+        # torch's instance norm gives a contiguous result whatever it is given
+        y = y.contiguous() if epilogue.norm == "instance" else y
+        shape = moments_shape(y.shape, epilogue)
+        found = [torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2)]
+        out = torch.empty_like(y) if keep else y
+        saved = y if keep else x.new_empty(0)
+        if not y.numel():
+            return out, saved, found[0], found[1]
+        if epilogue.norm != "none":
+            given = (mean, var) if epilogue.norm == "given" else found
+            call = _normalization(y, [norm_weight, norm_bias, *given], activation, epilogue)
+            native.cuda_normalize_forward(call[0], y, out if epilogue.normalizes else None)
+        if not epilogue.normalizes and activation[0]:
+            native.cuda_activation_forward(activation, y, out)
+        return out, saved, found[0], found[1]
+
+    def backward(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        saved: Tensor,
+        geometry: Geometry,
+        epilogue: Epilogue,
+        mask: Sequence[bool],
+    ) -> list[Tensor | None]:
+        dnorm_weight = dnorm_bias = None
+        dy = dout
+        if saved.numel() and (epilogue.normalizes or epilogue.activation != "none"):
+            saved = _aligned(_dense(saved))
+            dout = _aligned(dout if dout.stride() == saved.stride() else torch.empty_like(saved).copy_(dout))
+            dy = torch.empty_like(saved)
+            activation = (_NATIVE_ACTIVATIONS[epilogue.activation], epilogue.negative_slope)
+            if epilogue.normalizes:
+                shape = (*[1] * (2 - mean.dim()), *mean.shape)
+                dnorm_weight, dnorm_bias = (mean.new_empty(shape, dtype=torch.float32) for _ in range(2))
+                call = _normalization(saved, [norm_weight, norm_bias, mean, var], activation, epilogue)
+                native.cuda_normalize_backward(call[0], dout, dy, dnorm_weight, dnorm_bias)
+            else:
+                native.cuda_activation_backward(activation, saved, dout, dy)
+        return [
+            *equations.convolve_backward(dy, x, weight, geometry, mask[:3]),
+            _summed(dnorm_weight, norm_weight, mask[3]),
+            _summed(dnorm_bias, norm_bias, mask[4]),
+        ]
+
+
+def _normalization(
+    y: Tensor, parameters: Sequence[Tensor | None], activation: tuple[int, float], epilogue: Epilogue
+) -> tuple[tuple, list[Tensor | None]]:
+    """(the call of native.cuda_normalize_*, the tensors that it reads beside y, for as long as it runs)"""
+    wide = [None if p is None else _aligned(p.detach().to(torch.float32).contiguous()) for p in parameters]
+    layout = _layout(y, epilogue.norm)
+    return native.normalization(layout, activation, epilogue.measures, epilogue.eps, y, wide), wide
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x itself, or a copy where it does not begin at a multiple of 16 bytes."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def _summed(gradient: Tensor | None, parameter: Tensor | None, asked: bool) -> Tensor | None:
     """The gradient (sets, C) of a norm's parameter, summed over its sets; zero where there were no elements."""
     if parameter is None or not asked:
@@ -433,4 +521,4 @@ def _summed(gradient: Tensor | None, parameter: Tensor | None, asked: bool) -> T
     return torch.zeros_like(parameter) if gradient is None else gradient.sum(0).to(parameter.dtype)
 
 
-OP = Op("conv_transpose", Case, [Cpu(), Triton(), Torch()])
+OP = Op("conv_transpose", Case, [Cpu(), Triton(), Cuda(), Torch()])

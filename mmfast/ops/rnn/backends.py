@@ -532,15 +532,15 @@ class _RecurrentSide(NamedTuple):
         size, batch = self.sizes.output, self.sizes.batch
         columns = slice(direction * size, (direction + 1) * size)
         if self.previous is not None:
-            _sum_over_rows(dgates, self.previous[:, columns], out)
+            sum_over_rows(dgates, self.previous[:, columns], out)
             return
         y, rest = self.y[:, columns], self.sizes.rows - batch
         # time-major and padded: the state before is the output `batch` rows before, or after in the reverse direction
         if direction == 0:
-            _sum_over_rows(dgates[batch:], y[:rest], out)
+            sum_over_rows(dgates[batch:], y[:rest], out)
             first = dgates[:batch]
         else:
-            _sum_over_rows(dgates[:rest], y[batch:], out)
+            sum_over_rows(dgates[:rest], y[batch:], out)
             first = dgates[rest:]
         if self.h0 is not None:
             out.addmm_(first.t(), self.h0[direction])
@@ -582,10 +582,10 @@ def _by_gates(dgates: Tensor, w_ih: Tensor) -> Tensor:
     return torch.bmm(of_gates, w).sum(0)
 
 
-def _sum_over_rows(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+def sum_over_rows(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """out = left^T right"""
-    if right.shape[1] < WIDE:
-        return out.copy_(torch.mm(right.t(), left).t())
+    if right.shape[1] < WIDE <= left.shape[1]:
+        return out.copy_(sum_over_rows(right, left, out.new_empty(out.shape[::-1])).t())
     rows = left.shape[0]
     if rows > ONE_CHAIN or out.dtype != torch.float32:
         return torch.mm(left.t(), right, out=out)
@@ -601,7 +601,7 @@ def _projection_gradient(dh: Tensor, u: Tensor, sizes: Sizes, direction: int) ->
     """Of one direction's W_hr: dh^T u"""
     left = dh[:, direction * sizes.output : (direction + 1) * sizes.output]
     right = u[:, direction * sizes.hidden : (direction + 1) * sizes.hidden]
-    return _sum_over_rows(left, right, u.new_empty((sizes.output, sizes.hidden)))
+    return sum_over_rows(left, right, u.new_empty((sizes.output, sizes.hidden)))
 
 
 def _weight_gradients(dgates: Tensor, x: Tensor, side: _RecurrentSide, direction: int, need: Sequence[bool]) -> list:
@@ -609,7 +609,7 @@ def _weight_gradients(dgates: Tensor, x: Tensor, side: _RecurrentSide, direction
     hidden = side.sizes.hidden
     gradients: list[Tensor | None] = [None, None]
     if need[0]:
-        gradients[0] = _sum_over_rows(dgates, x, dgates.new_empty((dgates.shape[1], x.shape[1])))
+        gradients[0] = sum_over_rows(dgates, x, dgates.new_empty((dgates.shape[1], x.shape[1])))
     dm = None if side.dm is None else side.dm[:, direction * hidden : (direction + 1) * hidden]
     if need[1]:
         dw = gradients[1] = dgates.new_empty((dgates.shape[1], side.sizes.output))

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backends import sum_over_rows
 from .equations import GATES, Layer, Weights, split
 
 
@@ -338,10 +339,15 @@ def _input_gradient(part: Part, found: Found) -> Tensor:
 def _weight_gradients(part: Part, found: Found) -> list[Tensor | None]:
     """By (w_ih, w_hh[, b_ih, b_hh])."""
     gx, hh = found.gx.flatten(0, 1).flatten(1), found.hh.flatten(0, 1).flatten(1)
-    dw_ih = gx.t() @ part.x.flatten(0, 1)
+    dw_ih = _product(gx, part.x)
     if part.vx is not None:
-        dw_ih.addmm_(part.delta.flatten(0, 1).flatten(1).t(), part.vx.flatten(0, 1))
+        dw_ih += _product(part.delta.flatten(0, 1).flatten(1), part.vx)
     before = torch.cat([part.vh0[None], found.h[:-1]])
-    dw_hh = hh.t() @ part.before.flatten(0, 1)
-    dw_hh.addmm_(part.delta_hh.flatten(0, 1).flatten(1).t(), before.flatten(0, 1))
+    dw_hh = _product(hh, part.before)
+    dw_hh += _product(part.delta_hh.flatten(0, 1).flatten(1), before)
     return [dw_ih, dw_hh] if part.w.b_ih is None else [dw_ih, dw_hh, gx.sum(0), hh.sum(0)]
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right of (T * B, m) and (T, B, n)"""
+    return sum_over_rows(left, right.flatten(0, 1), left.new_empty(left.shape[1], right.shape[2]))

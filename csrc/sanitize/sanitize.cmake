@@ -3,9 +3,10 @@
 # its own that reads case files, so that nothing needs to be preloaded into Python. Its stacks are switched by
 # swapcontext, the way of processors other than x86-64.
 add_executable(emulator_sanitized
-    csrc/emulator/sanitized_main.cpp csrc/emulator/machine.cpp csrc/emulator/context.cpp csrc/emulator/adversarial.cpp)
+    csrc/sanitize/emulated.cpp csrc/sanitize/emulated_rnn.cpp
+    csrc/emulator/machine.cpp csrc/emulator/context.cpp csrc/emulator/adversarial.cpp csrc/emulator/rnn.cpp)
 target_include_directories(emulator_sanitized PRIVATE csrc)
-target_compile_definitions(emulator_sanitized PRIVATE MMFAST_EMULATOR_UCONTEXT)
+target_compile_definitions(emulator_sanitized PRIVATE MMFAST_EMULATOR_UCONTEXT MMFAST_ISA=baseline)
 target_compile_options(emulator_sanitized PRIVATE
     -O1 -g1 -Wall -Wextra -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all)
 target_link_options(emulator_sanitized PRIVATE -fsanitize=address,undefined)
@@ -14,8 +15,9 @@ target_link_options(emulator_sanitized PRIVATE -fsanitize=address,undefined)
 set(MMFAST_SANITIZED_baseline "")
 set(MMFAST_SANITIZED_ISAS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    list(APPEND MMFAST_SANITIZED_ISAS avx2)
+    list(APPEND MMFAST_SANITIZED_ISAS avx2 avx512)
     set(MMFAST_SANITIZED_avx2 -mavx2 -mfma -mf16c)
+    set(MMFAST_SANITIZED_avx512 ${MMFAST_SANITIZED_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
 endif()
 find_package(OpenMP COMPONENTS CXX)
 foreach(isa IN LISTS MMFAST_SANITIZED_ISAS)

@@ -1,10 +1,14 @@
 // Runs the CUDA kernels under AddressSanitizer and UBSan on cases from files, one case a line:
 //
 //     adversarial DTYPE MEAN ORDER PHI:SIGN:SHIFT:WEIGHT:SIZE ...
+//     rnn ORDER SEED COUNT
 //
-// with DTYPE and PHI as numbers of mmfast.h. Logits are random; every buffer is a heap block of exactly its size.
-// Values and gradients are compared with the formula in double. "overflow" as a line writes past a block, to show that
-// the sanitizer is awake. Prints one line a case; exits with 1 at the first that fails.
+// with DTYPE and PHI as numbers of mmfast.h. Every buffer is a heap block of exactly its size. Logits are random, and
+// values and gradients are compared with the formula in double; of recurrent steps, COUNT are drawn from SEED, and
+// outputs must be written. "overflow" as a line writes past a block, to show that the sanitizer is awake. Prints one
+// line a case; exits with 1 at the first that fails.
+#include "sanitize/emulated.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -155,6 +159,15 @@ bool run_adversarial(std::istringstream& line) {
     }
 }
 
+bool run_rnn(std::istringstream& line) {
+    unsigned long order;
+    unsigned seed;
+    int count;
+    if (!(line >> order >> seed >> count)) return false;
+    mmfast::emulator::set_order(order);
+    return run_rnn_steps(seed, count);
+}
+
 // What a kernel does that writes past the memory that it was given.
 struct Overflow {
     static constexpr int kThreads = 32;
@@ -172,6 +185,7 @@ bool run_case(const std::string& text) {
     std::string op;
     line >> op;
     if (op == "adversarial") return run_adversarial(line);
+    if (op == "rnn") return run_rnn(line);
     if (op == "overflow") return overflow();
     return false;
 }
