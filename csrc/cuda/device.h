@@ -28,7 +28,6 @@
 //   exp2_approx tanh_approx reciprocal_approx                              one instruction, with its documented error
 //   Half, Bf16, to_float, from_float<T>, Compute<T>                        16-bit storage, float32 arithmetic
 //   Words, as_words, Tile, multiply<T>, to_tf32, load_matrices             matrix products of a warp, see Tile
-//   in_turn                                                                keeps the compiler from work ahead of a loop
 //   copy_async, copy_commit, copy_wait<N>                                  16 bytes into shared memory, in groups
 //   cluster_rank() cluster_barrier() shared_barriers                       blocks of a cluster, and stores into each
 //   barrier_init barrier_expect barrier_wait store_async                   other's shared memory: compute capability 9
@@ -268,11 +267,6 @@ MMFAST_DEVICE void multiply<float>(Tile& d, const Words& a, uint32_t b0, uint32_
 }
 MMFAST_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 MMFAST_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
-// x; what is computed of it in a loop is computed in each turn, not once before it, where it would need registers
-MMFAST_DEVICE uint32_t in_turn(uint32_t x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
 // x rounded to TF32, to nearest and ties away from zero
 MMFAST_DEVICE float to_tf32(float x) {
     uint32_t bits;

@@ -157,48 +157,67 @@ struct Walk {
             if (column + j < hidden) v.at[j] = load(w, at + j);
         return v;
     }
-    // The warp's fragments of A, in the order of k: of each gate W_hh[m, k], or with `across` W_hh[k, m].
-    template <bool across, int kCount>
-    MMFAST_DEVICE void read_weights(Global<const T> w, SharedArray<T> staging, Words (&a)[kCount]) const {
-        constexpr int kRow = (across ? 16 : kStaged) / kEach, kPieces = 16 * kStaged / kEach, kParts = kStaged / kDepth;
-        const int lane = lane_index(), unit = warp_index() * 16, own = unit * kStagedPitch;
+    MMFAST_DEVICE Words rounded(Words words) const {
+        if constexpr (sizeof(T) == 4) {
+            MMFAST_UNROLL
+            for (int j = 0; j < 4 && !precise; ++j) words.at[j] = bits_of(to_tf32(float_of(words.at[j])));
+        }
+        return words;
+    }
+};
+
+// A warp's kCount fragments of A, in the order of tiles and of k. The last ones stay in shared memory where, with their
+// split into two TF32 numbers, they need more registers than there are.
+template <typename T, int BLOCK, int kCount>
+struct Fragments {
+    using W = Walk<T, BLOCK>;
+    static constexpr int kParts = W::kStaged / W::kDepth;  // fragments that are staged at once
+    static constexpr int kHeld = kCount;
+    Words held[kHeld];
+    SharedArray<T> staging;
+    int from;
+
+    // Of each gate W_hh[m, k], or with `across` W_hh[k, m].
+    template <bool across>
+    MMFAST_DEVICE void read(const W& walk, Global<const T> w) {
+        constexpr int kPitch = W::kStagedPitch, kEach = W::kEach, kRow = (across ? 16 : W::kStaged) / kEach;
+        const int lane = lane_index(), unit = warp_index() * 16, own = unit * kPitch;
+        from = own + (lane % 8 * 2 + lane / 8 % 2) * kPitch + lane / 16 * kEach;
         MMFAST_UNROLL
         for (int part = 0; part < kCount / kParts; ++part) {
-            const int gate = part * kStaged / BLOCK, k = part * kStaged % BLOCK;
+            const int gate = part * W::kStaged / BLOCK, k = part * W::kStaged % BLOCK;
             warp_barrier();
             MMFAST_UNROLL
-            for (int piece = lane; piece < kPieces; piece += 32) {
+            for (int piece = lane; piece < 16 * W::kStaged / kEach; piece += 32) {
                 const int row = piece / kRow, column = piece % kRow * kEach;
                 if constexpr (across) {
-                    const Vector<T, kEach> v = weights(w, gate, k + row, unit + column);
+                    const Vector<T, kEach> v = walk.weights(w, gate, k + row, unit + column);
                     MMFAST_UNROLL
-                    for (int j = 0; j < kEach; ++j) staging[own + (column + j) * kStagedPitch + row] = v.at[j];
+                    for (int j = 0; j < kEach; ++j) staging[own + (column + j) * kPitch + row] = v.at[j];
                 } else {
-                    store_vector(staging, own + row * kStagedPitch + column, weights(w, gate, unit + row, k + column));
+                    store_vector(staging, own + row * kPitch + column, walk.weights(w, gate, unit + row, k + column));
                 }
             }
             warp_barrier();
-            const int from = own + (lane % 8 * 2 + lane / 8 % 2) * kStagedPitch + lane / 16 * kEach;
             MMFAST_UNROLL
-            for (int i = 0; i < kParts; ++i) {
-                Words& words = a[part * kParts + i];
-                words = load_matrices(staging, from + i * kDepth);
-                if constexpr (sizeof(T) == 4) {
-                    MMFAST_UNROLL
-                    for (int j = 0; j < 4 && !precise; ++j) words.at[j] = bits_of(to_tf32(float_of(words.at[j])));
-                }
-            }
+            for (int i = 0; i < kParts && part * kParts < kHeld; ++i)
+                held[part * kParts + i] = walk.rounded(load_matrices(staging, from + i * W::kDepth));
         }
+    }
+    MMFAST_DEVICE Words at(const W& walk, int i) const {
+        return i < kHeld ? held[i] : walk.rounded(load_matrices(staging, from + (i - kHeld) * W::kDepth));
     }
 };
 
 // d += a b in float32 with an error of float32's size: operands in two TF32 parts, sums outside of the matrix units.
-MMFAST_DEVICE void multiply_precisely(Tile& d, const Words& a, uint32_t b0, uint32_t b1) {
+// zero: a 0 that the compiler does not know, other in each turn of the loop around; the parts of a would else be made
+// before the loop, and take more registers than there are.
+MMFAST_DEVICE void multiply_precisely(Tile& d, const Words& a, uint32_t b0, uint32_t b1, uint32_t zero) {
     Words high, low;
     MMFAST_UNROLL
     for (int i = 0; i < 4; ++i) {
-        const float x = float_of(in_turn(a.at[i])), rounded = to_tf32(x);
-        high.at[i] = bits_of(rounded), low.at[i] = bits_of(to_tf32(x - rounded));
+        high.at[i] = (a.at[i] ^ zero) & 0xffffe000;
+        low.at[i] = bits_of(to_tf32(float_of(a.at[i]) - float_of(high.at[i])));
     }
     const float b[2] = {to_tf32(float_of(b0)), to_tf32(float_of(b1))};
     const uint32_t rest[2] = {bits_of(to_tf32(float_of(b0) - b[0])), bits_of(to_tf32(float_of(b1) - b[1]))};
@@ -211,9 +230,10 @@ MMFAST_DEVICE void multiply_precisely(Tile& d, const Words& a, uint32_t b0, uint
 }
 
 // d[m] = the m-th of kTiles tiles of A, kSteps fragments each, times the panel's rows. Sums are made in kChains parts.
-template <typename T, int kTiles, int kSteps, int kChains>
-MMFAST_DEVICE void product(Tile (&d)[kTiles], const Words (&a)[kTiles * kSteps], SharedArray<T> panel, int at,
-                           int pitch, bool precise) {
+// turn: of the loop around, not negative.
+template <int kTiles, int kSteps, int kChains, typename T, int BLOCK>
+MMFAST_DEVICE void product(Tile (&d)[kTiles], const Walk<T, BLOCK>& walk, const Fragments<T, BLOCK, kTiles * kSteps>& a,
+                           SharedArray<T> panel, int at, int pitch, int turn) {
     Tile part[kTiles * kChains];
     MMFAST_UNROLL
     for (int i = 0; i < kTiles * kChains; ++i) part[i] = Tile{};
@@ -222,25 +242,23 @@ MMFAST_DEVICE void product(Tile (&d)[kTiles], const Words (&a)[kTiles * kSteps],
         MMFAST_UNROLL
         for (int s = 0; s < kSteps; s += 2) {
             Words b = load_matrices(panel, from + s * 2 * kVector<T>);
-            if constexpr (sizeof(T) == 4 && !decltype(is_precise)::value) {
-                MMFAST_UNROLL
-                for (int i = 0; i < 4; ++i) b.at[i] = bits_of(to_tf32(float_of(b.at[i])));
-            }
+            if constexpr (!decltype(is_precise)::value) b = walk.rounded(b);
             MMFAST_UNROLL
             for (int half = 0; half < 2; ++half) {
                 MMFAST_UNROLL
                 for (int m = 0; m < kTiles; ++m) {
                     Tile& sum = part[m * kChains + (s + half) % kChains];
+                    const Words of_a = a.at(walk, m * kSteps + s + half);
                     if constexpr (decltype(is_precise)::value)
-                        multiply_precisely(sum, a[m * kSteps + s + half], b.at[2 * half], b.at[2 * half + 1]);
+                        multiply_precisely(sum, of_a, b.at[2 * half], b.at[2 * half + 1], uint32_t(turn) & 0x80000000);
                     else
-                        multiply<T>(sum, a[m * kSteps + s + half], b.at[2 * half], b.at[2 * half + 1]);
+                        multiply<T>(sum, of_a, b.at[2 * half], b.at[2 * half + 1]);
                 }
             }
         }
     };
     if constexpr (sizeof(T) == 4) {
-        if (precise)
+        if (walk.precise)
             steps(Constant<true>{});
         else
             steps(Constant<false>{});
@@ -278,7 +296,6 @@ struct ResidentForward {
         const SharedArray<T> states = shared_array<T>(cursor, 2 * kPanel);
         const SharedArray<T> cells = G > 1 ? shared_array<T>(cursor, 2 * kPanel) : states;
         const SharedArray<float> biases = shared_array<float>(cursor, G * BLOCK);
-        const SharedArray<T> staging = shared_array<T>(cursor, W::kStaging);
         const int H = walk.hidden, pitch = kPitch<T, BLOCK, 1>;
 
         // units and sequences that fill up a block have gates, too, which nobody uses
@@ -295,8 +312,9 @@ struct ResidentForward {
             const int gate = i / BLOCK, unit = i % BLOCK;
             biases[i] = has_bias && unit < H ? to_float(load(of(p, b_hh), gate * H + unit)) : 0.0f;
         }
-        Words a[G * kFragments];
-        walk.template read_weights<false>(of(p, w_hh), staging, a);
+        Fragments<T, BLOCK, G * kFragments> a;
+        a.staging = shared_array<T>(cursor, W::kStaging);
+        a.template read<false>(walk, of(p, w_hh));
         float h[2][2], c[2][2];  // of sequence, of unit; h in full is GRU's alone
         MMFAST_UNROLL
         for (int r = 0; r < 2; ++r) {
@@ -313,7 +331,7 @@ struct ResidentForward {
         for (int i = 0; i < p.walked; ++i) {
             const int now = i % 2 * kPanel, next = kPanel - now, slot = i % kSlots * kSlot, t = walk.step(p, i);
             Tile sums[G];
-            product<T, G, kFragments, G == 1 ? 4 : 1>(sums, a, states, now, pitch, walk.precise);
+            product<G, kFragments, G == 1 ? 4 : 1>(sums, walk, a, states, now, pitch, i);
             if (i > 0) send(p, i - 1, sent, slots, states, cells);
             fetch(p, slots, i + kSlots - 1, fetched);
             copy_commit();

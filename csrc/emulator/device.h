@@ -323,7 +323,6 @@ inline float float_of(uint32_t bits) {
     return x;
 }
 
-inline uint32_t in_turn(uint32_t x) { return x; }
 // ties away from zero
 inline float to_tf32(float x) {
     const uint32_t bits = bits_of(x);
