@@ -119,14 +119,13 @@ int cpu_adversarial_forward(const Terms& terms, int dtype, bool mean, const Poin
     if (!gradients.empty()) call.want(gradients);
     set_outputs(call.args, outputs);
     call.args.threads = threads;
-    const int status = run(mmfast_cpu_adversarial_forward, call.args);
-    return status || gradients.empty() ? status : run(mmfast_cpu_adversarial_backward, call.args);
+    return run(mmfast_cpu_adversarial_forward, call.args);
 }
 
-// One or two tensors of few logits, without weights and peers: two terms of x and y, or one of x, less y where y is
-// not 0; dx, dy: 0 where one is not wanted.
-int cpu_adversarial_few(const Terms& list, int dtype, bool mean, Pointer x, int64_t x_size, Pointer y, int64_t y_size,
-                        Pointer total, Pointer dx, Pointer dy) {
+// One or two tensors of logits, without weights: two terms of x and y, which with `averages` are each other's peers, or
+// one of x, less y where y is not 0; dx, dy: 0 where one is not wanted.
+int cpu_adversarial_few(const Terms& list, int dtype, bool mean, bool averages, Pointer x, int64_t x_size, Pointer y,
+                        int64_t y_size, Pointer total, Pointer dx, Pointer dy) {
     const size_t count = list.terms.size();
     if (count < 1 || count > 2 || (count == 1 && y && y_size != x_size))
         throw std::invalid_argument("one or two terms are expected, and as many elements of tensors that meet");
@@ -140,8 +139,16 @@ int cpu_adversarial_few(const Terms& list, int dtype, bool mean, Pointer x, int6
     mmfast_adversarial_args args{};
     args.dtype = dtype, args.mean = mean, args.count = int64_t(count), args.terms = terms, args.threads = 1;
     args.total = as_pointer(total);
-    const int status = run(mmfast_cpu_adversarial_forward, args);
-    return status || !(dx || dy) ? status : run(mmfast_cpu_adversarial_backward, args);
+    double means[2], slopes[2];
+    if (averages && count == 2) {
+        const size_t second = dtype == MMFAST_FLOAT64 ? 8 : 4;
+        args.means = means, args.slopes = slopes;
+        for (size_t k = 0; k < 2; ++k) {
+            terms[k].centre = reinterpret_cast<char*>(means) + (1 - k) * second;
+            terms[k].peer_slope = reinterpret_cast<char*>(slopes) + (1 - k) * second;
+        }
+    }
+    return run(mmfast_cpu_adversarial_forward, args);
 }
 
 int cpu_adversarial_backward(const Terms& terms, int dtype, bool mean, const Pointers& logits,
@@ -365,6 +372,21 @@ int rnn_cell(int dtype, int mode, int64_t batch, int64_t input, int64_t hidden, 
     return run(mmfast_cpu_rnn_cell, args);
 }
 
+// strides: of a and b by row and column, of out by row
+int product(int dtype, const std::array<int64_t, 3>& shape, Pointer a, Pointer b, Pointer bias, Pointer out,
+            const std::array<int64_t, 5>& strides, bool add, int threads) {
+    mmfast_product_args args{};
+    args.dtype = dtype;
+    args.rows = shape[0], args.columns = shape[1], args.depth = shape[2];
+    args.a = as_pointer(a), args.a_row = strides[0], args.a_column = strides[1];
+    args.b = as_pointer(b), args.b_row = strides[2], args.b_column = strides[3];
+    args.bias = as_pointer(bias);
+    args.out = as_pointer(out), args.out_row = strides[4];
+    args.add = add;
+    args.threads = threads;
+    return run(mmfast_cpu_product, args);
+}
+
 int cpu_normalize_forward(const Normalization& row, Pointer out, int threads) {
     mmfast_normalize_args args = as_normalize(row);
     args.out = as_pointer(out);
@@ -439,6 +461,7 @@ int depthwise_backward(int dtype, bool image_channels_last, int64_t batch, int64
 void bind_cpu(py::module_& m) {
     m.def("isa", &mmfast_isa);
     m.def("set_isa", &mmfast_set_isa);
+    m.def("is_intel", &mmfast_is_intel);
     m.def("supported_isas", &mmfast_supported_isas);
 
     m.def("cpu_adversarial_forward", &cpu_adversarial_forward);
@@ -447,6 +470,7 @@ void bind_cpu(py::module_& m) {
     m.def("cpu_rnn_forward", &rnn_forward);
     m.def("cpu_rnn_backward", &rnn_backward);
     m.def("cpu_rnn_cell", &rnn_cell);
+    m.def("cpu_product", &product);
 
     m.def("cpu_columns_to_image", [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
                                      const std::array<Triple, 6>& geometry, Pointer source, Pointer image, Pointer bias,

@@ -26,6 +26,8 @@ const char* mmfast_supported_isas(void);
 // The instruction set in use, and a way to choose a lower one (for tests). An unknown or unsupported name is refused.
 const char* mmfast_isa(void);
 int mmfast_set_isa(const char* name);
+// 1 on Intel's processors, on which alone Intel's libraries use the best instruction set; else 0.
+int mmfast_is_intel(void);
 
 // ---- adversarial
 // A loss is a sum over K terms. Term k maps one tensor of n_k logits x to
@@ -48,14 +50,15 @@ enum mmfast_phi {
 #define MMFAST_ADVERSARIAL_LEAK 0.05
 
 typedef struct {
-    const void* logits;   // (size,) dtype, contiguous
-    const void* other;    // (size,) dtype, contiguous; null: 0, or the centre
-    const void* centre;   // (1,) values' dtype: one other for all logits; null: 0. Not together with other
-    const void* weights;  // (size / per_weight,) values' dtype, w_i is element i / per_weight; null: 1
-    const void*
-        peer_slope;  // (1,) values' dtype, backward only: dlogits is less by dtotal * peer_slope / size; or null
-    void* dlogits;   // (size,) dtype; backward only, may alias logits; null: not wanted
-    void* dother;    // (size,) dtype; backward only, may alias other; null: not wanted
+    const void* logits;      // (size,) dtype, contiguous
+    const void* other;       // (size,) dtype, contiguous; null: 0, or the centre
+    const void* centre;      // (1,) values' dtype: one other for all logits; null: 0. Not together with other
+    const void* weights;     // (size / per_weight,) values' dtype, w_i is element i / per_weight; null: 1
+    const void* peer_slope;  // (1,) values' dtype: dlogits is less by dtotal * peer_slope / size; or null. May point
+                             // into slopes
+    // backward, and CPU forward, which gives those of dtotal = 1:
+    void* dlogits;  // (size,) dtype; may alias logits; null: not wanted
+    void* dother;   // (size,) dtype; may alias other; null: not wanted
     int64_t size;
     int64_t per_weight;  // at least 1
     int32_t phi;         // enum mmfast_phi
@@ -292,6 +295,24 @@ typedef struct {
 } mmfast_rnn_cell_args;
 
 int mmfast_cpu_rnn_cell(const mmfast_rnn_cell_args* args);
+
+// out = a b + bias, or with add: out += a b + bias. a (M, K) and b (K, N) of any strides, one of each matrix' 1 to be
+// fast. float32 and float64.
+typedef struct {
+    int32_t dtype;
+    int64_t rows, columns, depth;  // M, N, K
+    const void* a;
+    int64_t a_row, a_column;  // strides
+    const void* b;
+    int64_t b_row, b_column;
+    const void* bias;  // (N,) or null: 0
+    void* out;         // (M, N), rows out_row apart; aliases nothing
+    int64_t out_row;
+    int32_t add;
+    int32_t threads;
+} mmfast_product_args;
+
+int mmfast_cpu_product(const mmfast_product_args* args);
 
 // One step of one direction of a layer on the current CUDA device, without zoneout, dropout and projection: the caller
 // walks time and makes each step's product of matrices. The step's R rows are the first R sequences of the batch. A

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 
 from . import __version__, native, table
 from .dispatch import BACKENDS, Op
+
+#: of what a pipe or a file is given
+WIDTH = 100
 
 
 def collect() -> dict[str, Any]:
@@ -36,7 +40,7 @@ def main(as_json: bool = False) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for section in ("machine", "software", "native library"):
         table = Table(title=section, title_justify="left", show_header=False)
         for name, value in report[section].items():
@@ -115,19 +119,24 @@ def _native() -> dict[str, Any]:
         "OpenMP": library.build["openmp"],
         "CUDA kernels": library.build["cuda"],
         "instruction set": f"{native.isa()} (of {', '.join(native.supported_isas())})",
+        "emulator of CUDA kernels": native.load_error("_emulator") or "yes",
     }
 
 
 def _verdict(op: str, backend: str) -> str:
     """yes, or why this op cannot be served by this backend on this machine."""
     if backend not in Op.registry[op].backends:
-        return "-"
+        return "no: not written"
     if backend == "torch":
         return "yes"
     if backend == "cpu":
         return "yes" if native.available() else "no: native library not loaded"
+    if backend == "triton" and not importlib.util.find_spec("triton"):
+        return "no: triton is not installed"
     if not torch.cuda.is_available():
-        return "no: torch sees no GPU"
+        slowly = backend == "triton" or not native.load_error("_emulator")
+        how = "interpreted" if backend == "triton" else "emulated"
+        return f"{how}: no GPU" if slowly else "no: neither a GPU nor the emulator"
     if backend == "triton":
-        return "yes" if importlib.util.find_spec("triton") else "no: triton is not installed"
+        return "yes"
     return "yes" if native.available() and native.library().build["cuda"].startswith("yes") else "no: not compiled in"

@@ -13,6 +13,7 @@ import functools
 import importlib
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,20 +31,35 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 _STATUS_ERRORS = {1: ValueError, 2: MemoryError, 3: RuntimeError}
 
 
+_INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir mmfast"
+
+
+def _remedy(name: str, error: str) -> str:
+    """The command that mends it."""
+    built_for_others = sorted(path.name for path in Path(__file__).parent.glob(f"{name}.*"))
+    if "GLIBC" in error or "CXXABI" in error:
+        return f"it was built on a newer system; build it on this one: {_INSTALL} --no-binary mmfast"
+    if "cannot open shared object file" in error:
+        return "that library is the system's: install it with your package manager (libgomp.so.1: apt install libgomp1)"
+    if "No module named" in error and built_for_others:
+        return f"what is installed is for another Python ({', '.join(built_for_others)}): {_INSTALL}"
+    return f"install it with a C++ compiler on PATH: {_INSTALL}"
+
+
 @functools.cache
 def _load(name: str = "_C") -> tuple[types.ModuleType | None, str]:
     try:
         library = importlib.import_module(f"mmfast.{name}")
     except ImportError as error:
         what = "native library" if name == "_C" else "emulator"
-        return None, f"mmfast's {what} could not be loaded ({error}); reinstall with a C++ compiler on PATH"
+        return None, f"mmfast's {what} could not be loaded ({error}); {_remedy(name, str(error))}"
     if library.abi_version != ABI_VERSION:
         return None, (
             f"mmfast's {name} has ABI version {library.abi_version}, but this Python code needs {ABI_VERSION}; "
-            "reinstall mmfast"
+            f"install both anew: {_INSTALL}"
         )
     if name == "_C" and config.ISA is not None and library.set_isa(config.ISA) != 0:
-        return None, f"MMFAST_ISA={config.ISA} is not one of: {library.supported_isas()}"
+        return None, f"MMFAST_ISA={config.ISA} is not one of: {library.supported_isas()}; unset MMFAST_ISA"
     return library, ""
 
 
@@ -52,9 +68,9 @@ def available() -> bool:
     return _load()[0] is not None
 
 
-def load_error() -> str:
-    """Why the native library is not available; empty where it is."""
-    return _load()[1]
+def load_error(name: str = "_C") -> str:
+    """Why the native library, or the emulator, is not available; empty where it is."""
+    return _load(name)[1]
 
 
 def library(name: str = "_C") -> types.ModuleType:
@@ -140,6 +156,16 @@ def isa() -> str:
     return library().isa()
 
 
+def beats_mkl() -> bool:
+    """Whether the CPU kernels' vectors are wider than MKL's, which are AVX2's unless the processor is Intel's."""
+    return _wide_vectors() and library().isa() == "avx512"
+
+
+@functools.cache
+def _wide_vectors() -> bool:
+    return available() and not library().is_intel()
+
+
 def set_isa(name: str) -> None:
     """Chooses the instruction set of the CPU kernels, at most what the processor supports (ValueError otherwise)."""
     check(library().set_isa(name))
@@ -199,7 +225,7 @@ def cpu_adversarial_forward(
     """Fills total (), and values (K,) and state (2, K) where there are any, from K terms of dense CPU tensors.
 
     state: slopes and centres of terms that have peers; the centres are computed where `inputs` has none.
-    gradients: (), or those of the total by the logits, then by the others (None: not wanted): filled, too.
+    gradients: (), or those of the total by the logits, then by the others (None: not wanted): filled in the same pass.
     """
     arguments = _adversarial_inputs(terms, mean, inputs, state)
     outputs = _adversarial_outputs(inputs, total, values, state)
@@ -212,6 +238,7 @@ def cpu_adversarial_forward(
 def cpu_adversarial_few(
     terms: Terms,
     mean: bool,
+    averages: bool,
     x: torch.Tensor,
     y: torch.Tensor | None,
     total: torch.Tensor,
@@ -220,13 +247,14 @@ def cpu_adversarial_few(
 ) -> None:
     """Fills total () and its gradients that are wanted, from terms of x and y, or one term of x, less y if there is y.
 
-    Dense CPU tensors of one dtype, without weights and peers; x and y of one shape where they meet.
+    Dense CPU tensors of one dtype, without weights; x and y of one shape where they meet. averages: the two terms are
+    each other's peers. On one thread.
     """
-    copy = terms.copies.get("_C") or _adversarial_terms(terms, "_C")
     status = library().cpu_adversarial_few(
-        copy,
+        terms.copies.get("_C") or _adversarial_terms(terms, "_C"),
         DTYPES[x.dtype],
         mean,
+        averages,
         x.data_ptr(),
         x.numel(),
         0 if y is None else y.data_ptr(),
@@ -481,6 +509,16 @@ def cpu_rnn_cell(
     addresses = [0 if a is None else a.data_ptr() for a in inputs]
     function = library().cpu_rnn_cell
     check(function(DTYPES[h.dtype], mode, *shape, *addresses, h.data_ptr(), c.data_ptr()))
+
+
+def cpu_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> None:
+    """out = a b + bias, or with `add` out += a b + bias: CPU tensors, float32 or float64, out dense along its rows."""
+    pointers = a.data_ptr(), b.data_ptr(), _address(bias), out.data_ptr()
+    strides = *a.stride(), *b.stride(), out.stride(0)
+    shape = *out.shape, a.shape[1]
+    status = library().cpu_product(DTYPES[a.dtype], shape, *pointers, strides, add, torch.get_num_threads())
+    if status:
+        check(status)
 
 
 class RnnTensors(NamedTuple):

@@ -564,21 +564,38 @@ def test_a_logit_changed_in_place(mode, n):
 
 
 @pytest.mark.parametrize("n", [64, 5000])
-@pytest.mark.parametrize("mode", ["wasserstein", "relativistic"])
+@pytest.mark.parametrize("mode", ["wasserstein", "relativistic", "relativistic-average"])
 def test_backward_again(mode, n):
     x, y = torch.randn(n, requires_grad=True), torch.randn(n, requires_grad=True)
     loss = mmfast.functional.adversarial_discriminator_loss(x, y, mode)
     once = torch.autograd.grad(loss, (x, y), retain_graph=True)
     twice = torch.autograd.grad(2 * loss, (x, y))
-    for one, two in zip(once, twice, strict=True):
+    loss_again = mmfast.functional.adversarial_discriminator_loss(x, y, mode)
+    scaled = torch.autograd.grad(3 * loss_again, (x, y))
+    for one, two, three in zip(once, twice, scaled, strict=True):
         torch.testing.assert_close(2 * one, two)
+        torch.testing.assert_close(3 * one, three)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, (x, y))
 
 
+@pytest.mark.parametrize("n", [64, 5000])
+@pytest.mark.parametrize("mode", ["wasserstein", "lsgan", "relativistic", "relativistic-average"])
+def test_a_batch_of_cotangents(mode, n):
+    x, y = torch.randn(n, requires_grad=True), torch.randn(n, requires_grad=True)
+    loss = mmfast.functional.adversarial_discriminator_loss(x, y, mode)
+    cotangents = torch.randn(3)
+    batch = torch.autograd.grad(loss, (x, y), cotangents, retain_graph=True, is_grads_batched=True)
+    once = torch.autograd.grad(loss, (x, y), retain_graph=True)
+    for many, one in zip(batch, once, strict=True):
+        torch.testing.assert_close(many, cotangents[:, None] * one)
+
+
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("mode", ["wasserstein", "hinge", "lsgan", "non-saturating", "relativistic"])
+@pytest.mark.parametrize(
+    "mode", ["wasserstein", "hinge", "lsgan", "non-saturating", "relativistic", "relativistic-average"]
+)
 def test_a_tensor_is_a_list_of_one(mode, dtype, which):
     x, y = (torch.randn(63, 1, dtype=dtype, requires_grad=wanted) for wanted in which)
     wanted = [t for t, need in zip((x, y), which, strict=True) if need]
@@ -588,7 +605,7 @@ def test_a_tensor_is_a_list_of_one(mode, dtype, which):
             mmfast.functional.adversarial_discriminator_loss([x], [y], mode),
         ),
         (
-            mmfast.functional.adversarial_generator_loss(y, x if mode == "relativistic" else None, mode),
+            mmfast.functional.adversarial_generator_loss(y, x if "relativistic" in mode else None, mode),
             mmfast.functional.adversarial_generator_loss([y], [x], mode),
         ),
     ]:

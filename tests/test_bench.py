@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mmfast import info, nn, table
-from mmfast.bench import cases, command, floor, models, plots, report, tune
+from mmfast.bench import cases, command, floor, models, peers, plots, report, tune
 from mmfast.bench import measure as measuring
 from mmfast.bench.contenders import AGAIN, EAGER, OURS, Bout, Contender
 from mmfast.bench.measure import Row, Timing
@@ -388,6 +388,18 @@ def test_a_comparison_fails_on_a_single_slower_case():
     assert max(len(text) for text, _ in lines) <= 100
     _, fine = report.compare([row_of("b", ours=1.2, eager=1.2)], base, 1.1)
     assert fine, "a machine that is busier slows PyTorch, too"
+
+
+def test_a_comparison_with_nothing_in_common_fails():
+    lines, fine = report.compare([row_of()], [row_of("another")], 1.1)
+    assert not fine
+    assert "holds none of these cases" in lines[0][0]
+
+
+def test_peers_that_are_not_there_are_named(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install onnx onnxruntime"):
+        peers.installed()
 
 
 def test_pictures_are_drawn(tmp_path):

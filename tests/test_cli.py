@@ -184,7 +184,7 @@ def test_a_backend_is_used_and_kept(own_pictures, monkeypatch):
         (["--size", "4"], "--size 4 is no power of two of at least 8"),
         (["--data", "nowhere"], "there is no folder"),
         (["--backend", "abacus"], "--backend abacus cannot train here: unknown backend 'abacus'"),
-        (["--backend", "cuda"], "--backend cuda cannot train here: backend 'cuda' was asked for"),
+        (["--backend", "triton"], "--backend triton cannot train here: backend 'triton' was asked for"),
         (["--resume", "nowhere"], "nowhere is no run folder"),
         (["--out", "/proc/run"], "cannot be written|no permission to write"),
         (["--out", "/dev/null"], "cannot be written"),

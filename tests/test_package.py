@@ -86,6 +86,31 @@ def test_info_names_what_is_loaded(capsys):
     assert set(report["backends"]["torch"].values()) == {"yes"}
 
 
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        ("No module named 'mmfast._C'", "what is installed is for another Python (_C."),
+        ("No module named 'mmfast._D'", "with a C++ compiler on PATH: pip install --force-reinstall"),
+        ("libgomp.so.1: cannot open shared object file", "apt install libgomp1"),
+        ("/lib/libstdc++.so.6: version `GLIBCXX_3.4.32' not found", "build it on this one"),
+    ],
+)
+def test_a_library_that_does_not_load_is_diagnosed_with_what_mends_it(monkeypatch, capsys, error, remedy):
+    name = error.partition("mmfast.")[2].strip("'") or "_C"
+
+    def fail(module):
+        raise ImportError(error)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(native.importlib, "import_module", fail)
+        reason = native._load.__wrapped__(name)[1]
+    assert error in reason
+    assert remedy in reason
+    monkeypatch.setattr(native, "_load", lambda name="_C": (None, reason))
+    assert info.main() == 0
+    assert error.split()[0] in capsys.readouterr().out
+
+
 def test_info_fits_100_columns():
     output = subprocess.run(
         [sys.executable, "-m", "mmfast", "info"], capture_output=True, text=True, check=True, cwd="/"

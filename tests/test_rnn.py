@@ -348,6 +348,46 @@ def test_numerics_catch(mutant, seed):
         numerics.assert_pooled(one, first_seed=seed)
 
 
+PRODUCTS = [(1, 1, 1), (3, 5, 7), (17, 33, 0), (9, 50, 600), (130, 700, 13), (0, 4, 4), (70, 1, 513), (33, 289, 129)]
+
+
+@pytest.mark.parametrize("shape", PRODUCTS, ids=["x".join(map(str, shape)) for shape in PRODUCTS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("layout", ["rows", "a transposed", "b transposed", "strided"])
+def test_product(shape, dtype, layout, isa, seed):
+    """The kernel's product, any layout and size: within a sum's rounding error, the same bits from two threads, and
+    nothing written beside the result."""
+    (m, n, k), generator = shape, torch.Generator().manual_seed(seed)
+    normal = functools.partial(torch.randn, generator=generator, dtype=dtype)
+    a = (
+        normal(k, m).t()
+        if layout == "a transposed"
+        else normal(m, 2 * k)[:, ::2]
+        if layout == "strided"
+        else normal(m, k)
+    )
+    b = (
+        normal(n, k).t()
+        if layout == "b transposed"
+        else normal(k, 2 * n)[:, ::2]
+        if layout == "strided"
+        else normal(k, n)
+    )
+    bias = normal(n)
+    expected, scale = a.double() @ b.double(), a.double().abs() @ b.double().abs() + 1
+    found = []
+    for threads in (1, 2):
+        wide = torch.full((m, n + 3), float("nan"), dtype=dtype)
+        torch.set_num_threads(threads)
+        native.cpu_product(a, b, bias, wide[:, :n], False)
+        assert ((wide[:, :n] - expected - bias).abs() <= 8 * torch.finfo(dtype).eps * scale).all()
+        native.cpu_product(a, b, None, wide[:, :n], True)
+        assert ((wide[:, :n] - 2 * expected - bias).abs() <= 16 * torch.finfo(dtype).eps * scale).all()
+        assert wide[:, n:].isnan().all()
+        found.append(wide[:, :n])
+    assert torch.equal(*found)
+
+
 # ---- what must not matter
 
 
@@ -366,7 +406,7 @@ def test_threads_do_not_change_a_bit(mode, directions, batch):
         dy, dhn, dcn = (*given[0], *given[1], None)[:3]
         torch.set_num_threads(threads)
         need = [True] * (3 + len(problem.weights))
-        # dx and the weights' gradients are torch's products; the initial state's is the recurrence's own
+        # dx and the weights' gradients may be torch's products; the initial state's is the recurrence's own
         gradients = backend.backward((dy, dhn, dcn), *args, (y, gates, cell), need)[1 : 2 + (mode == "LSTM")]
         outcomes.append([y, hn, cn, gates, cell, *gradients])
     for other in outcomes[1:]:

@@ -3,7 +3,8 @@
 //
 // Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. Forward reads each element once (twice where it
 // measures the centres); backward reads it once and writes its gradient, so both are bound by memory for large tensors
-// and by the call for small ones. Each tensor is cut into chunks of kChunk elements, whatever the number of threads. A
+// and by the call for small ones. A forward that is asked for gradients, too, reads each element once in all, but for
+// terms with peers. Each tensor is cut into chunks of kChunk elements, whatever the number of threads. A
 // block of a chunk is summed in four vectors of the compute type (float for 16-bit and float32 logits), blocks and
 // chunks are added in double, in order: the same bits for any number of threads. Backward: d = dtotal * weight_k [/
 // n_k] * sign_k * w_i * phi_k'(u), less the peer's part.
@@ -32,10 +33,20 @@ constexpr bool kSame<A, A> = true;
 
 using Term = mmfast_adversarial_term;
 
+// Lane by lane, the running sum of phi over a block. softplus(u) is max(u, 0) + log(1 + e), e = exp(-|u|): of all e the
+// product of 1 + e is kept, less 1, so that it is as accurate as each small e, and its logarithm taken once.
+template <typename C>
+struct Chain {
+    Vec<C> sum{}, product{};
+};
+// factors of at most 2 do not overflow
+static_assert(kBlock / (4 * kLanes<float>)+3 < 127, "a block has too many elements for one product");
+
 // What maps a difference x - other to phi and its slope.
 template <int kPhi, typename C>
 struct Function {
     using V = Vec<C>;
+    static constexpr bool kSoftplus = kPhi == MMFAST_SOFTPLUS || kPhi == MMFAST_TILTED;
     C sign, shift, tilt;
 
     explicit Function(const Term& term) : sign(C(term.sign)), shift(C(term.shift)), tilt(C(term.tilt)) {}
@@ -74,35 +85,61 @@ struct Function {
         }
         return one;
     }
+
+    // adds phi to the chain; returns its slope
+    V add(Chain<C>& chain, V d) const {
+        if constexpr (kSoftplus) {
+            const V u = argument(d), one = V{} + 1;
+            const V e = exp_negative(negative_of(u));
+            const V top = u < 0 ? V{} : u;
+            const V slope = (u < 0 ? e : one) / (e + 1);
+            chain.product = chain.product * e + (chain.product + e);
+            if constexpr (kPhi == MMFAST_TILTED) {
+                chain.sum += top + u * tilt;
+                return slope + tilt;
+            }
+            chain.sum += top;
+            return slope;
+        }
+        chain.sum += value(d);
+        return slope(d);
+    }
+
+    V total(const Chain<C>& chain) const {
+        if constexpr (kSoftplus) return chain.sum + log1p_of(chain.product);
+        return chain.sum;
+    }
 };
 
-// A block's running sum, in lanes.
-template <typename C>
-struct Lanes {
-    Vec<C> part[4] = {};
-    C rest = 0;
-
-    C sum() const { return sum_lanes<C>((part[0] + part[1]) + (part[2] + part[3])) + rest; }
-};
-
-// lanes += f(d_i) over 0 <= i < size
-template <typename C, typename F>
-inline void add_each(Lanes<C>& lanes, const C* d, int size, const F& f) {
+// The sum of phi over 0 <= i < size, and where kSlopes out_i = its slope * factor.
+template <int kPhi, typename C, bool kSlopes>
+double sum_of(const Term& term, const C* d, int size, [[maybe_unused]] C factor, [[maybe_unused]] C* out) {
     constexpr int kWidth = kLanes<C>;
-    Vec<C> a = lanes.part[0], b = lanes.part[1], c = lanes.part[2], e = lanes.part[3];
+    const Function<kPhi, C> function(term);
+    Chain<C> first, second, third, fourth;
+    const auto add = [&](Chain<C>& chain, int i) {
+        [[maybe_unused]] const Vec<C> slope = function.add(chain, load(d + i));
+        if constexpr (kSlopes) store(out + i, slope * factor);
+    };
     int i = 0;
     for (; i + 4 * kWidth <= size; i += 4 * kWidth) {
-        a += f(load(d + i));
-        b += f(load(d + i + kWidth));
-        c += f(load(d + i + 2 * kWidth));
-        e += f(load(d + i + 3 * kWidth));
+        add(first, i);
+        add(second, i + kWidth);
+        add(third, i + 2 * kWidth);
+        add(fourth, i + 3 * kWidth);
     }
-    for (; i + kWidth <= size; i += kWidth) a += f(load(d + i));
-    lanes.part[0] = a, lanes.part[1] = b, lanes.part[2] = c, lanes.part[3] = e;
-    if (i == size) return;
-    C lane[kWidth];
-    store(lane, f(load_partial(d + i, size - i)));
-    for (int j = 0; j < size - i; ++j) lanes.rest += lane[j];
+    for (; i + kWidth <= size; i += kWidth) add(first, i);
+    C rest = 0;
+    if (i < size) {
+        const Vec<C> last = load_partial(d + i, size - i);
+        if constexpr (kSlopes) store_partial(out + i, function.slope(last) * factor, size - i);
+        C lane[kWidth];
+        store(lane, function.value(last));
+        for (int j = 0; j < size - i; ++j) rest += lane[j];
+    }
+    const Vec<C> sum =
+        (function.total(first) + function.total(second)) + (function.total(third) + function.total(fourth));
+    return double(sum_lanes<C>(sum) + rest);
 }
 
 // out_i = f(d_i) over 0 <= i < size
@@ -112,21 +149,6 @@ inline void map_each(const C* d, C* out, int size, const F& f) {
     int i = 0;
     for (; i + kWidth <= size; i += kWidth) store(out + i, f(load(d + i)));
     if (i < size) store_partial(out + i, f(load_partial(d + i, size - i)), size - i);
-}
-
-// The loops over one phi: the only ones that are compiled for each.
-template <typename C>
-struct Loops {
-    void (*add_values)(const Term& term, const C* d, int size, Lanes<C>& lanes);
-    void (*values)(const Term& term, const C* d, int size, C* out);
-    // slope * factor + offset
-    void (*slopes)(const Term& term, const C* d, int size, C factor, C offset, C* out);
-};
-
-template <int kPhi, typename C>
-void add_values(const Term& term, const C* d, int size, Lanes<C>& lanes) {
-    const Function<kPhi, C> function(term);
-    add_each(lanes, d, size, [&](Vec<C> v) { return function.value(v); });
 }
 
 template <int kPhi, typename C>
@@ -141,8 +163,19 @@ void slopes_of(const Term& term, const C* d, int size, C factor, C offset, C* ou
     map_each(d, out, size, [&](Vec<C> v) { return function.slope(v) * factor + offset; });
 }
 
+// The loops over one phi: the only ones that are compiled for each.
+template <typename C>
+struct Loops {
+    // both give the sum of phi; of the second out = slope * factor
+    double (*sum)(const Term& term, const C* d, int size, C, C*);
+    double (*sum_and_slopes)(const Term& term, const C* d, int size, C factor, C* out);
+    void (*values)(const Term& term, const C* d, int size, C* out);
+    // slope * factor + offset
+    void (*slopes)(const Term& term, const C* d, int size, C factor, C offset, C* out);
+};
+
 template <int kPhi, typename C>
-constexpr Loops<C> kLoopsOf = {add_values<kPhi, C>, values_of<kPhi, C>, slopes_of<kPhi, C>};
+constexpr Loops<C> kLoopsOf = {sum_of<kPhi, C, false>, sum_of<kPhi, C, true>, values_of<kPhi, C>, slopes_of<kPhi, C>};
 
 // by enum mmfast_phi
 template <typename C>
@@ -189,37 +222,6 @@ void weigh(const Term& term, int64_t begin, int size, C* y) {
     }
 }
 
-// The sums of w * phi over a chunk, and of its slope where `slope` is not null. Blocks are added in double: a lane's
-// chain over a whole chunk would be less accurate than PyTorch's cascade.
-template <typename T, typename C>
-void sum_chunk(const Term& term, int64_t begin, int64_t size, double* value, double* slope) {
-    const Loops<C>& loops = loops_of<C>(term.phi);
-    C room[kBlock], y[kBlock];
-    const auto sum = [&](int64_t from, int n) {
-        if (term.weights) weigh(term, from, n, y);
-        Lanes<C> lanes;
-        add_each(lanes, y, n, [](Vec<C> v) { return v; });
-        return double(lanes.sum());
-    };
-    *value = 0;
-    if (slope) *slope = 0;
-    for (int64_t i = 0; i < size; i += kBlock) {
-        const int n = size - i < kBlock ? int(size - i) : kBlock;
-        const C* d = differences<T, C>(term, begin + i, n, room);
-        if (!term.weights) {
-            Lanes<C> lanes;
-            loops.add_values(term, d, n, lanes);
-            *value += double(lanes.sum());
-        } else {
-            loops.values(term, d, n, y);
-            *value += sum(begin + i, n);
-        }
-        if (!slope) continue;
-        loops.slopes(term, d, n, C(1), C(0), y);
-        *slope += sum(begin + i, n);
-    }
-}
-
 // to = from, or its negative
 template <typename T, typename C>
 void convert(const C* from, T* to, int size, bool negative) {
@@ -232,30 +234,94 @@ void convert(const C* from, T* to, int size, bool negative) {
     }
 }
 
-// dx = w * slope * factor + offset, dother = -dx; either may be null
+// The gradients by the elements from `begin` on, made in `made` and brought from there: dx, and dother = -dx; either
+// may be null.
+template <typename T, typename C>
+struct Gradients {
+    T *dx, *dother;
+    C* made;
+
+    Gradients(const Term& term, int64_t begin, C* room)
+        : dx(term.dlogits ? static_cast<T*>(term.dlogits) + begin : nullptr),
+          dother(term.dother ? static_cast<T*>(term.dother) + begin : nullptr),
+          made(room) {
+        if constexpr (kSame<T, C>)
+            if (dx) made = dx;
+    }
+
+    void bring(int size) const {
+        if constexpr (!kSame<T, C>)
+            if (dx) convert(made, dx, size, false);
+        if (dother) convert(made, dother, size, true);
+    }
+};
+
+// dx = w * slope * factor + offset of a block's differences d
+template <typename T, typename C>
+void differentiate_block(const Term& term, int64_t begin, const C* d, int size, C factor, C offset, C* room) {
+    const Gradients<T, C> gradients(term, begin, room);
+    C* out = gradients.made;
+    const Loops<C>& loops = loops_of<C>(term.phi);
+    if (term.weights) {
+        // the offset has no weight
+        loops.slopes(term, d, size, factor, C(0), out);
+        weigh(term, begin, size, out);
+        if (offset != 0) map_each(out, out, size, [&](Vec<C> v) { return v + offset; });
+    } else {
+        loops.slopes(term, d, size, factor, offset, out);
+    }
+    gradients.bring(size);
+}
+
 template <typename T, typename C>
 void differentiate_chunk(const Term& term, int64_t begin, int64_t size, C factor, C offset) {
-    T* dx = term.dlogits ? static_cast<T*>(term.dlogits) + begin : nullptr;
-    T* dother = term.dother ? static_cast<T*>(term.dother) + begin : nullptr;
-    const Loops<C>& loops = loops_of<C>(term.phi);
     C room[kBlock], y[kBlock];
     for (int64_t i = 0; i < size; i += kBlock) {
         const int n = size - i < kBlock ? int(size - i) : kBlock;
+        differentiate_block<T, C>(term, begin + i, differences<T, C>(term, begin + i, n, room), n, factor, offset, y);
+    }
+}
+
+template <typename C>
+double sum_of_numbers(const C* y, int size) {
+    Term plain{};
+    plain.sign = 1;
+    return sum_of<MMFAST_IDENTITY, C, false>(plain, y, size, C(0), nullptr);
+}
+
+// The sums of w * phi over a chunk, and of its slope where `slope` is not null; else the term's gradients that are
+// wanted, w * slope * factor. Blocks are added in double: a lane's chain over a whole chunk would be less accurate than
+// PyTorch's cascade.
+template <typename T, typename C>
+void sum_chunk(const Term& term, int64_t begin, int64_t size, C factor, double* value, double* slope) {
+    const Loops<C>& loops = loops_of<C>(term.phi);
+    const bool wanted = !slope && (term.dlogits || term.dother);
+    C room[kBlock], y[kBlock];
+    *value = 0;
+    if (slope) *slope = 0;
+    for (int64_t i = 0; i < size; i += kBlock) {
+        const int n = size - i < kBlock ? int(size - i) : kBlock;
         const C* d = differences<T, C>(term, begin + i, n, room);
-        C* out = y;
-        if constexpr (kSame<T, C>)
-            if (dx) out = dx + i;
         if (term.weights) {
-            // the offset has no weight
-            loops.slopes(term, d, n, factor, C(0), out);
-            weigh(term, begin + i, n, out);
-            if (offset != 0) map_each(out, out, n, [&](Vec<C> v) { return v + offset; });
+            loops.values(term, d, n, y);
+            weigh(term, begin + i, n, y);
+            *value += sum_of_numbers(y, n);
+            if (slope) {
+                loops.slopes(term, d, n, C(1), C(0), y);
+                weigh(term, begin + i, n, y);
+                *slope += sum_of_numbers(y, n);
+            }
+            if (wanted) differentiate_block<T, C>(term, begin + i, d, n, factor, C(0), y);
+        } else if (slope) {
+            *value += loops.sum_and_slopes(term, d, n, C(1), y);
+            *slope += sum_of_numbers(y, n);
+        } else if (wanted) {
+            const Gradients<T, C> gradients(term, begin + i, y);
+            *value += loops.sum_and_slopes(term, d, n, factor, gradients.made);
+            gradients.bring(n);
         } else {
-            loops.slopes(term, d, n, factor, offset, out);
+            *value += loops.sum(term, d, n, C(0), nullptr);
         }
-        if constexpr (!kSame<T, C>)
-            if (dx) convert(out, dx + i, n, false);
-        if (dother) convert(out, dother + i, n, true);
     }
 }
 
@@ -317,13 +383,34 @@ void measure(const mmfast_adversarial_args& args, int64_t chunks, double* sums) 
         plain.logits = place.term->logits;
         plain.phi = MMFAST_IDENTITY;
         plain.sign = 1;
-        sum_chunk<T, C>(plain, place.offset, place.size, sums + i, nullptr);
+        sum_chunk<T, C>(plain, place.offset, place.size, C(0), sums + i, nullptr);
     });
     for (int64_t k = 0; k < args.count; ++k) {
         double sum = 0;
         for (int64_t i = chunks_of(args.terms[k]); i > 0; --i) sum += *sums++;
         static_cast<C*>(args.means)[k] = C(sum / double(args.terms[k].size));
     }
+}
+
+// the factor of the slope in the gradient by the logits, of the total's gradient 1
+double factor_of(const mmfast_adversarial_args& args, const Term& term) {
+    const double scale = args.mean ? term.weight / double(term.size) : term.weight;
+    return scale * term.sign;
+}
+
+template <typename T, typename C>
+int backward(const mmfast_adversarial_args& args) {
+    const int64_t chunks = count_chunks(args);
+    const double dtotal = args.dtotal ? double(load_float(static_cast<const T*>(args.dtotal), 1)[0]) : 1;
+    parallel_for(threads_for(args, chunks), chunks, [&](int64_t i) {
+        const Place place = find_chunk(args, i);
+        const Term& term = *place.term;
+        if (!term.dlogits && !term.dother) return;
+        const double peer = term.peer_slope ? double(*static_cast<const C*>(term.peer_slope)) : 0;
+        differentiate_chunk<T, C>(term, place.offset, place.size, C(dtotal * factor_of(args, term)),
+                                  C(-dtotal * peer / double(term.size)));
+    });
+    return MMFAST_OK;
 }
 
 template <typename T, typename C>
@@ -335,7 +422,8 @@ int forward(const mmfast_adversarial_args& args) {
     parallel_for(threads_for(args, chunks), chunks, [&](int64_t i) {
         const Place place = find_chunk(args, i);
         double* slope = sums.slopes() ? sums.slopes() + i : nullptr;
-        sum_chunk<T, C>(*place.term, place.offset, place.size, sums.values() + i, slope);
+        sum_chunk<T, C>(*place.term, place.offset, place.size, C(factor_of(args, *place.term)), sums.values() + i,
+                        slope);
     });
     C* values = static_cast<C*>(args.values);
     C* slopes = static_cast<C*>(args.slopes);
@@ -355,23 +443,8 @@ int forward(const mmfast_adversarial_args& args) {
         total += value;
     }
     store_float(static_cast<T*>(args.total), splat(C(total)), 1);
-    return MMFAST_OK;
-}
-
-template <typename T, typename C>
-int backward(const mmfast_adversarial_args& args) {
-    const int64_t chunks = count_chunks(args);
-    const double dtotal = args.dtotal ? double(load_float(static_cast<const T*>(args.dtotal), 1)[0]) : 1;
-    parallel_for(threads_for(args, chunks), chunks, [&](int64_t i) {
-        const Place place = find_chunk(args, i);
-        const Term& term = *place.term;
-        if (!term.dlogits && !term.dother) return;
-        const double scale = args.mean ? term.weight / double(term.size) : term.weight;
-        const double peer = term.peer_slope ? double(*static_cast<const C*>(term.peer_slope)) : 0;
-        differentiate_chunk<T, C>(term, place.offset, place.size, C(dtotal * scale * term.sign),
-                                  C(-dtotal * peer / double(term.size)));
-    });
-    return MMFAST_OK;
+    // gradients that need the slopes of all logits first
+    return slopes ? backward<T, C>(args) : MMFAST_OK;
 }
 
 }  // namespace

@@ -25,6 +25,7 @@
     X(rnn_forward, mmfast_rnn_forward_args)          \
     X(rnn_backward, mmfast_rnn_backward_args)        \
     X(rnn_cell, mmfast_rnn_cell_args)                \
+    X(product, mmfast_product_args)                  \
     X(normalize_forward, mmfast_normalize_args)      \
     X(normalize_backward, mmfast_normalize_args)     \
     X(activation_forward, mmfast_activation_args)    \
@@ -120,6 +121,14 @@ const char* mmfast_supported_isas(void) {
 }
 
 const char* mmfast_isa(void) { return mmfast::g_isa->name; }
+
+int mmfast_is_intel(void) {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("intel") != 0;
+#else
+    return 0;
+#endif
+}
 
 int mmfast_set_isa(const char* name) {
     for (const mmfast::Isa& isa : mmfast::kIsas) {

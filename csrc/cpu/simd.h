@@ -304,13 +304,36 @@ inline Vec<double> with_sign(Vec<double> v, Vec<double> sign) {
 template <typename T>
 constexpr T kSmallestExponent = sizeof(T) == 4 ? T(-104) : T(-746);
 
+// exp(x) for x <= 0, at most 2 ulp off, subnormal results included; NaN stays NaN.
+template <typename V>
+inline V exp_negative(V x) {
+    using T = decltype(x[0] + 0);
+    const Exponent<T> part = exponent_of(max_of(splat(kSmallestExponent<T>), x));
+    return scale_of(part.minus_one + T(1), part.power);
+}
+
+// log(1 + x) for 0 <= x < 2^(the dtype's largest exponent): 1 + x = 2^k * (1 + f), 0 <= f < 1; NaN stays NaN.
+inline Vec<float> log1p_of(Vec<float> x) {
+    const Bits<float> exponent = as_bits(x + 1.0f) & 0x7f800000;
+    const Vec<float> power = as_float(exponent), inverse = as_float(0x7f000000 - exponent);
+    const Vec<float> k = __builtin_convertvector((exponent >> 23) - 127, Vec<float>);
+    // exact, or nearly so: of k = 0 it is x itself
+    const Vec<float> f = (x + (1.0f - power)) * inverse;
+    return k * 0.693147180559945309f + log1p_unit(f);
+}
+inline Vec<double> log1p_of(Vec<double> x) {
+    const Bits<double> exponent = as_bits(x + 1.0) & 0x7ff0000000000000LL;
+    const Vec<double> power = as_float(exponent), inverse = as_float(0x7fe0000000000000LL - exponent);
+    const Vec<double> k = __builtin_convertvector((exponent >> 52) - 1023, Vec<double>);
+    const Vec<double> f = (x + (1.0 - power)) * inverse;
+    return k * 0.693147180559945309417 + log1p_unit(f);
+}
+
 // 1 / (1 + exp(-x)), at most 2 ulp off over the full range, subnormal results included; NaN stays NaN.
 template <typename T>
 inline Vec<T> sigmoid_lanes(Vec<T> x) {
     // exp only of what is not positive: small results keep their relative accuracy, none overflows
-    Vec<T> a = max_of(splat(kSmallestExponent<T>), negative_of(x));
-    Exponent<T> part = exponent_of(a);
-    Vec<T> e = scale_of(part.minus_one + T(1), part.power);
+    Vec<T> e = exp_negative(negative_of(x));
     Vec<T> numerator = x < 0 ? e : splat(T(1));
     return numerator / (e + T(1));
 }

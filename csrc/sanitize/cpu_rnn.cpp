@@ -18,6 +18,7 @@ namespace MMFAST_ISA {
 int rnn_forward(const mmfast_rnn_forward_args& args);
 int rnn_backward(const mmfast_rnn_backward_args& args);
 int rnn_cell(const mmfast_rnn_cell_args& args);
+int product(const mmfast_product_args& args);
 }  // namespace MMFAST_ISA
 }  // namespace mmfast
 
@@ -116,13 +117,26 @@ bool run_cell() {
     return rnn_cell(args) == MMFAST_OK && buffers.all_written();
 }
 
+bool run_product() {
+    mmfast_product_args args{};
+    args.dtype = int(pick(0, 1)), args.threads = int(pick(1, 3));
+    const int64_t m = args.rows = pick(1, 40), n = args.columns = pick(1, 330), k = args.depth = pick(1, 40);
+    Buffers buffers(args.dtype);
+    args.a = buffers.input(m * k), args.b = buffers.input(k * n), args.bias = buffers.maybe(n);
+    args.out = buffers.output(m * n), args.out_row = n;
+    const bool a_transposed = pick(0, 1), b_transposed = pick(0, 1);
+    args.a_row = a_transposed ? 1 : k, args.a_column = a_transposed ? m : 1;
+    args.b_row = b_transposed ? 1 : n, args.b_column = b_transposed ? k : 1;
+    return product(args) == MMFAST_OK && buffers.all_written();
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
     const int layers = count > 1 ? atoi(arguments[1]) : 100;
     const bool overflow = count > 2 && !strcmp(arguments[2], "overflow");
     for (int i = 0; i < layers; ++i)
-        if (!run_layer(overflow) || !run_cell()) {
+        if (!run_layer(overflow) || !run_cell() || !run_product()) {
             printf("layer %d: an output is not finite, or the kernel refused\n", i);
             return 1;
         }

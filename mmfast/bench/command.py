@@ -121,6 +121,8 @@ def _plan(args: argparse.Namespace) -> Plan:
         for mode in (cases.usual_modes(case) if usual else cases.modes(case))
         if wanted is None or mode in wanted
     ]
+    if args.peers:
+        peers.installed()
     if not bouts:
         raise ValueError(f"--modes {args.modes}: none of the cases has it")
     rounds, seconds = (args.rounds, math.inf) if args.rounds else (30, 0.5)
@@ -217,7 +219,8 @@ def _conclude(plan: Plan, args: argparse.Namespace, base: Sequence[Row] | None, 
     if args.plot and plan.rows:
         where = report.environment(plan.device)
         title = (
-            f"mmfast {where['mmfast']}, torch {where['torch']}, {where['machine']}, {torch.get_num_threads()} threads"
+            f"mmfast {where['mmfast']}, torch {where['torch']}, {where['machine']}, "
+            f"{report.threads(torch.get_num_threads())}"
         )
         plots.draw(args.plot, plan.rows, rates, title)
     if args.tune and plan.rows:
@@ -228,7 +231,7 @@ def _conclude(plan: Plan, args: argparse.Namespace, base: Sequence[Row] | None, 
     fine = not any(name.startswith("mmfast") for row in plan.rows for name in row.wrong)
     if base is not None:
         lines, kept = report.compare(plan.rows, base, args.slowdown)
-        out.print()
+        out.print(f"\nCompared with {args.base}:", markup=False)
         for text, style in lines:
             out.print(text, style=style or None, markup=False)
         fine = fine and kept

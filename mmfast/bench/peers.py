@@ -18,10 +18,23 @@ ONNXRUNTIME = "onnxruntime"
 _ONNX_ORDER = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
 
 
+#: what each peer needs installed
+NEEDED = {ONNXRUNTIME: ("onnx", "onnxruntime")}
+
+
+def installed() -> list[str]:
+    """The peers that can be called here; ValueError, with the command that installs one, where there is none."""
+    found = [peer for peer, needed in NEEDED.items() if all(importlib.util.find_spec(name) for name in needed)]
+    if not found:
+        missing = [name for needed in NEEDED.values() for name in needed if not importlib.util.find_spec(name)]
+        raise ValueError(f"--peers: no other library is ready here: pip install {' '.join(missing)}")
+    return found
+
+
 def joined(bout: Bout, contenders: Iterable[Contender]) -> Iterator[Contender]:
     """The contenders, then the peers that can run this case: onnxruntime, recurrent layers forward on a CPU."""
     yield from contenders
-    if _serves(bout) and all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+    if _serves(bout) and ONNXRUNTIME in installed():
         yield Contender(ONNXRUNTIME, _onnxruntime(bout), bout.sets)
 
 

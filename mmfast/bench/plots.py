@@ -89,9 +89,7 @@ def _bars(part: Any, rows: Sequence[Row]) -> None:
     axes.set_xlim(ticks[0] - 0.35, ticks[-1] + 0.35)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.set_xlabel(
-        "mmfast's speed / the best of PyTorch eager and compiled (log scale; right of 1x is faster)", fontsize=8
-    )
+    axes.set_xlabel("the best rival's time / mmfast's (log scale; right of 1x mmfast is faster)", fontsize=8)
     axes.set_title("Speed-up", fontsize=10, loc="left")
     _legend(axes, rows, "lower right")
 
@@ -129,7 +127,7 @@ def _roofline(part: Any, rows: Sequence[Row], rates: Floor) -> None:
     for x, y, (color, marker), filled in points:
         axes.plot(x, y, marker, color=color, markerfacecolor=color if filled else "white", markersize=5)
     axes.plot([], [], "ko", markersize=5, label="mmfast (marker: pass, as the bars' colours)")
-    axes.plot([], [], "ko", markersize=5, markerfacecolor="white", label="best of PyTorch")
+    axes.plot([], [], "ko", markersize=5, markerfacecolor="white", label="best rival")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlim(low, high)
@@ -137,7 +135,9 @@ def _roofline(part: Any, rows: Sequence[Row], rates: Floor) -> None:
     axes.set_ylabel("GFLOP/s (without products: GB/s)", fontsize=8)
     axes.set_title("Roofline of this machine", fontsize=10, loc="left")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7, loc="lower right")
+    # nothing is above the roof
+    axes.set_ylim(top=5 * rates.flops / 1e9)
+    axes.legend(fontsize=7, loc="upper left", ncols=2)
 
 
 def _scaling(part: Any, rows: Sequence[Row]) -> None:

@@ -46,7 +46,7 @@ def environment(device: str) -> dict[str, Any]:
         triton = "not installed"
     return {
         "machine": table.processor() if device == "cpu" else torch.cuda.get_device_name(),
-        "cores": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
         "device": device,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -75,7 +75,7 @@ def lines(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
         return
     first = rows[0]
     others = _others(rows)
-    yield f"{first.op}: {first.dtype}, {first.device}, {first.threads} threads", "bold"
+    yield f"{first.op}: {first.dtype}, {first.device}, {threads(first.threads)}", "bold"
     heads = ["floor", "eager", "compile", *(name.removeprefix(OURS + " ")[:8] for name in others), "mmfast"]
     yield " " * 11 + "".join(f"{head:>9}" for head in heads) + "  ratio floor%  memory   first  A/A", "bold"
     case = ""
@@ -151,6 +151,11 @@ def _cell(row: Row, name: str) -> str:
 
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, subsequent_indent="    ")
+
+
+def threads(count: int) -> str:
+    """1 thread, 2 threads."""
+    return f"{count} thread{'s' * (count != 1)}"
 
 
 def duration(seconds: float) -> str:
@@ -297,7 +302,7 @@ def replace(path: Path, text: str) -> None:
 
 
 def compare(rows: Sequence[Row], base: Sequence[Row], slowdown: float) -> tuple[list[tuple[str, str]], bool]:
-    """(lines, whether no case became slower) of mmfast's times then and now.
+    """(lines, whether there was something to compare and no case became slower) of mmfast's times then and now.
 
     A case is slower if its time grew by more than `slowdown`, and so did its time relative to PyTorch's: a machine
     that is busier than it was slows both.
@@ -315,4 +320,6 @@ def compare(rows: Sequence[Row], base: Sequence[Row], slowdown: float) -> tuple[
         fine = fine and not bad
         name = f"{row.case[:48]} {MODE_LABELS[row.mode]}"
         found.append((f"{name:<60}{duration(then):>10}{duration(now):>10}{ratio:>7.2f}x{' slower' * bad}", "red" * bad))
+    if len(found) == 1:
+        return [("it holds none of these cases, in this dtype, on this device, with so many threads", "red")], False
     return found, fine

@@ -31,7 +31,7 @@ class Case(NamedTuple):
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 Gradients = list[Tensor | None]
 
-#: Up to so many elements, all gradients of a loss are computed together with it: they cost less than a call does.
+#: Up to so many elements a loss is the work of one thread, and less of it than a call is.
 _FEW = 4096
 
 
@@ -100,11 +100,15 @@ class Cpu(Backend):
     def forward_with_gradients(
         self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool, needed: Sequence[bool]
     ) -> tuple[Outputs, Gradients]:
-        """(outputs, the total's gradients that are needed, with None for others, or [] where logits are many)."""
+        """(outputs, the total's gradients that are needed, with None for others; or [] where they are left for later).
+
+        Those that need the logits are computed while these are read.
+        """
         inputs = dense(inputs)
         outputs = empty_outputs(inputs, values_wanted)
         gradients: Gradients = []
-        if needed and _are_few(inputs.logits):
+        # 16-bit gradients would be rounded before they are scaled, and again after it
+        if needed and inputs.logits[0].dtype.itemsize > 2 and not _are_constant(terms, inputs):
             gradients = empty_gradients(inputs, needed)
         native.cpu_adversarial_forward(terms, mean, inputs, *outputs, gradients)
         return outputs, gradients
@@ -132,12 +136,12 @@ def are_few(x: Any, y: Any) -> bool:
     return count <= _FEW and x.is_contiguous()
 
 
-def _are_few(logits: Sequence[Tensor]) -> bool:
-    count = 0
-    for x in logits:
-        count += x.numel()
-    # 16-bit gradients would be rounded before they are scaled, and again after it
-    return count <= _FEW and logits[0].dtype.itemsize > 2
+def _are_constant(terms: Terms, inputs: Inputs) -> bool:
+    """Whether the gradients do not depend on the logits, of more than a few: the backward need not read them."""
+    for term in terms:
+        if term.phi != equations.IDENTITY:
+            return False
+    return inputs.logits[0].numel() > _FEW
 
 
 def unreduced(case: Case) -> list[str]:

@@ -69,7 +69,7 @@ def adversarial_discriminator_loss(
         recipe = _remembered(_discriminator_recipe, 1, mode, scale, smoothing, reduction, across)
         meet = recipe.pairing == "pairs"
         if _is_cpus(recipe, real_logits, backend) and (not meet or real_logits.shape == fake_logits.shape):
-            return loss_of_few(recipe.terms, recipe.mean, real_logits, fake_logits)
+            return loss_of_few(recipe.terms, recipe.mean, recipe.pairing == "means", real_logits, fake_logits)
     real, fake = _flat("real_logits", real_logits), _flat("fake_logits", fake_logits)
     if len(real) != len(fake):
         raise ValueError(
@@ -110,7 +110,7 @@ def adversarial_generator_loss(
     if plain and real_logits is None and are_few(fake_logits, None):
         recipe = _remembered(_generator_recipe, 1, mode, scale, 0.0, reduction, across)
         if not recipe.pairing and _is_cpus(recipe, fake_logits, backend):
-            return loss_of_few(recipe.terms, recipe.mean, fake_logits, None)
+            return loss_of_few(recipe.terms, recipe.mean, False, fake_logits, None)
     fake = _flat("fake_logits", fake_logits)
     recipe = _remembered(_generator_recipe, len(fake), mode, scale, 0.0, reduction, across)
     weights = real_weight, fake_weight
@@ -518,8 +518,8 @@ def _element_weights(logits: list[Tensor], weights: tuple[Tensor | None, ...]) -
 
 
 def _is_cpus(recipe: Recipe, x: Tensor, backend: str | None) -> bool:
-    """Whether the CPU's kernel serves a loss that has no peers."""
-    return recipe.pairing != "means" and recipe.reduced and _select(x, True, backend) == "cpu"
+    """Whether the CPU's kernel serves a loss."""
+    return recipe.reduced and _select(x, True, backend) == "cpu"
 
 
 def _select(x: Tensor, reduced: bool, backend: str | None) -> str:

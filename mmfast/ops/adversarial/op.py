@@ -53,7 +53,6 @@ class _Call:
 
     values: an attribute that the forward fills, and no output, of which each would cost its gradient.
     gradients: of the total, where they were computed together with it, until a backward has handed them out.
-    inputs: None where the total, too, is there already.
     """
 
     __slots__ = (
@@ -65,19 +64,17 @@ class _Call:
         "mean",
         "peers",
         "terms",
-        "total",
         "values",
         "wanted",
     )
 
-    def __init__(self, terms: Terms, mean: bool, inputs: Inputs | None, backend: str, wanted: bool, group: Any) -> None:
+    def __init__(self, terms: Terms, mean: bool, inputs: Inputs, backend: str, wanted: bool, group: Any) -> None:
         self.terms = terms
         self.mean = mean
         self.inputs: Any = inputs
         self.backend = OP.backends[backend]
         self.wanted = wanted
         self.group = group
-        self.total: Any = None
         self.values: Tensor | None = None
         self.gradients: list[Tensor | None] = []
         self.counts: tuple[int, int, int] | None = None
@@ -97,28 +94,71 @@ def is_eager(tensors: Sequence[Tensor]) -> bool:
     return is_plain(tensors)
 
 
-def loss_of_few(terms: Terms, mean: bool, x: Tensor, y: Tensor | None) -> Tensor:
+def loss_of_few(terms: Terms, mean: bool, averages: bool, x: Tensor, y: Tensor | None) -> Tensor:
     """The total for one or two dense tensors of few logits on the CPU, whose gradients are computed with it.
 
-    Two terms are of x and y, one term of x alone or of x - y. The tensors are plain, in float32 or float64.
+    Two terms are of x and y, with `averages` each other's peers; one term is of x alone or of x - y. The tensors are
+    plain, in float32 or float64.
     """
-    total = torch.empty((), dtype=x.dtype, device=x.device)
-    dx = dy = None
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad)):
+        return _apply_few(terms, mean, averages, x) if y is None else _apply_few(terms, mean, averages, x, y)
+    total = torch.empty_like(_SCALARS[x.dtype])
+    native.cpu_adversarial_few(terms, mean, averages, x, y, total, None, None)
+    return total
+
+
+def _is_batch(dtotal: Tensor) -> bool:
+    """Whether this is a batch of cotangents: torch.autograd.grad(..., is_grads_batched=True), or within vmap."""
+    return torch._C._functorch.is_legacy_batchedtensor(dtotal) or torch._C._are_functorch_transforms_active()
+
+
+# empty_like of them takes half of what empty does
+_SCALARS = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+
+
+class LossOfFew(torch.autograd.Function):
+    """`loss_of_few` as one node, in as few steps of Python as may be: at 64 logits they are what takes the time."""
+
+    @staticmethod
+    def forward(ctx: Any, terms: Terms, mean: bool, averages: bool, x: Tensor, y: Tensor | None = None):
+        total = torch.empty_like(_SCALARS[x.dtype])
         dx = torch.empty_like(x) if x.requires_grad else None
-        dy = torch.empty_like(y) if y is not None and y.requires_grad else None
-    native.cpu_adversarial_few(terms, mean, x, y, total, dx, dy)
-    if dx is None and dy is None:
+        # what save_for_backward does
+        if y is None:
+            native.cpu_adversarial_few(terms, mean, averages, x, None, total, dx, None)
+            ctx.gradients = (dx,)
+            ctx.to_save = (x,)
+        else:
+            dy = torch.empty_like(y) if y.requires_grad else None
+            native.cpu_adversarial_few(terms, mean, averages, x, y, total, dx, dy)
+            ctx.gradients = dx, dy
+            ctx.to_save = x, y
+        ctx.static = terms, mean, averages
         return total
-    call = _Call(terms, mean, None, "cpu", False, None)
-    call.total = total
-    if y is None:
-        call.gradients = [dx]
-        return _apply(call, x)
-    call.gradients = [dx, dy]
-    if len(terms) == 1:
-        call.counts = 1, 1, 0
-    return _apply(call, x, y)
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor):
+        # raises where a logit was changed in place, and in a second backward
+        tensors = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or torch.is_grad_enabled() or _is_batch(dtotal):
+            gradients = LossOfFew.formula(ctx, dtotal, tensors)
+        elif dtotal.item() != 1:
+            for g in gradients:
+                if g is not None:
+                    g.mul_(dtotal)
+        return None, None, None, *gradients
+
+    @staticmethod
+    def formula(ctx: Any, dtotal: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The gradients, themselves differentiable."""
+        terms, mean, averages = ctx.static
+        if len(terms) < len(tensors):
+            inputs = Inputs(tensors[:1], tensors[1:])
+        else:
+            inputs = Inputs(tensors, peers=(1, 0) if averages else ())
+        found = equations.gradient(dtotal, terms, mean, inputs)
+        return [g if need else None for g, need in zip(found, ctx.needs_input_grad[3:], strict=True)]
 
 
 class AdversarialLoss(torch.autograd.Function):
@@ -127,9 +167,6 @@ class AdversarialLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor):
         inputs, backend, group = call.inputs, call.backend, call.group
-        if inputs is None:
-            total, call.total, ctx.to_save, ctx.call = call.total, None, tensors, call
-            return total
         if backend.name == "cpu" and group is None:
             outputs, call.gradients = backend.forward_with_gradients(
                 call.terms, call.mean, inputs, call.wanted, ctx.needs_input_grad[1:]
@@ -160,22 +197,31 @@ class AdversarialLoss(torch.autograd.Function):
             return None, *_second_order(ctx, dtotal)
         # raises where a logit was changed in place, and in a second backward
         saved = ctx.saved_tensors
+        if _is_batch(dtotal):
+            backend, needed = OP.backends["torch"], ctx.needs_input_grad[1:]
+            found = backend.backward(dtotal, call.terms, call.mean, *_saved(saved, call), needed)
+            return None, *_placed(found, needed)
         if call.gradients:
             gradients, call.gradients = call.gradients, []
-            if dtotal.item() == 1:
-                return None, *gradients
-            needed: Sequence[bool] = [g is not None for g in gradients]
-        else:
-            needed = ctx.needs_input_grad[1:]
+            if dtotal.item() != 1:
+                torch._foreach_mul_([g for g in gradients if g is not None], dtotal)
+            return None, *gradients
+        needed = ctx.needs_input_grad[1:]
         inputs, state = _saved(saved, call)
         found = call.backend.backward(dtotal, call.terms, call.mean, inputs, state, needed)
         return None, *_placed(found, needed)
 
 
-# What Function.apply and its node's apply look up in each call, looked up once: functorch's transforms, which they
-# serve, never come here, and neither does a `vjp` in place of `backward`.
-_apply = super(torch.autograd.Function, AdversarialLoss).apply
-AdversarialLoss._backward_cls.apply = AdversarialLoss.backward  # type: ignore[attr-defined]
+def _direct(function: Any) -> Any:
+    """function.apply without what it looks up in each call.
+
+    functorch's transforms, which that serves, never come here, and neither does a `vjp` in place of `backward`.
+    """
+    function._backward_cls.apply = function.backward
+    return super(torch.autograd.Function, function).apply
+
+
+_apply, _apply_few = _direct(AdversarialLoss), _direct(LossOfFew)
 
 
 def _second_order(ctx: Any, dtotal: Tensor) -> Sequence[Tensor | None]:

@@ -22,6 +22,7 @@ from ...dispatch import Backend, GpuBackend, Op, TorchBackend
 from .. import portable
 from . import equations
 from .equations import GATES, MODES, Layer, Weights
+from .products import input_gradient, input_side, product, sum_over_rows
 
 
 class Case(NamedTuple):
@@ -133,7 +134,7 @@ class Walker(Backend):
         self, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, layer: Layer, keep: bool
     ) -> tuple[Tensor, ...]:
         sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
-        gx = _input_side(x.reshape(sizes.rows, x.shape[-1]), parts)
+        gx = input_side(x.reshape(sizes.rows, x.shape[-1]), parts)
         y, hn, cn, gates, cell = empty_outputs(x, weights, layer, False, sizes.batch)
         if keep and GATES[layer.mode] > 1:
             gates = gx
@@ -177,7 +178,7 @@ class Walker(Backend):
         self.walk_back(layer, sizes, parts, h0, c0, saved, dense, (dgates, dm, dh, u, previous, dh0, dc0))
         dx = None
         if need[0]:
-            dx = _input_gradient(dgates, [part.w_ih for part in parts], GATES[layer.mode]).view(x.shape)
+            dx = input_gradient(dgates, [part.w_ih for part in parts], GATES[layer.mode]).view(x.shape)
         side = _RecurrentSide(y.view(sizes.rows, width), h0, previous, sizes, dm)
         x = x.reshape(sizes.rows, x.shape[-1])
         dweights: list[Tensor | None] = []
@@ -482,15 +483,6 @@ def fits_cell(
     return True
 
 
-def _input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:
-    """x W_ih^T + b_ih of all directions: (N, D G H)"""
-    w_ih, b_ih = parts[0].w_ih, parts[0].b_ih
-    if len(parts) == 2:
-        w_ih = torch.cat([w_ih, parts[1].w_ih])
-        b_ih = None if b_ih is None else torch.cat([b_ih, parts[1].b_ih])  # type: ignore[list-item]
-    return torch.mm(x, w_ih.t()) if b_ih is None else torch.addmm(b_ih, x, w_ih.t())
-
-
 def native_layer(
     layer: Layer, sizes: Sizes, parts: Sequence[Weights], h0: Tensor | None, c0: Tensor | None
 ) -> tuple[tuple, native.RnnTensors]:
@@ -543,58 +535,7 @@ class _RecurrentSide(NamedTuple):
             sum_over_rows(dgates[:rest], y[batch:], out)
             first = dgates[rest:]
         if self.h0 is not None:
-            out.addmm_(first.t(), self.h0[direction])
-
-
-#: Columns of the result from which on torch.mm sums in blocks; with fewer its rms error was up to 7 times as large.
-WIDE = 16
-#: Rows up to which torch.mm sums them in one chain; longer ones it sums in blocks.
-ONE_CHAIN = 512
-
-
-#: Elements of the result up to which a sum over the gates is made gate by gate.
-SMALL = 1 << 16
-
-
-def _input_gradient(dgates: Tensor, w_ih: Sequence[Tensor], gates: int) -> Tensor:
-    """dgates W_ih, added over the directions: (N, I)"""
-    first, *rest = dgates.chunk(len(w_ih), 1)
-    inputs = w_ih[0].shape[1]
-    if gates == 4 and len(first) * inputs <= SMALL and first.dtype == torch.float32:
-        # one chain over all four gates is less accurate than oneDNN's
-        return sum(map(_by_gates, dgates.chunk(len(w_ih), 1), w_ih))  # type: ignore[return-value]
-    if inputs < WIDE:
-        dx = torch.mm(w_ih[0].t(), first.t())
-        for mine, w in zip(rest, w_ih[1:], strict=True):
-            dx.addmm_(w.t(), mine.t())
-        return dx.t().contiguous()
-    dx = torch.mm(first, w_ih[0])
-    for mine, w in zip(rest, w_ih[1:], strict=True):
-        dx.addmm_(mine, w)
-    return dx
-
-
-def _by_gates(dgates: Tensor, w_ih: Tensor) -> Tensor:
-    """dgates W_ih of four gates, each a sum of its own."""
-    of_gates, w = dgates.unflatten(1, (4, -1)).transpose(0, 1), w_ih.unflatten(0, (4, -1))
-    if w_ih.shape[1] < WIDE <= len(dgates):
-        return torch.bmm(w.transpose(1, 2), of_gates.transpose(1, 2)).sum(0).t().contiguous()
-    return torch.bmm(of_gates, w).sum(0)
-
-
-def sum_over_rows(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """out = left^T right"""
-    if right.shape[1] < WIDE <= left.shape[1]:
-        return out.copy_(sum_over_rows(right, left, out.new_empty(out.shape[::-1])).t())
-    rows = left.shape[0]
-    if rows > ONE_CHAIN or out.dtype != torch.float32:
-        return torch.mm(left.t(), right, out=out)
-    # in four: PyTorch adds step after step, which is more accurate than one chain over all rows
-    part = max(16, -(-rows // 4))
-    torch.mm(left[:part].t(), right[:part], out=out)
-    for start in range(part, rows, part):
-        out.addmm_(left[start : start + part].t(), right[start : start + part])
-    return out
+            product(first.t(), self.h0[direction], out=out, add=True)
 
 
 def _projection_gradient(dh: Tensor, u: Tensor, sizes: Sizes, direction: int) -> Tensor:

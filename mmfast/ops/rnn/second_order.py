@@ -28,8 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import sum_over_rows
 from .equations import GATES, Layer, Weights, split
+from .products import product, sum_over_rows
 
 
 def serves(x: Tensor, weights: Sequence[Tensor], layer: Layer) -> bool:
@@ -332,8 +332,10 @@ def _parts(v, given, x, weights, h0, c0, layer: Layer, saved, deltas) -> list[Pa
 
 
 def _input_gradient(part: Part, found: Found) -> Tensor:
-    dx = found.gx.flatten(2) @ part.w.w_ih
-    return dx if part.v.w_ih is None else dx + part.delta.flatten(2) @ part.v.w_ih
+    dx = product(found.gx.flatten(0, 1).flatten(1), part.w.w_ih)
+    if part.v.w_ih is not None:
+        product(part.delta.flatten(0, 1).flatten(1), part.v.w_ih, out=dx, add=True)
+    return dx.view(part.x.shape)
 
 
 def _weight_gradients(part: Part, found: Found) -> list[Tensor | None]:

@@ -1,0 +1,228 @@
+// The product of two matrices, for processors whose libraries use half of their vectors.
+//
+// out = a b + bias, or += a b. Pointers, shapes and strides: mmfast_product_args in mmfast.h. 2 M N K flops; bound by
+// the vector units: a tile of kRows rows times up to kMaxVectors vectors of columns keeps its sums in registers and
+// reads, for each k, one row of a panel of b (in the second cache) and kRows numbers of a (in the first). b is packed
+// a block of kDepth rows and kColumns columns at a time, so that a panel's rows follow each other; a is read where it
+// is along k, and copied strip by strip where it is dense along its rows, for rows a power of two apart share a set of
+// the cache. Source: Goto and van de Geijn, doi:10.1145/1356052.1356053.
+//
+// Threads own rows of out. Each number is one sequence of operations whoever owns it: the same bits for any number of
+// threads. Sums over k are made of chains of at most kLongest, for a chain's rounding error grows with its length.
+#include <stdlib.h>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "mmfast.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 4;
+#endif
+constexpr int kMaxVectors = 3;
+constexpr int64_t kDepth = 512;
+constexpr int64_t kShortest = 16, kLongest = 128;
+
+template <typename C>
+constexpr int kPanelWidth = kMaxVectors * kLanes<C>;
+template <typename C>
+constexpr int64_t kColumns = 6 * kPanelWidth<C>;
+
+template <typename T>
+T smaller(T a, T b) {
+    return a < b ? a : b;
+}
+
+// out[r][v] = sum over k of a[r][k * step] * panel[k][v], in chains
+template <typename C, int kVectors>
+void multiply_tile(Vec<C> (*out)[kMaxVectors], const C* const* a, int64_t step, const C* panel, int64_t depth,
+                   int64_t chain) {
+    const C* row[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) row[r] = a[r];
+    int64_t at = 0;
+    for (int64_t left = depth; left > 0; left -= chain) {
+        Vec<C> sum[kRows][kVectors] = {};
+        for (int64_t k = smaller(left, chain); k > 0; --k, at += step, panel += kVectors * kLanes<C>) {
+            Vec<C> w[kVectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) w[v] = load(panel + v * kLanes<C>);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                const Vec<C> value = splat(row[r][at]);
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) sum[r][v] += value * w[v];
+            }
+        }
+        const bool first = left == depth;
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) out[r][v] = first ? sum[r][v] : out[r][v] + sum[r][v];
+    }
+}
+
+template <typename C>
+class Product {
+    using V = Vec<C>;
+
+  public:
+    explicit Product(const mmfast_product_args& args)
+        : m_(args.rows),
+          n_(args.columns),
+          k_(args.depth),
+          add_(args.add != 0),
+          a_(static_cast<const C*>(args.a)),
+          b_(static_cast<const C*>(args.b)),
+          bias_(static_cast<const C*>(args.bias)),
+          out_(static_cast<C*>(args.out)),
+          a_row_(args.a_row),
+          a_k_(args.a_column),
+          b_k_(args.b_row),
+          b_column_(args.b_column),
+          out_row_(args.out_row),
+          chain_(k_ / 4 < kShortest ? kShortest : smaller(k_ / 4, kLongest)) {}
+
+    int run(int threads) const {
+        const int64_t tiles = (m_ + kRows - 1) / kRows;
+        const double flops = 2.0 * double(m_) * double(n_) * double(k_);
+        const int parts = flops < 1e6 ? 1 : int(smaller(tiles, int64_t(threads)));
+        int failed = 0;
+        parallel_for(parts, parts, [&](int64_t part) {
+            if (!rows(tiles * part / parts * kRows, smaller(m_, tiles * (part + 1) / parts * kRows)))
+                __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        });
+        return failed ? MMFAST_OUT_OF_MEMORY : MMFAST_OK;
+    }
+
+  private:
+    // false: no memory
+    bool rows(int64_t begin, int64_t end) const {
+        const int64_t depth = smaller(k_, kDepth), columns = smaller(n_ + kPanelWidth<C>, kColumns<C>);
+        C* panels =
+            static_cast<C*>(aligned_alloc(64, size_t((columns + kRows) * depth * int64_t(sizeof(C)) + 63) / 64 * 64));
+        if (!panels) return false;
+        C* strip = panels + columns * depth;
+        for (int64_t column = 0; column < n_; column += kColumns<C>)
+            for (int64_t k = 0; k == 0 || k < k_; k += kDepth)
+                block(begin, end, column, smaller(n_, column + kColumns<C>), k, smaller(k_ - k, kDepth), panels, strip);
+        free(panels);
+        return true;
+    }
+
+    void block(int64_t begin, int64_t end, int64_t column, int64_t last, int64_t k, int64_t depth, C* panels,
+               C* strip) const {
+        for (int64_t j = column; j < last; j += kPanelWidth<C>)
+            pack(panels + (j - column) * depth, j, smaller(last - j, int64_t(kPanelWidth<C>)), k, depth);
+        const bool strips = a_row_ == 1 && a_k_ != 1;
+        for (int64_t i = begin; i < end; i += kRows) {
+            const int valid = int(smaller(end - i, int64_t(kRows)));
+            const C* row[kRows];
+            // rows past the end are the last one again, and not stored
+            for (int r = 0; r < kRows; ++r) row[r] = a_ + (i + smaller(r, valid - 1)) * a_row_ + k * a_k_;
+            if (strips) {
+                for (int64_t d = 0; d < depth; ++d) store_strip(strip + d * kRows, row[0] + d * a_k_, valid);
+                for (int r = 0; r < kRows; ++r) row[r] = strip + r;
+            }
+            for (int64_t j = column; j < last; j += kPanelWidth<C>)
+                tile(row, strips ? kRows : a_k_, panels + (j - column) * depth, depth, i, valid, j,
+                     int(smaller(last - j, int64_t(kPanelWidth<C>))), k == 0);
+        }
+    }
+
+    static void store_strip(C* strip, const C* from, int valid) {
+        if (valid == kRows)
+            memcpy(strip, from, sizeof(C) * kRows);
+        else
+            for (int r = 0; r < kRows; ++r) strip[r] = r < valid ? from[r] : C(0);
+    }
+
+    static int vectors_of(int64_t columns) { return int((columns + kLanes<C> - 1) / kLanes<C>); }
+
+    // panel[k][column] = b[k][column], zeros past the last column
+    void pack(C* panel, int64_t column, int64_t columns, int64_t k, int64_t depth) const {
+        constexpr int L = kLanes<C>;
+        const int vectors = vectors_of(columns);
+        const C* from = b_ + k * b_k_ + column * b_column_;
+        for (int v = 0; v < vectors; ++v, from += L * b_column_) {
+            const int valid = int(smaller(columns - v * L, int64_t(L)));
+            if (b_column_ == 1)
+                for (int64_t d = 0; d < depth; ++d)
+                    store(panel + (d * vectors + v) * L,
+                          valid == L ? load(from + d * b_k_) : load_partial(from + d * b_k_, valid));
+            else
+                pack_transposed(panel + v * L, vectors * L, from, valid, depth);
+        }
+    }
+
+    // panel[d * stride + lane] = from[d * b_k + lane * b_column]
+    void pack_transposed(C* panel, int64_t stride, const C* from, int valid, int64_t depth) const {
+        constexpr int L = kLanes<C>;
+        for (int64_t d = 0; d < depth; d += L) {
+            const int count = int(smaller(depth - d, int64_t(L)));
+            C square[L][L] = {};
+            for (int lane = 0; lane < valid; ++lane) {
+                const C* p = from + lane * b_column_ + d * b_k_;
+                if (b_k_ == 1)
+                    store(square[lane], count == L ? load(p) : load_partial(p, count));
+                else
+                    for (int i = 0; i < count; ++i) square[lane][i] = p[i * b_k_];
+            }
+            for (int i = 0; i < count; ++i)
+                for (int lane = 0; lane < L; ++lane) panel[(d + i) * stride + lane] = square[lane][i];
+        }
+    }
+
+    void tile(const C* const* row, int64_t step, const C* panel, int64_t depth, int64_t i, int valid, int64_t column,
+              int columns, bool first) const {
+        constexpr int L = kLanes<C>;
+        V sums[kRows][kMaxVectors];
+        const int vectors = vectors_of(columns);
+        if (depth == 0)
+            memset(sums, 0, sizeof sums);
+        else if (vectors == 3)
+            multiply_tile<C, 3>(sums, row, step, panel, depth, chain_);
+        else if (vectors == 2)
+            multiply_tile<C, 2>(sums, row, step, panel, depth, chain_);
+        else
+            multiply_tile<C, 1>(sums, row, step, panel, depth, chain_);
+        for (int v = 0; v < vectors; ++v) {
+            const int lanes = smaller(columns - v * L, L);
+            const int64_t at = column + v * L;
+            const V bias = bias_ && first ? load_partial(bias_ + at, lanes) : V{};
+            for (int r = 0; r < valid; ++r) {
+                C* out = out_ + (i + r) * out_row_ + at;
+                V value = sums[r][v] + bias;
+                if (add_ || !first) value += lanes == L ? load(out) : load_partial(out, lanes);
+                lanes == L ? store(out, value) : store_partial(out, value, lanes);
+            }
+        }
+    }
+
+    int64_t m_, n_, k_;
+    bool add_;
+    const C *a_, *b_, *bias_;
+    C* out_;
+    int64_t a_row_, a_k_, b_k_, b_column_, out_row_, chain_;
+};
+
+}  // namespace
+
+int product(const mmfast_product_args& args) {
+    switch (args.dtype) {
+        case MMFAST_FLOAT32:
+            return Product<float>(args).run(args.threads);
+        case MMFAST_FLOAT64:
+            return Product<double>(args).run(args.threads);
+        default:
+            return MMFAST_INVALID_ARGUMENT;
+    }
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast
