@@ -8,7 +8,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MMFAST_ABI_VERSION 4
+#define MMFAST_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
