@@ -326,6 +326,44 @@ int cuda_normalize_backward(const Normalization& row, const std::array<Pointer, 
     return run(mmfast_cuda_normalize_backward, args);
 }
 
+using Sizes = std::array<int64_t, 3>;
+// dtype, x channels last, y channels last, batch, input channels, groups, output channels a group, then in_size,
+// out_size, kernel, stride, dilation, before
+using Direct = std::tuple<int, bool, bool, int64_t, int64_t, int64_t, int64_t, std::array<Sizes, 6>>;
+
+mmfast_direct_args as_direct(const Direct& row) {
+    const auto& [dtype, x_last, y_last, batch, in_channels, groups, group_out, sizes] = row;
+    mmfast_direct_args args{};
+    args.dtype = dtype, args.x_channels_last = x_last, args.y_channels_last = y_last;
+    args.batch = batch, args.in_channels = in_channels, args.groups = groups, args.group_out = group_out;
+    int64_t* const members[] = {args.in_size, args.out_size, args.kernel, args.stride, args.dilation, args.before};
+    for (size_t i = 0; i < 6; ++i) std::copy(sizes[i].begin(), sizes[i].end(), members[i]);
+    return args;
+}
+
+int64_t cuda_direct_scratch(const Direct& row) {
+    const mmfast_direct_args args = as_direct(row);
+    return mmfast_cuda_direct_scratch(&args);
+}
+
+int cuda_direct_forward(const Direct& row, int activation, double negative_slope, Pointer x, Pointer weight,
+                        Pointer bias, Pointer y, Pointer stream) {
+    mmfast_direct_args args = as_direct(row);
+    args.activation = activation, args.negative_slope = negative_slope;
+    args.x = as_pointer(x), args.weight = as_pointer(weight), args.bias = as_pointer(bias), args.y = as_pointer(y);
+    args.stream = as_pointer(stream);
+    return run(mmfast_cuda_direct_forward, args);
+}
+
+int cuda_direct_backward(const Direct& row, Pointer x, Pointer weight, Pointer dy, Pointer dx, Pointer dweight,
+                         Pointer scratch, Pointer stream) {
+    mmfast_direct_args args = as_direct(row);
+    args.x = as_pointer(x), args.weight = as_pointer(weight), args.dy = as_pointer(dy);
+    args.dx = as_pointer(dx), args.dweight = as_pointer(dweight), args.scratch = as_pointer(scratch);
+    args.stream = as_pointer(stream);
+    return run(mmfast_cuda_direct_backward, args);
+}
+
 // y and out, or of the backward y, dout and out
 int cuda_activation(bool backward, int dtype, int which, double negative_slope, int64_t count, Pointer y, Pointer dout,
                     Pointer out, Pointer stream) {
@@ -511,6 +549,9 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_normalize_forward", &cuda_normalize_forward);
     m.def("cuda_normalize_backward", &cuda_normalize_backward);
     m.def("cuda_activation", &cuda_activation);
+    m.def("cuda_direct_scratch", &cuda_direct_scratch);
+    m.def("cuda_direct_forward", &cuda_direct_forward);
+    m.def("cuda_direct_backward", &cuda_direct_backward);
 }
 #endif
 

@@ -196,6 +196,33 @@ int mmfast_cpu_image_to_columns(const mmfast_columns_args* args);
 int mmfast_cpu_depthwise_forward(const mmfast_columns_args* args);
 int mmfast_cpu_depthwise_backward(const mmfast_columns_args* args);
 
+// The transposed convolution of few output channels a group on the current CUDA device, float32, float16 or bfloat16:
+//     y[n, g * group_out + c, o] = act(bias + sum of x[n, g * I + ci, i] * weight[k, g * I + ci, c] over all ci, k, i
+//     with i * stride + k * dilation - before = o),  I = in_channels / groups
+// and the gradients of the sum by x and weight. Three dimensions, of which the first ones may be 1. Every pointer is
+// device memory, aligned to 16 bytes.
+typedef struct {
+    int32_t dtype;  // enum mmfast_dtype, of all tensors
+    int32_t x_channels_last, y_channels_last;
+    int64_t batch, in_channels, groups, group_out;  // group_out: 1 to 4
+    int64_t in_size[3], out_size[3], kernel[3], stride[3], dilation[3], before[3];
+    const void* x;       // (batch, in_channels, *in_size) contiguous, or channels last
+    const void* weight;  // (*kernel, in_channels, group_out) contiguous
+    const void* bias;    // (groups * group_out,), or null: 0; forward only
+    int32_t activation;  // forward only
+    double negative_slope;
+    void* y;         // (batch, groups * group_out, *out_size) contiguous, or channels last; forward only
+    const void* dy;  // the same; backward only
+    void* dx;        // of x's layout, or null: not wanted; backward only
+    void* dweight;   // of weight's layout, or null: not wanted; backward only
+    void* scratch;   // mmfast_cuda_direct_scratch(args) float32, unwritten; only where dweight is wanted
+    void* stream;    // null is the default stream
+} mmfast_direct_args;
+
+int64_t mmfast_cuda_direct_scratch(const mmfast_direct_args* args);
+int mmfast_cuda_direct_forward(const mmfast_direct_args* args);
+int mmfast_cuda_direct_backward(const mmfast_direct_args* args);
+
 // ---- rnn
 // A layer of a recurrent network over whole sequences, one or both directions. The caller has computed the input side
 // gx = x W_ih^T + b_ih of every step; the kernel walks time:

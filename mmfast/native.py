@@ -470,6 +470,45 @@ def cpu_depthwise_backward(
     check(library().cpu_depthwise_backward(DTYPES[image.dtype], *shape, window, *pointers, torch.get_num_threads()))
 
 
+def _direct(window: Window, x: torch.Tensor, y: torch.Tensor, groups: int) -> tuple:
+    last = (not x.is_contiguous(), not y.is_contiguous())
+    return DTYPES[x.dtype], *last, *x.shape[:2], groups, y.shape[1] // groups, window
+
+
+def cuda_direct_forward(
+    window: Window,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: tuple[int, float],
+    groups: int,
+    y: torch.Tensor,
+) -> None:
+    """Fills y (N, Cout, *out_size) as mmfast_cuda_direct_forward does; x and y contiguous or channels last.
+
+    weight: (*kernel, Cin, Cout / groups) contiguous. Every tensor begins at a multiple of 16 bytes.
+    """
+    pointers = (x.data_ptr(), weight.data_ptr(), _address(bias), y.data_ptr())
+    _launch("cuda_direct_forward", x, _direct(window, x, y, groups), *activation, *pointers)
+
+
+def cuda_direct_backward(
+    window: Window,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    groups: int,
+    dy: torch.Tensor,
+    dx: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+) -> None:
+    """Fills dx and dweight, of x's and weight's layout, where they are wanted; all else as in the forward."""
+    call = _direct(window, x, dy, groups)
+    size = 0 if dweight is None else library("_C" if x.is_cuda else "_emulator").cuda_direct_scratch(call)
+    scratch = torch.empty(size, dtype=torch.float32, device=x.device)
+    pointers = [_address(t) for t in (x, weight, dy, dx, dweight, scratch)]
+    _launch("cuda_direct_backward", x, call, *pointers)
+
+
 def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 

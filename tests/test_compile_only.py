@@ -356,6 +356,10 @@ def test_cuda(cuda_folder, capsys, stem, architecture):
             assert "LDG.E.128" in found.sass, f"{found.kernel} does not load 16 bytes at a time"
         if wide and found.kernel.startswith(("Normalize", "InputGradient", "Activate")):
             assert "STG.E.128" in found.sass, f"{found.kernel} does not store 16 bytes at a time"
+        if stem == "conv_transpose" and re.match(r"\w+<\w+, \d, [48], [12]>", found.kernel):
+            assert "LDG.E.128" in found.sass, f"{found.kernel} does not load 16 bytes at a time"
+        if stem == "conv_transpose" and re.match(r"Input<\w+, \d, [48],|Forward<\w+, \d, [48], [01]>", found.kernel):
+            assert "STG.E.128" in found.sass, f"{found.kernel} does not store 16 bytes at a time"
         if stem == "rnn":
             for access in ("LDG.E.128", "STG.E.128"):
                 assert access in found.sass, f"{found.kernel} has no {access}"

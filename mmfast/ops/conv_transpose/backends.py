@@ -12,6 +12,7 @@ the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ from .equations import Epilogue, Geometry
 _NATIVE_ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4, "silu": 5, "gelu": 6}
 
 _NO_ACTIVATION = (0, Epilogue().negative_slope)
+
+#: A sample of so many elements is torch's: offsets within one are 32 bits.
+_LARGE = 2**30
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -419,8 +423,11 @@ class Triton(GpuBackend):
 
 
 class Cuda(GpuBackend):
-    """csrc/cuda, on a CUDA device; on CPU tensors in the emulator. The convolution itself, and its gradients, are
-    torch's."""
+    """csrc/cuda, on a CUDA device; on CPU tensors in the emulator.
+
+    Convolutions of at most 4 output channels a group are the kernels', with their gradients; others are torch's, and
+    what follows them the kernels'.
+    """
 
     name = "cuda"
 
@@ -447,7 +454,21 @@ class Cuda(GpuBackend):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         keep = keep and keeps_result(epilogue)
         activation = (_NATIVE_ACTIVATIONS[epilogue.activation], epilogue.negative_slope)
-        y = _aligned(_dense(equations.convolve(x, weight, bias, geometry)))
+        fused = activation if epilogue.norm == "none" and not keep else _NO_ACTIVATION
+        if _is_direct(x, weight, geometry):
+            y = empty_output(x, weight, geometry)
+            if y.numel():
+                tensors = (
+                    _aligned(_dense(x)),
+                    _taps_first(weight),
+                    None if bias is None else _aligned(bias.contiguous()),
+                )
+                native.cuda_direct_forward(
+                    products._native_window(x, weight, geometry), *tensors, fused, geometry.groups, y
+                )
+        else:
+            fused = _NO_ACTIVATION
+            y = _aligned(_dense(equations.convolve(x, weight, bias, geometry)))
         # torch's instance norm gives a contiguous result whatever it is given
         y = y.contiguous() if epilogue.norm == "instance" else y
         shape = moments_shape(y.shape, epilogue)
@@ -460,7 +481,7 @@ class Cuda(GpuBackend):
             given = (mean, var) if epilogue.norm == "given" else found
             call = _normalization(y, [norm_weight, norm_bias, *given], activation, epilogue)
             native.cuda_normalize_forward(call[0], y, out if epilogue.normalizes else None)
-        if not epilogue.normalizes and activation[0]:
+        if not epilogue.normalizes and activation[0] and not fused[0]:
             native.cuda_activation_forward(activation, y, out)
         return out, saved, found[0], found[1]
 
@@ -493,11 +514,40 @@ class Cuda(GpuBackend):
                 native.cuda_normalize_backward(call[0], dout, dy, dnorm_weight, dnorm_bias)
             else:
                 native.cuda_activation_backward(activation, saved, dout, dy)
+        convolve_backward = _direct_backward if _is_direct(x, weight, geometry) else equations.convolve_backward
         return [
-            *equations.convolve_backward(dy, x, weight, geometry, mask[:3]),
+            *convolve_backward(dy, x, weight, geometry, mask[:3]),
             _summed(dnorm_weight, norm_weight, mask[3]),
             _summed(dnorm_bias, norm_bias, mask[4]),
         ]
+
+
+def _is_direct(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether csrc/cuda/conv_transpose.cu takes the convolution of these tensors."""
+    size = geometry.out_size(x.shape[2:], weight.shape[2:])
+    out = weight.shape[1] * geometry.groups * math.prod(size)
+    fits = max(x[:1].numel(), out, *x.shape[2:], *size) < _LARGE and weight.numel() < _LARGE
+    return weight.shape[1] <= 4 and x.numel() > 0 and fits
+
+
+def _taps_first(weight: Tensor) -> Tensor:
+    """weight (Cin, Cout / groups, *kernel) as (*kernel, Cin, Cout / groups), contiguous."""
+    return _aligned(weight.movedim((0, 1), (-2, -1)).contiguous())
+
+
+def _direct_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """equations.convolve_backward by csrc/cuda/conv_transpose.cu."""
+    dx = torch.empty_like(_dense(x)) if mask[0] else None
+    taps_first = _taps_first(weight)
+    dtaps = torch.empty_like(taps_first) if mask[1] else None
+    if mask[0] or mask[1]:
+        window = products._native_window(x, weight, geometry)
+        given = (_aligned(_dense(x)), taps_first, geometry.groups, _aligned(_dense(dy)))
+        native.cuda_direct_backward(window, *given, dx, dtaps)
+    dweight = None if dtaps is None else torch.empty_like(weight).copy_(dtaps.movedim((-2, -1), (0, 1)))
+    return dx, dweight, dy.sum([0, *range(2, dy.dim())]) if mask[2] else None
 
 
 def _normalization(
