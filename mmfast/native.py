@@ -248,7 +248,7 @@ def cpu_adversarial_few(
     """Fills total () and its gradients that are wanted, from terms of x and y, or one term of x, less y if there is y.
 
     Dense CPU tensors of one dtype, without weights; x and y of one shape where they meet. averages: the two terms are
-    each other's peers. On one thread.
+    each other's peers.
     """
     status = library().cpu_adversarial_few(
         terms.copies.get("_C") or _adversarial_terms(terms, "_C"),
@@ -262,6 +262,7 @@ def cpu_adversarial_few(
         total.data_ptr(),
         0 if dx is None else dx.data_ptr(),
         0 if dy is None else dy.data_ptr(),
+        torch.get_num_threads(),
     )
     if status:
         check(status)
@@ -592,6 +593,26 @@ def rnn_layer(
     weights = [_address(x) for pair in (w_hh, b_hh, w_hr) for x in (*pair, None)[:2]]  # type: ignore[misc]
     addresses = *map(_address, masks), *weights, _address(h0), _address(c0)
     return (DTYPES[dtype], mode, directions, *shape, zoneout, *addresses, torch.get_num_threads())
+
+
+def cuda_rnn_resident(x: torch.Tensor, mode: int, hidden: int) -> int:
+    """mmfast_cuda_rnn_resident on x's device, or in the emulator."""
+    return _resident(x.device, DTYPES[x.dtype], mode, hidden)
+
+
+@functools.cache
+def _resident(device: torch.device, dtype: int, mode: int, hidden: int) -> int:
+    if device.type == "cpu":
+        return library("_emulator").cuda_rnn_resident(dtype, mode, hidden)
+    with torch.cuda.device(device):
+        return library().cuda_rnn_resident(dtype, mode, hidden)
+
+
+def cuda_rnn_forward(
+    layer: tuple, tf32: bool, gx: torch.Tensor, kept: Sequence[torch.Tensor | None], out: Sequence[torch.Tensor]
+) -> None:
+    """Fills kept, (gates, cell), and out, (y, hn, cn), as `cpu_rnn_forward`, on gx's device or in the emulator."""
+    _launch("cuda_rnn_forward", gx, layer, gx.shape[0], tf32, [_address(x) for x in (gx, *kept, *out)])
 
 
 class RnnRows(NamedTuple):
