@@ -128,6 +128,10 @@ LAYERS = {
     "C3": (((20, 3), (9, 7), 4), geometry(2, 2, 1)),
     "k2s2": (((20, 24), (5, 4), 2), geometry(2, 2)),
     "k3s1": (((20, 24), (5, 6), 3), geometry(2, 1, 1)),
+    # few output channels a group: depthwise, and groups whose inputs fill accesses of 16 bytes and do not
+    "depthwise": (((16, 16), (6, 8), 4), geometry(2, 2, 1, groups=16)),
+    "groups": (((32, 8), (5, 4), 3), geometry(2, 2, 1, 1, groups=2)),
+    "odd-groups": (((9, 6), (5, 4), 3), geometry(2, (2, 3), 1, groups=3)),
 }
 EPILOGUES = [
     ("none", "tanh"),
@@ -194,6 +198,78 @@ GRID = [
     (3, 3, 0, 0, 1, 2, None),
 ]
 IDS = ["x".join(map(str, row)).replace(" ", "") for row in GRID]
+
+
+# Cin, Cout, groups, size, kernel and geometry of one dimension or three: accesses along positions, channels and inputs
+DIRECT = [
+    (8, 1, 1, (16,), 4, (2, 1, 0, 1)),
+    (3, 2, 1, (7,), 5, (3, 0, 4, 6)),
+    (8, 8, 8, (16,), 8, (4, 2, 0, 1)),
+    (5, 5, 5, (9,), 3, (1, 0, 1, 3)),
+    (16, 6, 2, (4, 5), 4, (2, 1, 0, 1)),
+    (16, 16, 16, (4, 6), 3, (2, 0, 1, 2)),
+    (4, 8, 2, (3, 2, 4), 2, (2, 0, 0, 1)),
+    (8, 3, 1, (2, 3, 3), 3, (2, 1, 1, 1)),
+]
+
+
+@by_backend
+@by_dtype
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("row", DIRECT, ids=lambda row: "-".join(map(str, row)).replace(" ", ""))
+def test_few_outputs_and_their_gradients_are_exact(seed, name, device, dtype, last, row):
+    """Small integers, whose sums every dtype holds: out and the gradients of x, weight and bias, bit for bit."""
+    cin, cout, groups, size, kernel, options = row
+    g = geometry(len(size), *options, groups, (1, 0) * len(size))
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (
+        integers(generator, 2, cin, *size) // 2,
+        integers(generator, cin, cout // groups, *[kernel] * len(size)) // 2,
+    )
+    tensors = [x, weight, integers(generator, cout)]
+    dout = integers(generator, *empty_output(x, weight, g).shape) // 4
+    if last:
+        tensors[:2], dout = [t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, weight)], dout
+    found = []
+    for backend, where, kind in ((name, device, dtype), ("torch", "cpu", torch.float64)):
+        leaves = [t.to(where, kind).requires_grad_() for t in tensors]
+        out = conv_transpose((*leaves, *[None] * 4), g, Epilogue(activation="relu"), backend)[0]
+        found.append([out, *torch.autograd.grad(out, leaves, dout.to(where, kind))])
+    for ours, exact in zip(*found, strict=True):
+        assert torch.equal(ours.detach().cpu().double(), exact.detach())
+
+
+@by_backend
+def test_many_rows_of_weights(seed, name, device):
+    """The gradient of weight over more positions than a part has, of samples that end within one."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = integers(generator, 3, 2, 41, 53), integers(generator, 2, 1, 2, 1)
+    g = geometry(2, 2, 0, groups=2)
+    dout = integers(generator, *empty_output(x, weight, g).shape)
+    found = []
+    for backend, where, kind in ((name, device, torch.float32), ("torch", "cpu", torch.float64)):
+        leaf = weight.to(where, kind).requires_grad_()
+        out = conv_transpose((x.to(where, kind), leaf, *[None] * 5), g, Epilogue(), backend)[0]
+        found.append(torch.autograd.grad(out, leaf, dout.to(where, kind))[0].cpu().double())
+    assert torch.equal(*found)
+
+
+@pytest.mark.skipif(
+    INTERPRETED or torch.cuda.is_available(), reason="for the emulator, whose inputs stay where they are"
+)
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_offsets_of_cuda_past_2_to_31(last):
+    """Samples of 2^29 elements, nearly all of them memory that nobody touches; their last positions are seen."""
+    samples, channels, size = 5, 8, 2**26
+    shape = (samples, size, channels) if last else (samples, channels, size)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    x = x.movedim(-1, 1).unsqueeze(2) if last else x.unsqueeze(2)
+    x[..., -2:] = torch.arange(2.0 * samples * channels).reshape(samples, channels, 1, 2).to(x.dtype)
+    weight = torch.ones(channels, 1, 1, 1, dtype=x.dtype)
+    g = geometry(2, groups=channels, crop=(0, 0, size - 2, 0))
+    y = conv_transpose((x, weight, *[None] * 5), g, Epilogue(), "cuda")[0]
+    assert torch.equal(y, x[..., -2:])
 
 
 def integers(generator, *shape):

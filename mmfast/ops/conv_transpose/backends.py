@@ -12,6 +12,7 @@ the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,11 +30,14 @@ _NATIVE_ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoi
 
 _NO_ACTIVATION = (0, Epilogue().negative_slope)
 
+#: A sample of so many elements is torch's: offsets within one are 32 bits.
+_LARGE = 2**30
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Case(NamedTuple):
-    """The static facts a choice depends on; one entry per spatial dimension in the tuples."""
+    """The static facts a choice depends on; one entry per spatial dimension in the tuples. contiguous: the input."""
 
     device: str
     dtype: torch.dtype
@@ -49,6 +53,7 @@ class Case(NamedTuple):
     norm: str = "none"
     activation: str = "none"
     negative_slope: float = 0.01
+    contiguous: bool = True
 
 
 def moments_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -143,9 +148,18 @@ def prefers_products(case: Case) -> str:
         # 100 to 512, k4 s1, batch 32, at one position: forward 3.4 to 1.5 ms, both gradients 9.3 to 2.7 ms
         return "a projection of one position"
     if _has_few_outputs(case):
-        # 64 to 3, k4 s2 p1, at 32 x 32, batch 32: forward 11.7 to 4.4 ms
+        # 64 to 3, k4 s2 p1, at 32 x 32, batch 32, Zen 5: forward 7.4 to 2.1 ms, both gradients 9.6 to 3.1 ms
         return "few output channels"
+    if _is_apart(case) and case.contiguous:
+        # 128 to 64, k2 s2, at 64 x 64, batch 4, Zen 5: forward 10.6 to 6.9 ms, dx 9.7 to 7.4 ms
+        return "taps that do not overlap"
     return ""
+
+
+def _is_apart(case: Case) -> bool:
+    wide = case.in_channels >= 32 and case.out_channels >= 32 and len(case.kernel_size) > 1
+    simple = {*case.dilation} == {1} and {*case.padding, *case.output_padding} == {0}
+    return wide and case.kernel_size == case.stride and min(case.stride) > 1 and simple
 
 
 def _is_projection(case: Case) -> bool:
@@ -246,9 +260,10 @@ class Cpu(Backend):
         if method == "depthwise":
             y = empty_output(x, weight, geometry)
             return products.depthwise_forward(x, weight, bias, geometry, y, activation)
-        if method == "columns":
+        if method == "phases":
             y = empty_output(x, weight, geometry)
-            return products.columns_forward(_dense(x), weight, bias, geometry, y, activation)
+            if products.phases_forward(_dense(x), weight, bias, geometry, y, activation):
+                return y
         if method == "one position":
             y = products.one_position_forward(x, weight, bias, geometry, empty_output(x, weight, geometry))
         else:
@@ -265,9 +280,14 @@ class Cpu(Backend):
             return products.depthwise_backward(_dense(dy), x, weight, geometry, mask)
         if method == "one position":
             return products.one_position_backward(_dense(dy), x, weight, geometry, mask)
-        if method == "columns" and x.is_contiguous():
-            # channels last, PyTorch's own gradients are faster (6.6 ms against 8.6, where contiguous ones take 16.4)
-            return products.columns_backward(_dense(dy), x, weight, geometry, mask)
+        # without fused multiply-add, a dx of few terms errs twice as much as PyTorch's
+        if method == "phases" and mask[0] and x.is_contiguous() and native.isa() != "baseline":
+            # the weight's gradient is torch's, 1.3 ms of 64 to 3 at 32 x 32, batch 32, where its dx takes 8.1 and ours
+            # 1.2; channels last, both of torch's take 3.5
+            dx = products.phases_dx(_dense(dy), x, weight, geometry)
+            if dx is not None:
+                rest = equations.convolve_backward(dy, x, weight, geometry, (False, *mask[1:]))
+                return dx, rest[1], rest[2]
         return equations.convolve_backward(dy, x, weight, geometry, mask)
 
     def _epilogue_backward(
@@ -296,14 +316,17 @@ class Cpu(Backend):
 
 
 def _method(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
-    """How the convolution of these tensors is computed: "torch", "depthwise", "columns" or "one position"."""
+    """How the convolution of these tensors is computed: "torch", "depthwise", "phases" or "one position"."""
     if x.dtype not in (torch.float32, torch.float64) or not x.numel():
         return "torch"
     if geometry.groups > 1:
         return "depthwise" if products.is_depthwise(x, weight, geometry) else "torch"
     if products.is_one_position(x, weight, geometry):
         return "one position"
-    return "columns" if weight.shape[1] <= 4 else "torch"
+    if weight.shape[1] <= 4:
+        return "phases"
+    apart = tuple(weight.shape[2:]) == geometry.stride and x.is_contiguous() and weight.shape[1] > 1
+    return "phases" if apart and {*geometry.dilation} == {1} else "torch"
 
 
 def _dense(y: Tensor) -> Tensor:
@@ -419,8 +442,11 @@ class Triton(GpuBackend):
 
 
 class Cuda(GpuBackend):
-    """csrc/cuda, on a CUDA device; on CPU tensors in the emulator. The convolution itself, and its gradients, are
-    torch's."""
+    """csrc/cuda, on a CUDA device; on CPU tensors in the emulator.
+
+    Convolutions of at most 4 output channels a group are the kernels', with their gradients; others are torch's, and
+    what follows them the kernels'.
+    """
 
     name = "cuda"
 
@@ -447,7 +473,21 @@ class Cuda(GpuBackend):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         keep = keep and keeps_result(epilogue)
         activation = (_NATIVE_ACTIVATIONS[epilogue.activation], epilogue.negative_slope)
-        y = _aligned(_dense(equations.convolve(x, weight, bias, geometry)))
+        fused = activation if epilogue.norm == "none" and not keep else _NO_ACTIVATION
+        if _is_direct(x, weight, geometry):
+            y = empty_output(x, weight, geometry)
+            if y.numel():
+                tensors = (
+                    _aligned(_dense(x)),
+                    _taps_first(weight),
+                    None if bias is None else _aligned(bias.contiguous()),
+                )
+                native.cuda_direct_forward(
+                    products._native_window(x, weight, geometry), *tensors, fused, geometry.groups, y
+                )
+        else:
+            fused = _NO_ACTIVATION
+            y = _aligned(_dense(equations.convolve(x, weight, bias, geometry)))
         # torch's instance norm gives a contiguous result whatever it is given
         y = y.contiguous() if epilogue.norm == "instance" else y
         shape = moments_shape(y.shape, epilogue)
@@ -460,7 +500,7 @@ class Cuda(GpuBackend):
             given = (mean, var) if epilogue.norm == "given" else found
             call = _normalization(y, [norm_weight, norm_bias, *given], activation, epilogue)
             native.cuda_normalize_forward(call[0], y, out if epilogue.normalizes else None)
-        if not epilogue.normalizes and activation[0]:
+        if not epilogue.normalizes and activation[0] and not fused[0]:
             native.cuda_activation_forward(activation, y, out)
         return out, saved, found[0], found[1]
 
@@ -493,11 +533,40 @@ class Cuda(GpuBackend):
                 native.cuda_normalize_backward(call[0], dout, dy, dnorm_weight, dnorm_bias)
             else:
                 native.cuda_activation_backward(activation, saved, dout, dy)
+        convolve_backward = _direct_backward if _is_direct(x, weight, geometry) else equations.convolve_backward
         return [
-            *equations.convolve_backward(dy, x, weight, geometry, mask[:3]),
+            *convolve_backward(dy, x, weight, geometry, mask[:3]),
             _summed(dnorm_weight, norm_weight, mask[3]),
             _summed(dnorm_bias, norm_bias, mask[4]),
         ]
+
+
+def _is_direct(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether csrc/cuda/conv_transpose.cu takes the convolution of these tensors."""
+    size = geometry.out_size(x.shape[2:], weight.shape[2:])
+    out = weight.shape[1] * geometry.groups * math.prod(size)
+    fits = max(x[:1].numel(), out, *x.shape[2:], *size) < _LARGE and weight.numel() < _LARGE
+    return weight.shape[1] <= 4 and x.numel() > 0 and fits
+
+
+def _taps_first(weight: Tensor) -> Tensor:
+    """weight (Cin, Cout / groups, *kernel) as (*kernel, Cin, Cout / groups), contiguous."""
+    return _aligned(weight.movedim((0, 1), (-2, -1)).contiguous())
+
+
+def _direct_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """equations.convolve_backward by csrc/cuda/conv_transpose.cu."""
+    dx = torch.empty_like(_dense(x)) if mask[0] else None
+    taps_first = _taps_first(weight)
+    dtaps = torch.empty_like(taps_first) if mask[1] else None
+    if mask[0] or mask[1]:
+        window = products._native_window(x, weight, geometry)
+        given = (_aligned(_dense(x)), taps_first, geometry.groups, _aligned(_dense(dy)))
+        native.cuda_direct_backward(window, *given, dx, dtaps)
+    dweight = None if dtaps is None else torch.empty_like(weight).copy_(dtaps.movedim((-2, -1), (0, 1)))
+    return dx, dweight, dy.sum([0, *range(2, dy.dim())]) if mask[2] else None
 
 
 def _normalization(

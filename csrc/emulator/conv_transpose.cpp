@@ -1,0 +1,1 @@
+#include "cuda/conv_transpose.cu"
