@@ -21,11 +21,15 @@ from .equations import Inputs, Term, Terms, values_dtype
 
 
 class Case(NamedTuple):
-    """The static facts a choice depends on. reduced: whether elements are reduced to a mean or a sum."""
+    """The static facts a choice depends on.
+
+    reduced: whether elements are reduced to a mean or a sum; traced: whether the call becomes part of a compiled graph.
+    """
 
     device: str
     dtype: torch.dtype
     reduced: bool = True
+    traced: bool = False
 
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
@@ -92,7 +96,9 @@ class Cpu(Backend):
         return native.cpu_refusals("the logits are", case.device, case.dtype) + unreduced(case)
 
     def reluctance(self, case: Case) -> str:
-        return ""
+        # forward + backward of 64 / 57,600 / 4 million logits, AVX-512, 1 thread: 0.52 / 0.56 / 0.95 of LSGAN's formula
+        # compiled, 0.52 / 1.15 / 2.34 of non-saturating's
+        return "in a compiled graph Inductor's own loops are faster for few logits" if case.traced else ""
 
     def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
         return self.forward_with_gradients(terms, mean, inputs, values_wanted, ())[0]

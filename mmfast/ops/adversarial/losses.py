@@ -532,7 +532,7 @@ def _select(x: Tensor, reduced: bool, backend: str | None) -> str:
 
 
 def _case(device: torch.device, dtype: torch.dtype, reduced: bool) -> Case:
-    return Case(device.type, dtype, reduced)
+    return Case(device.type, dtype, reduced, torch.compiler.is_compiling())
 
 
 def _evaluate(recipe: Recipe, inputs: Inputs, return_values: bool, group: Any, backend: str | None) -> Any:
