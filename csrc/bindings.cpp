@@ -162,6 +162,28 @@ int cpu_adversarial_backward(const Terms& terms, int dtype, bool mean, const Poi
 }
 #endif
 
+// mmfast_rnn_layer, row by row: dtype, mode, directions, T, B, H, proj, zoneout, then the addresses of offsets,
+// lengths, reset, zoneout mask, dropout mask, W_hh, b_hh and W_hr of both directions, h0, c0, and threads
+mmfast_rnn_layer as_layer(const py::tuple& row) {
+    size_t at = 0;
+    const auto number = [&] { return row[at++].cast<int64_t>(); };
+    const auto address = [&] { return as_pointer(row[at++].cast<Pointer>()); };
+    mmfast_rnn_layer layer{};
+    layer.dtype = int32_t(number()), layer.mode = int32_t(number()), layer.directions = int32_t(number());
+    layer.steps = number(), layer.batch = number(), layer.hidden = number(), layer.proj = number();
+    layer.zoneout = row[at++].cast<double>();
+    layer.offsets = static_cast<const int64_t*>(address());
+    layer.lengths = static_cast<const int64_t*>(address());
+    layer.reset = static_cast<const uint8_t*>(address());
+    layer.zoneout_mask = static_cast<const uint8_t*>(address());
+    layer.dropout_mask = address();
+    for (auto member : {layer.w_hh, layer.b_hh, layer.w_hr})
+        for (int d = 0; d < 2; ++d) member[d] = address();
+    layer.h0 = address(), layer.c0 = address();
+    layer.threads = int32_t(number());
+    return layer;
+}
+
 #if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
 int cuda_adversarial_forward(const Terms& terms, int dtype, bool mean, const Pointers& logits,
                              const std::vector<int64_t>& sizes, const Pointers& others, const py::object& extras,
@@ -203,6 +225,24 @@ mmfast_rnn_step as_step(const RnnStep& row, Pointer stream) {
             cuts,
             cut_step,
             as_pointer(stream)};
+}
+
+mmfast_rnn_layer as_cuda_layer(const py::tuple& row, int64_t rows, bool tf32, Pointer stream) {
+    mmfast_rnn_layer layer = as_layer(row);
+    layer.rows = rows, layer.tf32 = tf32, layer.stream = as_pointer(stream);
+    return layer;
+}
+
+// p: the pointers of mmfast_rnn_forward_args in their order
+int cuda_rnn_forward(const py::tuple& layer, int64_t rows, bool tf32, const std::array<Pointer, 6>& p, Pointer stream) {
+    const mmfast_rnn_forward_args args = {as_cuda_layer(layer, rows, tf32, stream),
+                                          as_pointer(p[0]),
+                                          as_pointer(p[1]),
+                                          as_pointer(p[2]),
+                                          as_pointer(p[3]),
+                                          as_pointer(p[4]),
+                                          as_pointer(p[5])};
+    return run(mmfast_cuda_rnn_forward, args);
 }
 
 // p: the pointers of mmfast_rnn_step_forward_args in their order
@@ -334,28 +374,6 @@ int cuda_activation(bool backward, int dtype, int which, double negative_slope, 
 #endif
 
 #ifndef MMFAST_EMULATOR
-// mmfast_rnn_layer, row by row: dtype, mode, directions, T, B, H, proj, zoneout, then the addresses of offsets,
-// lengths, reset, zoneout mask, dropout mask, W_hh, b_hh and W_hr of both directions, h0, c0, and threads
-mmfast_rnn_layer as_layer(const py::tuple& row) {
-    size_t at = 0;
-    const auto number = [&] { return row[at++].cast<int64_t>(); };
-    const auto address = [&] { return as_pointer(row[at++].cast<Pointer>()); };
-    mmfast_rnn_layer layer{};
-    layer.dtype = int32_t(number()), layer.mode = int32_t(number()), layer.directions = int32_t(number());
-    layer.steps = number(), layer.batch = number(), layer.hidden = number(), layer.proj = number();
-    layer.zoneout = row[at++].cast<double>();
-    layer.offsets = static_cast<const int64_t*>(address());
-    layer.lengths = static_cast<const int64_t*>(address());
-    layer.reset = static_cast<const uint8_t*>(address());
-    layer.zoneout_mask = static_cast<const uint8_t*>(address());
-    layer.dropout_mask = address();
-    for (auto member : {layer.w_hh, layer.b_hh, layer.w_hr})
-        for (int d = 0; d < 2; ++d) member[d] = address();
-    layer.h0 = address(), layer.c0 = address();
-    layer.threads = int32_t(number());
-    return layer;
-}
-
 int rnn_forward(const py::tuple& layer, Pointer gx, Pointer gates, Pointer cell, Pointer y, Pointer hn, Pointer cn) {
     const mmfast_rnn_forward_args args = {as_layer(layer), as_pointer(gx), as_pointer(gates), as_pointer(cell),
                                           as_pointer(y),   as_pointer(hn), as_pointer(cn)};
@@ -523,6 +541,8 @@ void bind_cpu(py::module_& m) {
 void bind_cuda(py::module_& m) {
     m.def("cuda_adversarial_forward", &cuda_adversarial_forward);
     m.def("cuda_adversarial_backward", &cuda_adversarial_backward);
+    m.def("cuda_rnn_forward", &cuda_rnn_forward);
+    m.def("cuda_rnn_resident", &mmfast_cuda_rnn_resident);
     m.def("cuda_rnn_step_forward", &cuda_rnn_step_forward);
     m.def("cuda_rnn_step_backward", &cuda_rnn_step_backward);
     m.def("cuda_normalize_scratch", &cuda_normalize_scratch);

@@ -8,7 +8,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MMFAST_ABI_VERSION 4
+#define MMFAST_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -262,7 +262,7 @@ typedef struct {
     int64_t proj;                  // P of an LSTM with a projection, else 0
     double zoneout;                // the rate k, where there is no zoneout_mask; 0: no zoneout
     const int64_t* offsets;        // (T + 1,) packed only: row of each step's first sequence; else null
-    const int64_t* lengths;        // (B,) or null: T each; clamped to [0, T]; padded only
+    const int64_t* lengths;        // (B,) or null: T each; clamped to [0, T]; packed: null, on CUDA those of offsets
     const uint8_t* reset;          // (N,) or null: 0
     const uint8_t* zoneout_mask;   // (N, D * P) of 0 and 1, or null
     const void* dropout_mask;      // (D, B, P) or null: 1
@@ -271,6 +271,9 @@ typedef struct {
     const void* w_hr[2];           // (P, H) of each direction; null without a projection
     const void *h0, *c0;           // or null: 0
     int32_t threads;               // CPU: at least 1
+    int64_t rows;                  // CUDA: N
+    int32_t tf32;                  // CUDA, float32: operands of products are rounded to TF32
+    void* stream;                  // CUDA; null is the default stream
 } mmfast_rnn_layer;
 
 typedef struct {
@@ -296,6 +299,14 @@ typedef struct {
 // dW_ih = dgates^T x, dW_hh = dgates^T previous (GRU: its n rows by dm), dW_hr = dh^T u, db = sums of dgates and dm
 // over the rows.
 int mmfast_cpu_rnn_backward(const mmfast_rnn_backward_args* args);
+
+// The same walks on the current CUDA device, in one launch with W_hh on chip, without zoneout, dropout and projection,
+// for so few units that mmfast_cuda_rnn_resident is not 0; all pointers, of offsets and lengths too, are device memory.
+// float32, float16, bfloat16. gates may be gx; gates and cell are 0 past a length.
+int mmfast_cuda_rnn_forward(const mmfast_rnn_forward_args* args);
+int mmfast_cuda_rnn_backward(const mmfast_rnn_backward_args* args);
+// How many of the walks' blocks the current device runs at once; 0 where it or they cannot.
+int mmfast_cuda_rnn_resident(int32_t dtype, int32_t mode, int64_t hidden);
 
 // One step forward of a Cell: h and c of the equations above without extras, from products that the caller has made or
 // leaves to the kernel.

@@ -23,7 +23,7 @@ from . import config
 if TYPE_CHECKING:
     from .ops.adversarial.equations import Inputs, Terms
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 #: enum mmfast_dtype
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -584,6 +584,26 @@ def rnn_layer(
     weights = [_address(x) for pair in (w_hh, b_hh, w_hr) for x in (*pair, None)[:2]]  # type: ignore[misc]
     addresses = *map(_address, masks), *weights, _address(h0), _address(c0)
     return (DTYPES[dtype], mode, directions, *shape, zoneout, *addresses, torch.get_num_threads())
+
+
+def cuda_rnn_resident(x: torch.Tensor, mode: int, hidden: int) -> int:
+    """mmfast_cuda_rnn_resident on x's device, or in the emulator."""
+    return _resident(x.device, DTYPES[x.dtype], mode, hidden)
+
+
+@functools.cache
+def _resident(device: torch.device, dtype: int, mode: int, hidden: int) -> int:
+    if device.type == "cpu":
+        return library("_emulator").cuda_rnn_resident(dtype, mode, hidden)
+    with torch.cuda.device(device):
+        return library().cuda_rnn_resident(dtype, mode, hidden)
+
+
+def cuda_rnn_forward(
+    layer: tuple, tf32: bool, gx: torch.Tensor, kept: Sequence[torch.Tensor | None], out: Sequence[torch.Tensor]
+) -> None:
+    """Fills kept, (gates, cell), and out, (y, hn, cn), as `cpu_rnn_forward`, on gx's device or in the emulator."""
+    _launch("cuda_rnn_forward", gx, layer, gx.shape[0], tf32, [_address(x) for x in (gx, *kept, *out)])
 
 
 class RnnRows(NamedTuple):

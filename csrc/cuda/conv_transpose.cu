@@ -92,7 +92,7 @@ struct Items {
 
 template <typename T, int kOut, int V, int kAxis>
 struct Forward {
-    static constexpr int kThreads = device::kThreads, kBlocks = 2;
+    static constexpr int kThreads = device::kThreads, kBlocksAtOnce = 2;
     static constexpr int kAlong = kAxis == kPositions ? V : 1, kWide = kAxis == kChannels ? V : kOut;
     Geometry geometry;
     Items items;
@@ -180,7 +180,7 @@ struct Forward {
 
 template <typename T, int kOut, int V, int kAxis>
 struct Input {
-    static constexpr int kThreads = device::kThreads, kBlocks = 2;
+    static constexpr int kThreads = device::kThreads, kBlocksAtOnce = 2;
     static constexpr int kAlong = kAxis == kPositions ? V : 1;
     Geometry geometry;
     Items items;
@@ -242,7 +242,7 @@ struct Input {
 
 template <typename T, int kOut, int V, int kAxis>
 struct Weight {
-    static constexpr int kThreads = device::kThreads, kBlocks = 2;
+    static constexpr int kThreads = device::kThreads, kBlocksAtOnce = 2;
     Geometry geometry;
     int taps, channel_tiles;
     int64_t rows, parts;  // rows: batch * input positions

@@ -486,15 +486,15 @@ constexpr bool kNeedsClusters = false;
 template <typename Kernel>
 constexpr bool kNeedsClusters<Kernel, decltype(void(Kernel::kClusters))> = Kernel::kClusters;
 
-// Blocks of a multiprocessor that a kernel asks registers to be shared out for (kBlocks); 0: the compiler's choice,
-// which may spill a few to make room for more blocks.
+// Blocks that a kernel wants on a multiprocessor at once (kBlocksAtOnce); 0 leaves it to the compiler, which for more
+// of them may spill registers.
 template <typename Kernel, typename = void>
-constexpr int kBlocksOf = 0;
+constexpr int kWanted = 0;
 template <typename Kernel>
-constexpr int kBlocksOf<Kernel, decltype(void(Kernel::kBlocks))> = Kernel::kBlocks;
+constexpr int kWanted<Kernel, decltype(void(Kernel::kBlocksAtOnce))> = Kernel::kBlocksAtOnce;
 
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, kBlocksOf<Kernel>) run(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(Kernel::kThreads, kWanted<Kernel>) run(const __grid_constant__ Kernel kernel) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     if constexpr (kNeedsClusters<Kernel>)
         __trap();

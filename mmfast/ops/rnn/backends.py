@@ -292,7 +292,17 @@ class Cuda(Walker, GpuBackend):
             refusals.append(f"the input is {case.dtype} (supported: float32, float16, bfloat16)")
         return refusals + _beyond_the_gpu_kernels(case)
 
+    def rounds(self, x: Tensor) -> bool:
+        """Whether float32 is multiplied in TF32. PyTorch's setting is for CUDA, so the emulator does not."""
+        return x.is_cuda and portable.uses_tf32()
+
     def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
+        if _fits_a_block(layer, sizes, gx):
+            row, alive = _device_layer(layer, sizes, parts, h0, c0)
+            kept = kept if GATES[layer.mode] > 1 else (None, None)
+            native.cuda_rnn_forward(row, self.rounds(gx), gx, kept, results)
+            del alive
+            return
         y, hn, cn = results
         route = _Route(layer, sizes, gx)
         narrow = gx.dtype != torch.float32
@@ -355,6 +365,27 @@ class Cuda(Walker, GpuBackend):
             for wanted, found in zip(initial, (dh, dc), strict=True):
                 if wanted is not None:
                     wanted[d].copy_(found)
+
+
+def _fits_a_block(layer: Layer, sizes: Sizes, x: Tensor) -> bool:
+    """Whether a kernel walks whole sequences with W_hh on one block's chip. One step is not worth bringing it there."""
+    return sizes.steps > 1 and native.cuda_rnn_resident(x, MODES[layer.mode], sizes.hidden) > 0
+
+
+def _device_layer(
+    layer: Layer, sizes: Sizes, parts: Sequence[Weights], h0: Tensor | None, c0: Tensor | None
+) -> tuple[tuple, native.RnnTensors]:
+    """As `native_layer`, packed sizes as offsets and lengths on the weights' device."""
+    if layer.batch_sizes is None:
+        return native_layer(layer, sizes, parts, h0, c0)
+    each = layer.batch_sizes
+    # a sequence has as many steps as there are batches larger than its number
+    lengths = sizes.steps - torch.searchsorted(each.flip(0), torch.arange(sizes.batch), right=True)
+    both = torch.cat([each.new_zeros(1), each.cumsum(0), lengths]).to(parts[0].w_hh.device, non_blocking=True)
+    offsets, lengths = both.split([sizes.steps + 1, sizes.batch])
+    _, tensors = native_layer(layer._replace(batch_sizes=None), sizes, parts, h0, c0)
+    tensors = tensors._replace(offsets=offsets, lengths=lengths)
+    return _row(layer, sizes, parts, tensors), tensors
 
 
 class _Route:
@@ -467,8 +498,12 @@ def native_layer(
     w_hh = [part.w_hh.contiguous() for part in parts]
     b_hh, w_hr = [_dense(part.b_hh) for part in parts], [_dense(part.w_hr) for part in parts]
     tensors = native.RnnTensors(offsets, lengths, reset, zones, drop, w_hh, b_hh, w_hr, h0, c0)
+    return _row(layer, sizes, parts, tensors), tensors
+
+
+def _row(layer: Layer, sizes: Sizes, parts: Sequence[Weights], tensors: native.RnnTensors) -> tuple:
     shape = sizes.steps, sizes.batch, sizes.hidden, 0 if parts[0].w_hr is None else sizes.output
-    return native.rnn_layer(parts[0].w_hh.dtype, MODES[layer.mode], shape, layer.zoneout, tensors), tensors
+    return native.rnn_layer(parts[0].w_hh.dtype, MODES[layer.mode], shape, layer.zoneout, tensors)
 
 
 def _dense(a: Tensor | None) -> Tensor | None:
