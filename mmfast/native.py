@@ -606,6 +606,20 @@ def cuda_rnn_forward(
     _launch("cuda_rnn_forward", gx, layer, gx.shape[0], tf32, [_address(x) for x in (gx, *kept, *out)])
 
 
+def cuda_rnn_backward(
+    layer: tuple,
+    tf32: bool,
+    saved: Sequence[torch.Tensor | None],
+    given: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor | None],
+) -> None:
+    """As `cpu_rnn_backward`, on the device of what is saved or in the emulator."""
+    y = saved[0]
+    assert y is not None
+    rows = y.shape[:-1].numel()
+    _launch("cuda_rnn_backward", y, layer, rows, tf32, [_address(x) for x in (*saved, *given, *out)])
+
+
 class RnnRows(NamedTuple):
     """Where one direction's columns of a sequence tensor's rows are; an absent tensor's are nowhere."""
 
