@@ -29,7 +29,9 @@ def drawn(seed):
 
 def make_batch(rows=4, spoken=(True, False, True, False), size=8, mels=6):
     lengths = torch.randint(1, 12, (rows,))
-    frames = torch.randint(3, 20, (rows,)) * torch.tensor(spoken[:rows])
+    frames = torch.randint(3, 20, (rows,))
+    lengths[0], frames[0] = 11, 19  # one of each is long enough for its recurrence to have a second step
+    frames *= torch.tensor(spoken[:rows])
     inside = torch.arange(int(lengths.max())) < lengths[:, None]
     heard = torch.arange(max(1, int(frames.max()))) < frames[:, None]
     return Batch(

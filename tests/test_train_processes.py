@@ -1,31 +1,57 @@
-"""Training in several processes: the same gradients, one checkpoint, one end for all."""
+"""Training in several processes: the same gradients, one checkpoint, one end for all.
 
+All but torchrun's own processes are forked from one that has imported everything: an import takes longer than a run.
+"""
+
+import contextlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver, get_context
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import mmfast
 from mmfast.train import checkpoint
 
-STEP = """
-import sys, torch, mmfast
+BEGIN = """
+import os, sys, torch, mmfast
+assert mmfast.__file__ == package, mmfast.__file__
+os.environ.update(environment)
+os.chdir(folder)
+for stream in (1, 2):
+    os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+torch.set_num_threads(1)
+"""
+
+# The speeds that a report compares are the first process's alone.
+TRAIN = """
+from mmfast import cli
+from mmfast.train import evaluate
+evaluate.compare_speed = lambda *given: evaluate.Speed(1, 1, 0, 20)
+evaluate.compare_parts = lambda *given: {}
+sys.exit(cli.main(arguments))
+"""
+
+STEPS = """
 from mmfast.train import data, loop
-from mmfast.train.processes import leave, started, whole, whole_tree
+from mmfast.train.processes import leave, started, whole
 from mmfast.train.settings import Settings
 from mmfast.train.step import Step, PlainHinge
 
-out, source, cache, fsdp = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "fsdp"
-torch.set_num_threads(1)
+source, cache, *ways = arguments
 torch.set_default_dtype(torch.float64)
 dataset = data.prepare(cache, size=8, source=source, progress=False)
-settings = Settings(
-    size=8, batch=8, mels=data.MELS, code_size=16, noise_size=4, warmup=1, learning_rate=1e-3, spoken=6, fsdp=fsdp
-)
-with started(torch.device("cpu")) as processes:
+
+def trained(processes, fsdp):
+    settings = Settings(
+        size=8, batch=8, mels=data.MELS, code_size=16, noise_size=4, warmup=1, learning_rate=1e-3, spoken=6, fsdp=fsdp
+    )
     torch.manual_seed(0)
     step = Step(settings, torch.nn, PlainHinge(), processes)
     # Adam divides by the root of a square, which would magnify rounding where a gradient is nearly 0
@@ -42,27 +68,62 @@ with started(torch.device("cpu")) as processes:
         losses = step(batch, dataset.picture_of[rows], *mine)
         gradients.append({n: whole(p.grad).clone() for n, p in step.model.named_parameters()})
     state = step.state_dict()
-    if processes.first:
-        kept = {"model": state["model"], "optimizer": state["optimizer"]["state"]}
-        torch.save({"losses": losses, "gradients": gradients, **kept}, out)
+    kept = {"model": state["model"], "optimizer": state["optimizer"]["state"]}
+    return {"losses": losses, "gradients": gradients, **kept}
+
+with started(torch.device("cpu")) as processes:
+    for way in ways:
+        made = trained(processes, way == "fsdp")
+        if processes.first:
+            torch.save(made, way)
 leave(0)
 """
 
 
-def launched(count, tmp_path, *command, **options):
-    """A command in `count` processes of torchrun, or in this interpreter without it for count 0."""
-    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count else []
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *runner, *map(str, command)],
-        cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """The process that all others are forked from; it imports from where it is begun, too."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["mmfast.cli", "mmfast.train.evaluate", "matplotlib.figure"])
+    here = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
+    return context
 
 
-def finished(process, code=0):
-    said = process.communicate(timeout=150)[0]
-    assert process.returncode == code, said
-    return said
+@pytest.fixture
+def run(forks, tmp_path):
+    """run(count, work, *arguments): `work` in `count` processes, alone for 0; their exit codes, and what they said."""
+
+    def run(count, work, *arguments):
+        path, said = tmp_path / "work.py", tmp_path / "said"
+        path.write_text(BEGIN + work)
+        said.unlink(missing_ok=True)
+        # as torchrun hosts it, where no port can be taken by another before it is used
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        processes = []
+        for rank in range(max(count, 1)):
+            own = {**place, "WORLD_SIZE": str(count), "RANK": str(rank)} if count else {}
+            given = {"arguments": list(map(str, arguments)), "environment": own, "folder": str(tmp_path)}
+            given["package"] = mmfast.__file__
+            processes.append(forks.Process(target=runpy.run_path, args=(str(path), given)))
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(120)
+        finally:
+            codes = [process.exitcode for process in processes]
+            for process in processes:
+                process.kill()
+                process.join()
+        return codes, said.read_text()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -70,52 +131,45 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def script(tmp_path):
-    path = tmp_path / "step.py"
-    path.write_text(STEP)
-    return path
-
-
-@pytest.fixture(scope="module")
-def alone(own_pictures, cache, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    (folder / "step.py").write_text(STEP)
-    finished(launched(0, folder, "step.py", "out.pt", own_pictures, cache, "ddp"))
-    return torch.load(folder / "out.pt")
-
-
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(
-    how, tmp_path, script, alone, own_pictures, cache
-):
+def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(run, tmp_path, own_pictures, cache):
     """In float64: losses, gradients of two steps - so the updates between them, too - and the weights after them."""
-    finished(launched(2, tmp_path, script, "out.pt", own_pictures, cache, how))
-    joined = torch.load(tmp_path / "out.pt")
-    torch.testing.assert_close(joined["losses"], alone["losses"], rtol=1e-8, atol=1e-8)
-    for ours, theirs in zip(joined["gradients"], alone["gradients"], strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            torch.testing.assert_close(
-                ours[name], theirs[name], rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
-            )
+    for count, ways in ((0, ["alone"]), (2, ["ddp", "fsdp"])):
+        codes, said = run(count, STEPS, own_pictures, cache, *ways)
+        assert set(codes) == {0}, said
+    alone = torch.load(tmp_path / "alone")
     assert any(g.abs().max() > 1e-3 for g in alone["gradients"][1].values())
-    for name, weight in joined["model"].items():
-        torch.testing.assert_close(weight, alone["model"][name], rtol=1e-6, atol=1e-8)
+    for way in ("ddp", "fsdp"):
+        joined = torch.load(tmp_path / way)
+        torch.testing.assert_close(joined["losses"], alone["losses"], rtol=1e-8, atol=1e-8)
+        for ours, theirs in zip(joined["gradients"], alone["gradients"], strict=True):
+            assert_close(ours, theirs, way)
+        assert_close(joined["model"], alone["model"], way)
 
 
-def train(*more):
-    return ["-m", "mmfast", "train", "--size", "8", "--batch", "4", *more]
+def assert_close(ours, theirs, way):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{way} {n}: {m}"
+        )
+
+
+def new(own_pictures, cache, *more):
+    return "train", "--size", "8", "--batch", "4", "--data", own_pictures, "--cache", cache, *more
 
 
 @pytest.mark.parametrize("how", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
-def test_a_run_of_two_processes_goes_on_in_one_or_two(how, tmp_path, own_pictures, cache):
+def test_a_run_of_two_processes_goes_on_in_one_or_two(how, run, tmp_path, own_pictures, cache):
     """Only the first process writes; resumed in two it goes on with the same files, in one to the same losses."""
-    new = train("--data", own_pictures, "--cache", cache, *how)
-    said = finished(launched(2, tmp_path, *new, "--out", "whole", "--steps", "5"))
-    assert said.count("draw your own") == 1
-    finished(launched(2, tmp_path, *new, "--out", "parts", "--steps", "3"))
-    finished(launched(2, tmp_path, "-m", "mmfast", "train", "--resume", "parts", "--steps", "5"))
+
+    def trained(count, *arguments):
+        codes, said = run(count, TRAIN, *arguments)
+        assert set(codes) == {0}, said
+        assert said.count("draw your own") == 1
+
+    trained(2, *new(own_pictures, cache, *how, "--out", "whole", "--steps", "5"))
+    trained(2, *new(own_pictures, cache, *how, "--out", "parts", "--steps", "3"))
+    trained(2, "train", "--resume", "parts", "--steps", "5")
     assert (tmp_path / "whole/metrics.csv").read_bytes() == (tmp_path / "parts/metrics.csv").read_bytes()
     state = checkpoint.load(tmp_path / "whole")
     assert len(state["random"]) == 2
@@ -123,30 +177,48 @@ def test_a_run_of_two_processes_goes_on_in_one_or_two(how, tmp_path, own_picture
     for name, weight in state["training"]["model"].items():
         assert torch.equal(weight, again["training"]["model"][name]), name
     if not how:
-        finished(launched(0, tmp_path, "-m", "mmfast", "train", "--resume", "parts", "--steps", "7"))
+        trained(0, "train", "--resume", "parts", "--steps", "7")
         assert len((tmp_path / "parts/metrics.csv").read_text().splitlines()) == 8
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["sigterm", "sigkill"])
-def test_an_interrupted_process_ends_all(number, tmp_path, own_pictures, cache):
-    """One of two is told to stop, or killed: both end, one line says what to do, and the checkpoint is whole."""
-    new = train("--data", own_pictures, "--cache", cache, "--out", "run", "--steps", "100000", "--save-every", "5")
-    process = launched(2, tmp_path, *new)
-    metrics = tmp_path / "run/metrics.csv"
-    while not metrics.exists() or len(metrics.read_bytes().splitlines()) <= 20:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(children.stdout.split()[-1]), number)
-    said = process.communicate(timeout=100)[0]
-    assert process.returncode != 0
-    assert "mmfast train --resume" in said
-    step = checkpoint.load(tmp_path / "run")["training"]["step"]
-    assert step >= 5
-    assert len(metrics.read_text().splitlines()) > step
-
-
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, own_pictures, cache):
-    said = launched(3, tmp_path, *train("--data", own_pictures, "--cache", cache)).communicate(timeout=100)[0]
+def test_a_batch_that_cannot_be_shared_is_refused(run, tmp_path, own_pictures, cache):
+    codes, said = run(3, TRAIN, *new(own_pictures, cache))
+    assert codes == [2, 2, 2]
     assert "--batch 4 cannot be shared among 3 processes" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_interrupted_process_ends_all(tmp_path, own_pictures, cache):
+    """Under torchrun one of two is told to stop, and after it was resumed one is killed: both times both end, a line
+    says what to do, and the checkpoint is whole."""
+    begun = new(own_pictures, cache, "--out", "run", "--steps", "100000", "--save-every", "5")
+    for number, command in ((signal.SIGTERM, begun), (signal.SIGKILL, ("train", "--resume", "run"))):
+        done = checkpoint.load(tmp_path / "run")["training"]["step"] if number == signal.SIGKILL else 0
+        with torchrun(tmp_path, *command) as process:
+            metrics = tmp_path / "run/metrics.csv"
+            while not metrics.exists() or len(metrics.read_bytes().splitlines()) <= done + 20:
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.05)
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+            os.kill(int(children.stdout.split()[-1]), number)
+            said = process.communicate(timeout=100)[0]
+        assert process.returncode != 0
+        assert "mmfast train --resume" in said, said
+        step = checkpoint.load(tmp_path / "run")["training"]["step"]
+        assert step >= done + 5
+        assert len(metrics.read_text().splitlines()) > step
+
+
+@contextlib.contextmanager
+def torchrun(folder, *command):
+    """`mmfast` in two processes of torchrun; none is left behind."""
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmfast"]
+    process = subprocess.Popen(
+        [*runner, *map(str, command)], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.terminate()  # which torchrun passes on to its processes
+        process.communicate()

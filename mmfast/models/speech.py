@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.models.text import pooled_rnn, within
+from mmfast.models.text import Packing, within
 
 
 class SpeechEncoder(torch.nn.Module):
@@ -35,8 +35,9 @@ class SpeechEncoder(torch.nn.Module):
         for convolution in self.halve:
             lengths = (lengths + 1) // 2
             x = self.relu(convolution(x))
-            x = x * within(lengths, x.shape[2])[:, None]
-        return self.code(pooled_rnn(self.rnn, x.transpose(1, 2), lengths))
+            x = x * within(lengths.to(x.device), x.shape[2])[:, None]
+        packing = Packing.of(lengths.cpu(), speech.device)
+        return self.code(packing.maximum(self.rnn(packing.sequence(packing.gather(x.transpose(1, 2))))[0].data))
 
 
 class SpeechDecoder(torch.nn.Module):

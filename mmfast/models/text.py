@@ -1,10 +1,10 @@
 """Text encoder and decoder over UTF-8 bytes: every language and script, no vocabulary."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 BYTES = 256  # byte 0 pads and, for the decoder, starts and ends a caption
 
@@ -14,11 +14,42 @@ def within(lengths: Tensor, steps: int) -> Tensor:
     return torch.arange(steps, device=lengths.device) < lengths[:, None]
 
 
-def pooled_rnn(rnn: torch.nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
-    """Runs a bidirectional batch-first RNN on packed x: (B, T, I) and takes each unit's maximum over time: (B, 2H)."""
-    packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-    hidden, _ = pad_packed_sequence(rnn(packed)[0], batch_first=True, padding_value=float("-inf"))
-    return hidden.amax(1)
+class Packing(NamedTuple):
+    """Where N steps of B sequences lie in packed data, which is as torch's PackedSequence orders it.
+
+    What a layer needs is gathered by these indices straight from and to where it is used: padding is never computed,
+    and pad_packed_sequence, whose backward copies the whole padded batch once for each length, not called.
+    """
+
+    row: Tensor  # (N,) int64: of which sequence
+    step: Tensor  # (N,) int64: which step of it
+    batch_sizes: Tensor  # (T,) int64, on the CPU: how many sequences have a step t
+    longest_first: Tensor  # (B,) int64
+
+    @classmethod
+    def of(cls, lengths: Tensor, device: torch.device) -> "Packing":
+        """For `lengths` (B,) int64 on the CPU, each >= 1; indices on `device`."""
+        order = lengths.argsort(descending=True, stable=True)
+        there = torch.arange(int(lengths[order[0]]))[:, None] < lengths[order]
+        step, place = there.nonzero(as_tuple=True)
+        return cls(order[place].to(device), step.to(device), there.sum(1), order.to(device))
+
+    def gather(self, padded: Tensor) -> Tensor:
+        """(B, T, ...) to packed (N, ...)."""
+        return padded.flatten(0, 1).index_select(0, self.row * padded.shape[1] + self.step)
+
+    def sequence(self, x: Tensor) -> PackedSequence:
+        """Packed (N, I) as a recurrent layer takes it."""
+        return PackedSequence(x, self.batch_sizes, self.longest_first, self.longest_first.argsort())
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """Packed (N, H), sequence after sequence."""
+        return x.index_select(0, (self.row * len(self.batch_sizes) + self.step).argsort())
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """Packed (N, H) to each sequence's maximum over its steps: (B, H)."""
+        least = x.new_zeros(len(self.longest_first), x.shape[1])
+        return least.scatter_reduce(0, self.row[:, None].expand_as(x), x, "amax", include_self=False)
 
 
 def written_bytes(text: Tensor, lengths: Tensor) -> Tensor:
@@ -28,14 +59,16 @@ def written_bytes(text: Tensor, lengths: Tensor) -> Tensor:
 
 
 class TextEncoder(torch.nn.Module):
-    """Bytes to a code: embedding, a convolution over neighbouring bytes, packed bidirectional GRU, maximum over time.
+    """Bytes to a code: embedding, a linear layer over neighbouring bytes, packed bidirectional GRU, maximum over time.
 
-    The convolution keeps every `stride`-th place, which makes the recurrence, whose steps cannot run side by side, so
-    many times shorter.
+    The linear layer keeps every `stride`-th place, which makes the recurrence, whose steps cannot run side by side, so
+    many times shorter. It is a convolution over `WINDOW` bytes at the places that a caption has.
 
     Input `text`: (B, T) int64 bytes, 0-padded; `lengths`: (B,) int64, each >= 1. Output: (B, code_size), each row
     normalised (LayerNorm). The code of a caption does not depend on how far the batch is padded.
     """
+
+    WINDOW = 5
 
     def __init__(
         self, code_size: int, hidden_size: int = 128, embedding_size: int = 64, stride: int = 2, *, nn: Any = torch.nn
@@ -43,13 +76,16 @@ class TextEncoder(torch.nn.Module):
         super().__init__()
         self.stride = stride
         self.embedding = nn.Embedding(BYTES, embedding_size, padding_idx=0)
-        self.neighbours = nn.Sequential(nn.Conv1d(embedding_size, hidden_size, 5, stride, padding=2), nn.ReLU())
+        self.neighbours = nn.Sequential(nn.Linear(self.WINDOW * embedding_size, hidden_size), nn.ReLU())
         self.rnn = nn.GRU(hidden_size, hidden_size, batch_first=True, bidirectional=True)
         self.code = nn.Sequential(nn.Linear(2 * hidden_size, code_size), nn.LayerNorm(code_size))
 
     def forward(self, text: Tensor, lengths: Tensor) -> Tensor:
-        x = self.neighbours(self.embedding(text).transpose(1, 2)).transpose(1, 2)
-        return self.code(pooled_rnn(self.rnn, x, -(-lengths // self.stride)))
+        packing = Packing.of(-(-lengths.cpu() // self.stride), text.device)
+        beside = self.WINDOW // 2
+        windows = torch.nn.functional.pad(text, (beside, beside)).unfold(1, self.WINDOW, self.stride)
+        x = self.neighbours(self.embedding(packing.gather(windows)).flatten(1))
+        return self.code(packing.maximum(self.rnn(packing.sequence(x))[0].data))
 
 
 class TextWriter(torch.nn.Module):
@@ -82,11 +118,11 @@ class TextDecoder(TextWriter):
         `codes`: (B, code_size); `text`: (B, T) int64 bytes, 0-padded; `lengths`: (B,) int64. Output: (N, 256), one row
         for each of `written_bytes`; padding, which is most of a batch, gets none.
         """
-        before = torch.nn.functional.pad(text, (1, 0))
-        x = self.embedding(before) + self.given(codes)[:, None]
-        packed = pack_padded_sequence(x, lengths.cpu() + 1, batch_first=True, enforce_sorted=False)
-        hidden, _ = pad_packed_sequence(self.rnn(packed, self.start(codes)[None])[0], batch_first=True)
-        return self.byte(hidden[within(lengths.to(hidden.device) + 1, hidden.shape[1])])
+        packing = Packing.of(lengths.cpu() + 1, text.device)
+        before = packing.gather(torch.nn.functional.pad(text, (1, 0)))
+        x = self.embedding(before) + self.given(codes).index_select(0, packing.row)
+        hidden = self.rnn(packing.sequence(x), self.start(codes)[None])[0].data
+        return self.byte(packing.by_row(hidden))
 
     def bytes_of(self, codes: Tensor, longest: int) -> Tensor:
         given, state = self.given(codes)[:, None], self.start(codes)[None]

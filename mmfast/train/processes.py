@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -17,8 +19,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.nn import functional as joint
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
@@ -27,6 +29,21 @@ from mmfast.train import UserError
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(minutes=10)  # that a process waits for another: rank 0 may be preparing the data
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of the processes' tensors; so each has the sum of the gradients of what the processes made of it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient.contiguous())
 
 
 class Processes:
@@ -65,12 +82,12 @@ class Processes:
         return self.count * summed / self.total(counted).clamp(min=1)
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, which have equally many, process after process; with gradients."""
+        """The rows of all processes, which have equally many, process after process; with gradients, of one order."""
         if self.count == 1:
             return rows
         numbers = rows if rows.is_floating_point() else rows.long()
         places = [numbers if rank == self.rank else torch.zeros_like(numbers) for rank in range(self.count)]
-        return joint.all_reduce(torch.cat(places)).to(rows.dtype)
+        return _Sum.apply(torch.cat(places)).to(rows.dtype)
 
     def any(self, flags: list[bool], device: torch.device) -> list[bool]:
         """Each flag, whether it is true in any process."""
@@ -125,6 +142,9 @@ def started(device: torch.device) -> Iterator[Processes]:
     except (RuntimeError, dist.DistBackendError) as error:
         if not _is_lost_connection(error):
             raise
+        # torchrun tells those that are left to end, which they do, and shall say why.
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise UserError(
             f"process {rank} of {count} lost another process, and all end here; "
             "the last checkpoint is kept: go on with torchrun ... -m mmfast train --resume RUN"
@@ -168,11 +188,15 @@ class JointBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        x = input.transpose(0, 1).flatten(1).float() if input.dtype.itemsize < 4 else input.transpose(0, 1).flatten(1)
-        count = self.processes.total(x.new_tensor([x.shape[1]]))
-        mean = joint.all_reduce(x.sum(1)) / count
-        centred = x - mean[:, None]
-        variance = joint.all_reduce(centred.square().sum(1)) / count
+        x = input.transpose(0, 1).flatten(1)
+        x = x.float() if x.dtype.itemsize < 4 else x
+        own = x.mean(1)
+        square = (x - own[:, None]).square().sum(1)
+        parts = torch.stack([torch.full_like(own, x.shape[1]), own, square])[None]
+        counts, means, squares = self.processes.gathered(parts).unbind(1)
+        count = counts.sum(0)
+        mean = (counts * means).sum(0) / count
+        variance = (squares + counts * (means - mean).square()).sum(0) / count
         self._follow(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         shape = [1, -1] + [1] * (input.dim() - 2)
         scale = (variance + self.eps).rsqrt() * self.weight
@@ -195,12 +219,17 @@ def join_batch_norms(module: torch.nn.Module, processes: Processes) -> None:
             part.processes = processes  # type: ignore[assignment]
 
 
+# Buffers follow statistics of all rows, and are equal as they are. torch 2.13 renamed the argument.
+_KNOWN = inspect.signature(DistributedDataParallel).parameters
+_OWN_BUFFERS: dict[str, Any] = {next(x for x in ("forward_sync_buffers", "broadcast_buffers") if x in _KNOWN): False}
+
+
 def spread(net: torch.nn.Module, processes: Processes) -> torch.nn.Module:
     """What to call in place of `net`, so that the processes train it together: DistributedDataParallel."""
     if processes.count == 1:
         return net
     join_batch_norms(net, processes)
-    return DistributedDataParallel(net, broadcast_buffers=False)
+    return DistributedDataParallel(net, **_OWN_BUFFERS)
 
 
 def shard(net: torch.nn.Module, processes: Processes) -> torch.nn.Module:

@@ -11,7 +11,7 @@ import mmfast
 from mmfast.train import UserError
 
 ARTICLE_SIZE = 28
-FORMAT = 2  # of a run folder; raised when an older one can no longer be read
+FORMAT = 3  # of a run folder; raised when an older one can no longer be read
 
 
 @dataclass(frozen=True)

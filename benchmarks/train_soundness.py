@@ -1,0 +1,118 @@
+"""Kills `mmfast train` at random moments: does it end where an unbroken run ends, and does its memory stay flat?
+
+    python benchmarks/train_soundness.py [--kills 20] [--minutes 10] [--threads 1] [OPTIONS OF mmfast train]
+
+First an unbroken run of so many minutes, whose memory is looked at once a second; then the same number of steps with
+SIGKILL at moments drawn over the time that the unbroken run took, each followed by --resume. Prints a line for each
+kill, the memory, and whether metrics.csv and the weights are the same bit for bit; exit code 1 where they are not.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from mmfast.train import checkpoint
+
+MEGABYTE = 1 << 20
+
+
+def begun(command: list[str], threads: int) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    arguments = [sys.executable, "-m", "mmfast", "train", *command]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def resident(process: subprocess.Popen) -> int:
+    """Bytes of memory in use."""
+    return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def rows(run: Path) -> int:
+    path = run / "metrics.csv"
+    return max(0, len(path.read_bytes().splitlines()) - 1) if path.exists() else 0
+
+
+def unbroken(run: Path, minutes: float, options: list[str], threads: int) -> tuple[float, list[int]]:
+    """Seconds from the first step to the last, and the memory at each second between."""
+    process = begun(["--out", str(run), "--minutes", str(minutes), *options], threads)
+    memory: list[int] = []
+    first = last = 0.0
+    done = 0
+    while process.poll() is None:
+        time.sleep(1)
+        if (now := rows(run)) > done:
+            done, last = now, time.monotonic()
+            first = first or last
+            memory.append(resident(process))
+    if process.returncode:
+        raise SystemExit(process.communicate()[0])
+    return last - first, memory
+
+
+def broken(run: Path, steps: int, moments: list[float], options: list[str], threads: int) -> None:
+    """Trains `steps` steps, killed after each of `moments`, seconds since its own first step."""
+    command = ["--out", str(run), *options]
+    for number, moment in enumerate(moments, 1):
+        process = begun([*command, "--steps", str(steps)], threads)
+        before = rows(run)
+        while rows(run) == before and process.poll() is None:
+            time.sleep(0.05)
+        deadline = time.monotonic() + moment
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        ended = process.poll() is not None
+        process.kill()
+        said = process.communicate()[0]
+        if ended and process.returncode:
+            raise SystemExit(said)
+        kept = checkpoint.load(run)["training"]["step"]
+        print(f"kill {number}: after {moment:5.1f} s, step {rows(run)}, checkpoint of step {kept}", flush=True)
+        command = ["--resume", str(run)]
+    process = begun([*command, "--steps", str(steps)], threads)
+    said = process.communicate()[0]
+    if process.returncode:
+        raise SystemExit(said)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    states = [checkpoint.load(run)["training"] for run in (one, other)]
+    return all(
+        torch.equal(a, b)
+        for name in ("model", "averaged", "discriminator")
+        for a, b in zip(*(state[name].values() for state in states), strict=True)
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    given, options = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        whole, parts = Path(folder) / "whole", Path(folder) / "parts"
+        seconds, memory = unbroken(whole, given.minutes, options, given.threads)
+        steps = rows(whole)
+        settled = memory[len(memory) // 5 :]
+        print(
+            f"unbroken: {steps} steps in {seconds:.0f} s; memory {settled[0] / MEGABYTE:.0f} MB after a fifth, ", end=""
+        )
+        print(f"{settled[-1] / MEGABYTE:.0f} MB at the end, at most {max(memory) / MEGABYTE:.0f} MB", flush=True)
+        moments = [random.uniform(0, 2 * seconds / given.kills) for _ in range(given.kills)]
+        broken(parts, steps, moments, options, given.threads)
+        metrics = (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
+        weights = same_weights(whole, parts)
+    print(f"after {given.kills} kills: metrics.csv {'the same' if metrics else 'DIFFERENT'}, ", end="")
+    print(f"weights {'the same' if weights else 'DIFFERENT'}")
+    return 0 if metrics and weights else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
