@@ -251,7 +251,8 @@ int cuda_rnn_backward(const py::tuple& layer, int64_t rows, bool tf32, const std
     mmfast_rnn_backward_args args{};
     args.layer = as_cuda_layer(layer, rows, tf32, stream);
     size_t at = 0;
-    for (const void** in : {&args.y, &args.gates, &args.cell, &args.dy, &args.dhn, &args.dcn}) *in = as_pointer(p[at++]);
+    for (const void** in : {&args.y, &args.gates, &args.cell, &args.dy, &args.dhn, &args.dcn})
+        *in = as_pointer(p[at++]);
     for (void** out : {&args.dgates, &args.dm, &args.dh, &args.u, &args.previous, &args.dh0, &args.dc0})
         *out = as_pointer(p[at++]);
     return run(mmfast_cuda_rnn_backward, args);

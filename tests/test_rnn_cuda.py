@@ -254,6 +254,7 @@ def test_a_planted_error_is_seen(close, mode):
     """The formula's test fails where a step reads another step's row, or a row's neighbour."""
     at = native.RnnRows.at
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "cuda_rnn_resident", lambda *_: 0)
         patch.setattr(native.RnnRows, "at", lambda rows, row: at(rows, max(row - 1, 0)))
         with pytest.raises((AssertionError, RuntimeError)):
             close(draw(mode, (5, 17, 3, 19), 2, seed=2))

@@ -188,13 +188,13 @@ struct Walk {
     }
 };
 
-// A warp's kCount fragments of A, in the order of tiles and of k. The last ones stay in shared memory where, with their
-// split into two TF32 numbers, they need more registers than there are.
-template <typename T, int BLOCK, int kCount>
+// A warp's kCount fragments of A, in the order of tiles and of k. The last ones stay in shared memory where all would
+// need more registers than there are.
+template <typename T, int BLOCK, int kCount, bool kAll>
 struct Fragments {
     using W = Walk<T, BLOCK>;
     static constexpr int kParts = W::kStaged / W::kDepth;  // fragments that are staged at once
-    static constexpr int kHeld = kCount;
+    static constexpr int kHeld = kAll ? kCount : kCount - kParts;
     Words held[kHeld];
     SharedArray<T> staging;
     int from;
@@ -253,9 +253,10 @@ MMFAST_DEVICE void multiply_precisely(Tile& d, const Words& a, uint32_t b0, uint
 
 // d[m] = the m-th of kTiles tiles of A, kSteps fragments each, times the panel's rows. Sums are made in kChains parts.
 // turn: of the loop around, not negative.
-template <int kTiles, int kSteps, int kChains, typename T, int BLOCK>
-MMFAST_DEVICE void product(Tile (&d)[kTiles], const Walk<T, BLOCK>& walk, const Fragments<T, BLOCK, kTiles * kSteps>& a,
-                           SharedArray<T> panel, int at, int pitch, int turn) {
+template <int kTiles, int kSteps, int kChains, typename T, int BLOCK, bool kAll>
+MMFAST_DEVICE void product(Tile (&d)[kTiles], const Walk<T, BLOCK>& walk,
+                           const Fragments<T, BLOCK, kTiles * kSteps, kAll>& a, SharedArray<T> panel, int at, int pitch,
+                           int turn) {
     Tile part[kTiles * kChains];
     MMFAST_UNROLL
     for (int i = 0; i < kTiles * kChains; ++i) part[i] = Tile{};
@@ -334,7 +335,7 @@ struct ResidentForward {
             const int gate = i / BLOCK, unit = i % BLOCK;
             biases[i] = has_bias && unit < H ? to_float(load(W::of(p, b_hh), gate * H + unit)) : 0.0f;
         }
-        Fragments<T, BLOCK, G * kFragments> a;
+        Fragments<T, BLOCK, G * kFragments, true> a;
         a.staging = shared_array<T>(cursor, W::kStaging);
         a.template read<false>(walk, W::of(p, w_hh));
         float h[2][2], c[2][2];  // of sequence, of unit; h in full is GRU's alone
@@ -454,6 +455,7 @@ template <typename T, int G, int BLOCK>
 struct ResidentBackward {
     using W = Walk<T, BLOCK>;
     static constexpr int kThreads = W::kThreads, kBlocksAtOnce = 1, kFragments = G * BLOCK / W::kDepth;
+    static constexpr bool kAll = BLOCK < 256 && (sizeof(T) == 2 || G < 4);
     // blocks of units in a slot, and in a panel: r z n's and, last, the input side's of n
     static constexpr int kCell = G > 1 ? G : -1, kY = kCell + 1, kDy = kY + 1, kIn = kDy + 1, kOut = G == 3 ? 4 : G;
     static constexpr int kSlot = kRows * kPitch<T, BLOCK, kIn>, kPanel = kRows * kPitch<T, BLOCK, kOut>;
@@ -480,7 +482,7 @@ struct ResidentBackward {
             fetch(p, slots, i, walk.walked_row(p, i));
             copy_commit();
         }
-        Fragments<T, BLOCK, kFragments> a;
+        Fragments<T, BLOCK, kFragments, kAll> a;
         a.staging = shared_array<T>(cursor, W::kStaging);
         a.template read<true>(walk, W::of(p, w_hh));
         float dh[2][2], dc[2][2];  // of sequence, of unit
@@ -592,8 +594,8 @@ struct ResidentBackward {
     }
     // dh += what W_hh carries on of a step's gates, but where it was cut
     static MMFAST_DEVICE void add(const typename W::Place&, float (&dh)[2][2], const W& walk,
-                                  const Fragments<T, BLOCK, kFragments>& a, SharedArray<T> panels, int panel, int cut,
-                                  int turn) {
+                                  const Fragments<T, BLOCK, kFragments, kAll>& a, SharedArray<T> panels, int panel,
+                                  int cut, int turn) {
         Tile sum[1];
         product<1, kFragments, 4>(sum, walk, a, panels, panel, kPitch<T, BLOCK, kOut>, turn);
         MMFAST_UNROLL
