@@ -126,14 +126,26 @@ inline V min_of(V a, V b) {
 inline Vec<float> abs_of(Vec<float> v) { return as_float(as_bits(v) & 0x7fffffff); }
 inline Vec<double> abs_of(Vec<double> v) { return as_float(as_bits(v) & 0x7fffffffffffffffLL); }
 
+template <typename T, int kCount>
+struct LanesOf {
+    typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+
+// Both halves added, and so on: a fixed tree, so that the result does not depend on how the compiler orders it.
+template <typename T, int kCount>
+inline T sum_halves(const typename LanesOf<T, kCount>::type& v) {
+    if constexpr (kCount == 2) return v[0] + v[1];
+    if constexpr (kCount > 2) {
+        typename LanesOf<T, kCount / 2>::type low, high;
+        memcpy(&low, &v, sizeof low);
+        memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+        return sum_halves<T, kCount / 2>(low + high);
+    }
+}
+
 template <typename T>
 inline T sum_lanes(Vec<T> v) {
-    // a fixed tree, so the result does not depend on how the compiler orders it
-    T lane[kLanes<T>];
-    memcpy(lane, &v, sizeof v);
-    for (int width = kLanes<T> / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    return lane[0];
+    return sum_halves<T, kLanes<T>>(v);
 }
 
 // ---- exp, log1p, sigmoid, tanh, softplus
