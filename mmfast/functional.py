@@ -890,13 +890,14 @@ def _select_conv_transpose(
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims + 2):
         return "torch"
     geometry: Any = (stride, padding, output_padding, groups, dilation)
-    facts = (input.device, input.dtype, weight.shape, *geometry, *epilogue)
+    facts = (input.device, input.dtype, input.is_contiguous(), weight.shape, *geometry, *epilogue)
     return CONV_TRANSPOSE.select_by(facts, _conv_transpose_case, backend)
 
 
 def _conv_transpose_case(
     device: torch.device,
     dtype: torch.dtype,
+    contiguous: bool,
     shape: torch.Size,
     stride: Size,
     padding: Size,
@@ -919,7 +920,7 @@ def _conv_transpose_case(
         _per_dim(dilation, dims),
         groups,
         *epilogue,
-    )
+    )._replace(contiguous=contiguous)
 
 
 def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvTransposeGeometry) -> bool:

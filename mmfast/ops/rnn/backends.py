@@ -287,8 +287,11 @@ def _beyond_the_gpu_kernels(case: Case) -> list[str]:
 
 
 class Cuda(Walker, GpuBackend):
-    """csrc/cuda/rnn.cu, on a CUDA device; on CPU tensors in the emulator. A step is one of torch's products and one
-    launch, so a Cell, a layer of one step, is two products and one launch."""
+    """csrc/cuda/rnn_resident.cu and rnn.cu, on a CUDA device; on CPU tensors in the emulator.
+
+    Where W_hh fits into a block, a layer's walk is one launch. Elsewhere a step is one of torch's products and one
+    launch, so a Cell, a layer of one step, is two products and one launch.
+    """
 
     name = "cuda"
 
@@ -333,6 +336,11 @@ class Cuda(Walker, GpuBackend):
                 cn[d].copy_(c)
 
     def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results) -> None:
+        if _fits_a_block(layer, sizes, saved[0]):
+            row, alive = _device_layer(layer, sizes, parts, h0, c0)
+            native.cuda_rnn_backward(row, self.rounds(saved[0]), saved, given, results)
+            del alive
+            return
         dgates, dm, _, _, previous, *initial = results
         (y, gates, cell), (dy, *last) = saved, given
         route = _Route(layer, sizes, y)
