@@ -14,7 +14,13 @@
 extern "C" {
 #endif
 
-enum mmfast_status { MMFAST_OK = 0, MMFAST_INVALID_ARGUMENT = 1, MMFAST_OUT_OF_MEMORY = 2, MMFAST_CUDA_ERROR = 3 };
+enum mmfast_status {
+    MMFAST_OK = 0,
+    MMFAST_INVALID_ARGUMENT = 1,
+    MMFAST_OUT_OF_MEMORY = 2,
+    MMFAST_CUDA_ERROR = 3,
+    MMFAST_DECLINED = 4  // nothing was written: these values are not for this kernel
+};
 
 enum mmfast_dtype { MMFAST_FLOAT32 = 0, MMFAST_FLOAT64 = 1, MMFAST_FLOAT16 = 2, MMFAST_BFLOAT16 = 3 };
 
@@ -164,37 +170,31 @@ int mmfast_cpu_activation_backward(const mmfast_activation_args* args);
 int mmfast_cuda_activation_forward(const mmfast_activation_args* args);
 int mmfast_cuda_activation_backward(const mmfast_activation_args* args);
 
-// ---- conv_transpose: columns
-// With columns = weight^T x, one value for each (output channel, tap, input position), a transposed convolution is
-//     image[n, c, o] = act(bias_c + sum of columns[n, c, k, i] over all k, i with i * stride + k * dilation - before =
-//     o)
-// in each dimension (col2im). Its inverse, for the gradients with respect to x and weight, is
-//     columns[n, c, k, i] = image[n, c, i * stride + k * dilation - before], 0 where that is outside (im2col).
-// Three dimensions, of which the first ones may be 1.
+// ---- conv_transpose
+// y[n, o, q] = act(bias_o + sum over c, k, i with i * stride + k * dilation - before = q of weight[c, o, k] * x[n, c,
+// i]) in each of three dimensions, of which the first ones may be 1, and its gradients with respect to x and weight.
 typedef struct {
     int32_t dtype;  // MMFAST_FLOAT32 or MMFAST_FLOAT64, of all tensors
-    int32_t image_channels_last;
-    int64_t batch, channels;
+    int32_t x_channels_last, y_channels_last;
+    int64_t batch, in_channels, out_channels;
     int64_t in_size[3], out_size[3], kernel[3], stride[3], dilation[3], before[3];
-    void* columns;     // (batch, channels, *kernel, *in_size) contiguous
-    void* image;       // (batch, channels, *out_size) contiguous, or channels last
-    const void* bias;  // (channels,), or null: 0; col2im only
-    int32_t activation;
+    const void* x;       // (batch, in_channels, *in_size) contiguous, or by phases channels last; phases' dx: null
+    const void* weight;  // (in_channels, out_channels, *kernel) contiguous; depthwise (in_channels, *kernel)
+    const void* bias;    // (out_channels,), or null: 0; forward only
+    void* y;             // (batch, out_channels, *out_size), contiguous or channels last; backward: dy, only read
+    int32_t activation;  // of the forward; the gradients are without
     double negative_slope;
-    // The depthwise kernels only, where columns[n, c, k, i] = weight[c, k] * x[n, c, i] is never stored and `columns`
-    // is null. dx and dweight are the backward's, which has no bias and no activation.
-    const void* x;       // (batch, channels, *in_size) contiguous
-    const void* weight;  // (channels, *kernel) contiguous
-    void* dx;            // (batch, channels, *in_size) contiguous, or null: not wanted
-    void* dweight;       // (batch, channels, *kernel) contiguous: each sample's share; or null: not wanted
+    void* dx;       // (batch, in_channels, *in_size) contiguous; depthwise perhaps null: not wanted
+    void* dweight;  // depthwise only: each sample's share (batch, in_channels, *kernel), or null: not wanted
     int32_t threads;
-} mmfast_columns_args;
+} mmfast_conv_transpose_args;
 
-int mmfast_cpu_columns_to_image(const mmfast_columns_args* args);
-int mmfast_cpu_image_to_columns(const mmfast_columns_args* args);
-// The same sum from x and weight, and the two gradients, image being that of the result.
-int mmfast_cpu_depthwise_forward(const mmfast_columns_args* args);
-int mmfast_cpu_depthwise_backward(const mmfast_columns_args* args);
+// Both decline weights that are not finite. The backward is dx.
+int mmfast_cpu_phases_forward(const mmfast_conv_transpose_args* args);
+int mmfast_cpu_phases_backward(const mmfast_conv_transpose_args* args);
+// Each output channel has an input channel of its own: in_channels = out_channels, the sum over i and k only.
+int mmfast_cpu_depthwise_forward(const mmfast_conv_transpose_args* args);
+int mmfast_cpu_depthwise_backward(const mmfast_conv_transpose_args* args);
 
 // The transposed convolution of few output channels a group on the current CUDA device, float32, float16 or bfloat16:
 //     y[n, g * group_out + c, o] = act(bias + sum of x[n, g * I + ci, i] * weight[k, g * I + ci, c] over all ci, k, i
