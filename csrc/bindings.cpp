@@ -245,6 +245,19 @@ int cuda_rnn_forward(const py::tuple& layer, int64_t rows, bool tf32, const std:
     return run(mmfast_cuda_rnn_forward, args);
 }
 
+// p: the pointers of mmfast_rnn_backward_args in their order
+int cuda_rnn_backward(const py::tuple& layer, int64_t rows, bool tf32, const std::array<Pointer, 13>& p,
+                      Pointer stream) {
+    mmfast_rnn_backward_args args{};
+    args.layer = as_cuda_layer(layer, rows, tf32, stream);
+    size_t at = 0;
+    for (const void** in : {&args.y, &args.gates, &args.cell, &args.dy, &args.dhn, &args.dcn})
+        *in = as_pointer(p[at++]);
+    for (void** out : {&args.dgates, &args.dm, &args.dh, &args.u, &args.previous, &args.dh0, &args.dc0})
+        *out = as_pointer(p[at++]);
+    return run(mmfast_cuda_rnn_backward, args);
+}
+
 // p: the pointers of mmfast_rnn_step_forward_args in their order
 int cuda_rnn_step_forward(const RnnStep& step, const std::array<Pointer, 9>& p, Pointer stream) {
     const mmfast_rnn_step_forward_args args = {
@@ -509,6 +522,7 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_adversarial_forward", &cuda_adversarial_forward);
     m.def("cuda_adversarial_backward", &cuda_adversarial_backward);
     m.def("cuda_rnn_forward", &cuda_rnn_forward);
+    m.def("cuda_rnn_backward", &cuda_rnn_backward);
     m.def("cuda_rnn_resident", &mmfast_cuda_rnn_resident);
     m.def("cuda_rnn_step_forward", &cuda_rnn_step_forward);
     m.def("cuda_rnn_step_backward", &cuda_rnn_step_backward);

@@ -553,10 +553,17 @@ def cpu_rnn_cell(
 
     inputs: gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0 of any strides.
     """
-    inputs = [a if a is None or a.is_contiguous() else a.contiguous() for a in inputs]
-    addresses = [0 if a is None else a.data_ptr() for a in inputs]
-    function = library().cpu_rnn_cell
-    check(function(DTYPES[h.dtype], mode, *shape, *addresses, h.data_ptr(), c.data_ptr()))
+    kept: list[torch.Tensor] = []
+    addresses = [0 if a is None else a.data_ptr() if a.is_contiguous() else _dense_address(a, kept) for a in inputs]
+    status = library().cpu_rnn_cell(DTYPES[h.dtype], mode, *shape, *addresses, h.data_ptr(), c.data_ptr())
+    if status:
+        check(status)
+
+
+def _dense_address(a: torch.Tensor, kept: list[torch.Tensor]) -> int:
+    """Of a contiguous copy, which `kept` keeps alive."""
+    kept.append(a.contiguous())
+    return kept[-1].data_ptr()
 
 
 def cpu_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> None:
@@ -613,6 +620,20 @@ def cuda_rnn_forward(
 ) -> None:
     """Fills kept, (gates, cell), and out, (y, hn, cn), as `cpu_rnn_forward`, on gx's device or in the emulator."""
     _launch("cuda_rnn_forward", gx, layer, gx.shape[0], tf32, [_address(x) for x in (gx, *kept, *out)])
+
+
+def cuda_rnn_backward(
+    layer: tuple,
+    tf32: bool,
+    saved: Sequence[torch.Tensor | None],
+    given: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor | None],
+) -> None:
+    """As `cpu_rnn_backward`, on the device of what is saved or in the emulator."""
+    y = saved[0]
+    assert y is not None
+    rows = y.shape[:-1].numel()
+    _launch("cuda_rnn_backward", y, layer, rows, tf32, [_address(x) for x in (*saved, *given, *out)])
 
 
 class RnnRows(NamedTuple):

@@ -150,11 +150,15 @@ def test_many_steps(device, cuda, mode, seed):
 
 @per_mode
 def test_one_launch(mode):
-    """All sequences, all steps and both directions."""
+    """A pass: all sequences, all steps and both directions."""
     problem = draw(mode, (5, 20, 3, 33), 2, kind="packed").to(torch.bfloat16)
+    inputs = [a.requires_grad_() for a in problem.tensors]
     before = native.emulator_launches()
-    sequence(problem.x, problem.weights, *(*problem.states, None)[:2], problem.layer, "cuda")
+    states = (*problem.states, None)[:2]
+    y = sequence(problem.x, problem.weights, *states, problem.layer, "cuda")[0]
     assert native.emulator_launches() - before == 1
+    torch.autograd.grad(y.sum(), inputs)
+    assert native.emulator_launches() - before == 2
 
 
 @pytest.mark.parametrize(
@@ -250,6 +254,7 @@ def test_a_planted_error_is_seen(close, mode):
     """The formula's test fails where a step reads another step's row, or a row's neighbour."""
     at = native.RnnRows.at
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "cuda_rnn_resident", lambda *_: 0)
         patch.setattr(native.RnnRows, "at", lambda rows, row: at(rows, max(row - 1, 0)))
         with pytest.raises((AssertionError, RuntimeError)):
             close(draw(mode, (5, 17, 3, 19), 2, seed=2))

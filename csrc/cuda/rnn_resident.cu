@@ -136,15 +136,37 @@ struct Walk {
         for (int n = 0; n < kBlocks; n += kAtOnce) {
             const int block = n + p.to_block;
             if (kBlocks % kAtOnce != 0 && block >= kBlocks) continue;
-            if (whole) {
-                Vector<T, kEach> v{};
-                if (active) v = load_vector<kEach>(panel, from + block * BLOCK);
-                store_vector(x, to + block * hidden, v);
-            } else {
-                for (int j = 0; j < kEach && p.to_unit + j < hidden; ++j)
-                    store(x, to + block * hidden + j, active ? T(panel[from + block * BLOCK + j]) : T{});
-            }
+            Vector<T, kEach> v{};
+            if (active) v = load_vector<kEach>(panel, from + block * BLOCK);
+            put(p, x, to + block * hidden, v);
         }
+    }
+    // a thread's vector, as far as there are units
+    MMFAST_DEVICE void put(const Place& p, Global<T> x, int64_t to, const Vector<T, kEach>& v) const {
+        if (whole) {
+            store_vector(x, to, v);
+            return;
+        }
+        MMFAST_UNROLL
+        for (int j = 0; j < kEach; ++j)
+            if (p.to_unit + j < hidden) store(x, to + j, v.at[j]);
+    }
+    static MMFAST_DEVICE Global<const T> of(const Place& p, const Global<const T> (&each)[2]) {
+        return p.direction ? each[1] : each[0];
+    }
+    static MMFAST_DEVICE Vector<T, 2> pair_of(const float (&x)[2]) {
+        return {{from_float<T>(x[0]), from_float<T>(x[1])}};
+    }
+    MMFAST_DEVICE int64_t state_at(const Place& p, int r, int u) const {
+        return (int64_t(p.direction) * batch + p.first + p.row + r) * hidden + p.unit + u;
+    }
+    MMFAST_DEVICE float state(const Place& p, Global<const T> x, int r, int u) const {
+        const bool inside = p.first + p.row + r < batch && p.unit + u < hidden;
+        return inside ? to_float(load(x, state_at(p, r, u))) : 0.0f;
+    }
+    MMFAST_DEVICE int cuts(const Place& p, int i) const {
+        const int t = step(p, i);
+        return is_cut(p, t, p.row, p.lengths[p.row]) | is_cut(p, t, p.row + 1, p.lengths[p.row + 1]) << 1;
     }
     // kEach elements of a row of a gate's W_hh, 0 outside of it
     MMFAST_DEVICE Vector<T, kEach> weights(Global<const T> w, int gate, int row, int column) const {
@@ -166,13 +188,13 @@ struct Walk {
     }
 };
 
-// A warp's kCount fragments of A, in the order of tiles and of k. The last ones stay in shared memory where, with their
-// split into two TF32 numbers, they need more registers than there are.
-template <typename T, int BLOCK, int kCount>
+// A warp's kCount fragments of A, in the order of tiles and of k. The last ones stay in shared memory where all would
+// need more registers than there are.
+template <typename T, int BLOCK, int kCount, bool kAll>
 struct Fragments {
     using W = Walk<T, BLOCK>;
     static constexpr int kParts = W::kStaged / W::kDepth;  // fragments that are staged at once
-    static constexpr int kHeld = kCount;
+    static constexpr int kHeld = kAll ? kCount : kCount - kParts;
     Words held[kHeld];
     SharedArray<T> staging;
     int from;
@@ -231,9 +253,10 @@ MMFAST_DEVICE void multiply_precisely(Tile& d, const Words& a, uint32_t b0, uint
 
 // d[m] = the m-th of kTiles tiles of A, kSteps fragments each, times the panel's rows. Sums are made in kChains parts.
 // turn: of the loop around, not negative.
-template <int kTiles, int kSteps, int kChains, typename T, int BLOCK>
-MMFAST_DEVICE void product(Tile (&d)[kTiles], const Walk<T, BLOCK>& walk, const Fragments<T, BLOCK, kTiles * kSteps>& a,
-                           SharedArray<T> panel, int at, int pitch, int turn) {
+template <int kTiles, int kSteps, int kChains, typename T, int BLOCK, bool kAll>
+MMFAST_DEVICE void product(Tile (&d)[kTiles], const Walk<T, BLOCK>& walk,
+                           const Fragments<T, BLOCK, kTiles * kSteps, kAll>& a, SharedArray<T> panel, int at, int pitch,
+                           int turn) {
     Tile part[kTiles * kChains];
     MMFAST_UNROLL
     for (int i = 0; i < kTiles * kChains; ++i) part[i] = Tile{};
@@ -310,19 +333,19 @@ struct ResidentForward {
         }
         for (int i = thread_index(); i < G * BLOCK; i += kThreads) {
             const int gate = i / BLOCK, unit = i % BLOCK;
-            biases[i] = has_bias && unit < H ? to_float(load(of(p, b_hh), gate * H + unit)) : 0.0f;
+            biases[i] = has_bias && unit < H ? to_float(load(W::of(p, b_hh), gate * H + unit)) : 0.0f;
         }
-        Fragments<T, BLOCK, G * kFragments> a;
+        Fragments<T, BLOCK, G * kFragments, true> a;
         a.staging = shared_array<T>(cursor, W::kStaging);
-        a.template read<false>(walk, of(p, w_hh));
+        a.template read<false>(walk, W::of(p, w_hh));
         float h[2][2], c[2][2];  // of sequence, of unit; h in full is GRU's alone
         MMFAST_UNROLL
         for (int r = 0; r < 2; ++r) {
-            h[r][0] = has_h0 ? state(p, h0, r, 0) : 0.0f, h[r][1] = has_h0 ? state(p, h0, r, 1) : 0.0f;
-            c[r][0] = has_c0 ? state(p, c0, r, 0) : 0.0f, c[r][1] = has_c0 ? state(p, c0, r, 1) : 0.0f;
-            store_vector(states, (p.row + r) * pitch + p.unit, rounded(h[r]));
+            h[r][0] = has_h0 ? walk.state(p, h0, r, 0) : 0.0f, h[r][1] = has_h0 ? walk.state(p, h0, r, 1) : 0.0f;
+            c[r][0] = has_c0 ? walk.state(p, c0, r, 0) : 0.0f, c[r][1] = has_c0 ? walk.state(p, c0, r, 1) : 0.0f;
+            store_vector(states, (p.row + r) * pitch + p.unit, W::pair_of(h[r]));
         }
-        int cut = walk.resets && p.walked ? cuts(p, 0) : 0;  // bit r: of sequence r
+        int cut = walk.resets && p.walked ? walk.cuts(p, 0) : 0;  // bit r: of sequence r
         int sent = 0, fetched = walk.walked_row(p, kSlots - 1);
         copy_wait<kSlots - 2>();
         barrier();
@@ -337,7 +360,7 @@ struct ResidentForward {
             copy_commit();
             // what the next turn needs is on its way while this one computes
             sent = walk.row(p, t), fetched = walk.walked_row(p, i + kSlots);
-            const int cut_next = walk.resets && i + 1 < p.walked ? cuts(p, i + 1) : 0;
+            const int cut_next = walk.resets && i + 1 < p.walked ? walk.cuts(p, i + 1) : 0;
             MMFAST_UNROLL
             for (int r = 0; r < 2; ++r) {
                 const bool active = t < p.lengths[p.row + r], is_cut = cut >> r & 1;
@@ -373,12 +396,12 @@ struct ResidentForward {
                     kept[u] = p.unit + u < H ? found : 0.0f;
                 }
                 const int mine = (p.row + r) * pitch + p.unit;
-                store_vector(states, next + mine, active ? rounded(kept) : load_vector<2>(states, now + mine));
+                store_vector(states, next + mine, active ? W::pair_of(kept) : load_vector<2>(states, now + mine));
                 if constexpr (G > 1) {
-                    if (has_cell) store_vector(cells, now + (p.row + r) * pitch + p.unit, rounded(cell_of));
+                    if (has_cell) store_vector(cells, now + (p.row + r) * pitch + p.unit, W::pair_of(cell_of));
                     if (has_gates) {
                         MMFAST_UNROLL
-                        for (int k = 0; k < G; ++k) store_vector(slots, at + k * BLOCK, rounded(x[k]));
+                        for (int k = 0; k < G; ++k) store_vector(slots, at + k * BLOCK, W::pair_of(x[k]));
                     }
                 }
             }
@@ -396,30 +419,13 @@ struct ResidentForward {
             MMFAST_UNROLL
             for (int u = 0; u < 2; ++u) {
                 if (p.first + p.row + r >= walk.batch || p.unit + u >= H) continue;
-                const int64_t at = state_at(p, r, u);
+                const int64_t at = walk.state_at(p, r, u);
                 store(hn, at, T(states[p.walked % 2 * kPanel + (p.row + r) * pitch + p.unit + u]));
                 if constexpr (G == 4) store(cn, at, from_float<T>(c[r][u]));
             }
         }
     }
 
-    static MMFAST_DEVICE Global<const T> of(const typename W::Place& p, const Global<const T> (&each)[2]) {
-        return p.direction ? each[1] : each[0];
-    }
-    static MMFAST_DEVICE Vector<T, 2> rounded(const float (&x)[2]) {
-        return {{from_float<T>(x[0]), from_float<T>(x[1])}};
-    }
-    MMFAST_DEVICE int64_t state_at(const typename W::Place& p, int r, int u) const {
-        return (int64_t(p.direction) * walk.batch + p.first + p.row + r) * walk.hidden + p.unit + u;
-    }
-    MMFAST_DEVICE float state(const typename W::Place& p, Global<const T> x, int r, int u) const {
-        const bool inside = p.first + p.row + r < walk.batch && p.unit + u < walk.hidden;
-        return inside ? to_float(load(x, state_at(p, r, u))) : 0.0f;
-    }
-    MMFAST_DEVICE int cuts(const typename W::Place& p, int i) const {
-        const int t = walk.step(p, i);
-        return walk.is_cut(p, t, p.row, p.lengths[p.row]) | walk.is_cut(p, t, p.row + 1, p.lengths[p.row + 1]) << 1;
-    }
     MMFAST_DEVICE void fetch(const typename W::Place& p, SharedArray<T> slots, int i, int row) const {
         if (i >= p.walked || walk.step(p, i) >= p.lengths[p.to_row]) return;
         walk.template fetch<G>(p, slots, i % kSlots * kSlot, kPitch<T, BLOCK, G>, gx, row, G * walk.hidden);
@@ -436,6 +442,206 @@ struct ResidentForward {
             if (has_gates)
                 walk.template send<G>(p, gates, row, G * H, slots, i % kSlots * kSlot, kPitch<T, BLOCK, G>, active);
         }
+    }
+};
+
+// The same walk back. A is W_hh with rows and columns exchanged, B what W_hh carries on of a step's gates, all gates of
+// a unit after those of the units before; a warp owns the gradients of 16 units of h, which its threads keep with those
+// of c. A step's inputs - gates, cell, y, dy - are in a slot, its results in one of two panels.
+//
+// Model of a step, clocks, as above: RNN 400, GRU 850, LSTM 1050; the products are as many, no chain of them is longer
+// than an eighth of them, and six numbers a unit are read and five written in place of five and six.
+template <typename T, int G, int BLOCK>
+struct ResidentBackward {
+    using W = Walk<T, BLOCK>;
+    static constexpr int kThreads = W::kThreads, kBlocksAtOnce = 1, kFragments = G * BLOCK / W::kDepth;
+    static constexpr bool kAll = BLOCK < 256 && (sizeof(T) == 2 || G < 4);
+    // blocks of units in a slot, and in a panel: r z n's and, last, the input side's of n
+    static constexpr int kCell = G > 1 ? G : -1, kY = kCell + 1, kDy = kY + 1, kIn = kDy + 1, kOut = G == 3 ? 4 : G;
+    static constexpr int kSlot = kRows * kPitch<T, BLOCK, kIn>, kPanel = kRows * kPitch<T, BLOCK, kOut>;
+    static constexpr int kShared = aligned_bytes(kRows, 4) + aligned_bytes(kSlots * kSlot, sizeof(T)) +
+                                   aligned_bytes(2 * kPanel, sizeof(T)) + aligned_bytes(W::kStaging, sizeof(T));
+    W walk;
+    Global<const T> w_hh[2], y, gates, cell, dy, dhn, dcn, h0, c0;
+    Global<T> dgates, dm, previous, dh0, dc0;
+    bool has_dy, has_dhn, has_dcn, has_h0, has_c0, has_previous, has_dh0, has_dc0, relu;
+
+    MMFAST_DEVICE void operator()() const {
+        SharedCursor cursor;
+        const typename W::Place p = walk.place(cursor);
+        const SharedArray<T> slots = shared_array<T>(cursor, kSlots * kSlot);
+        const SharedArray<T> panels = shared_array<T>(cursor, 2 * kPanel);
+        const int pitch = kPitch<T, BLOCK, kIn>, out_pitch = kPitch<T, BLOCK, kOut>;
+
+        MMFAST_NO_UNROLL
+        for (int i = thread_index() * W::kEach; i < kSlots * kSlot; i += kThreads * W::kEach)
+            store_vector(slots, i, Vector<T, W::kEach>{});
+        barrier();
+        MMFAST_NO_UNROLL
+        for (int i = 0; i < kSlots - 1; ++i) {
+            fetch(p, slots, i, walk.walked_row(p, i));
+            copy_commit();
+        }
+        Fragments<T, BLOCK, kFragments, kAll> a;
+        a.staging = shared_array<T>(cursor, W::kStaging);
+        a.template read<true>(walk, W::of(p, w_hh));
+        float dh[2][2], dc[2][2];  // of sequence, of unit
+        MMFAST_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            MMFAST_UNROLL
+            for (int u = 0; u < 2; ++u) {
+                dh[r][u] = has_dhn ? walk.state(p, dhn, r, u) : 0.0f;
+                dc[r][u] = G == 4 && has_dcn ? walk.state(p, dcn, r, u) : 0.0f;
+            }
+        }
+        int cut = walk.resets && p.walked ? walk.cuts(p, 0) : 0, cut_last = 0;
+        int sent = 0, fetched = walk.walked_row(p, kSlots - 1);
+        copy_wait<kSlots - 3>();
+        barrier();
+
+        MMFAST_NO_UNROLL
+        for (int i = 0; i < p.walked; ++i) {
+            const int t = walk.step(p, i), t_before = i + 1 < p.walked ? walk.step(p, i + 1) : 0x7fffffff;
+            const int slot = i % kSlots * kSlot, slot_before = (i + 1) % kSlots * kSlot, panel = i % 2 * kPanel;
+            if (i > 0) {
+                add(p, dh, walk, a, panels, kPanel - panel, cut_last, i);
+                send(p, i - 1, sent, slots, panels);
+            }
+            fetch(p, slots, i + kSlots - 1, fetched);
+            copy_commit();
+            sent = walk.row(p, t), fetched = walk.walked_row(p, i + kSlots);
+            const int cut_next = walk.resets && i + 1 < p.walked ? walk.cuts(p, i + 1) : 0;
+            MMFAST_UNROLL
+            for (int r = 0; r < 2; ++r) {
+                const int length = p.lengths[p.row + r];
+                const bool active = t < length, is_cut = cut >> r & 1;
+                const int in_row = (p.row + r) * pitch + p.unit, at = slot + in_row;
+                float g[kOut][2];
+                if (active) {
+                    float before[2], of_cell[2], in[2];
+                    if constexpr (G > 1) {
+                        MMFAST_UNROLL
+                        for (int k = 0; k < G; ++k) read(g[k], slots, at + k * BLOCK);
+                        read(of_cell, slots, at + kCell * BLOCK);
+                        if (t_before < length) {
+                            read(before, slots, slot_before + in_row + (G == 4 ? kCell : kY) * BLOCK);
+                        } else {
+                            const bool has = G == 4 ? has_c0 : has_h0;
+                            before[0] = has ? walk.state(p, G == 4 ? c0 : h0, r, 0) : 0.0f;
+                            before[1] = has ? walk.state(p, G == 4 ? c0 : h0, r, 1) : 0.0f;
+                        }
+                    } else {
+                        read(before, slots, at + kY * BLOCK);
+                    }
+                    if (has_dy) {
+                        read(in, slots, at + kDy * BLOCK);
+                        dh[r][0] += in[0], dh[r][1] += in[1];
+                    }
+                    MMFAST_UNROLL
+                    for (int u = 0; u < 2; ++u) {
+                        if constexpr (G == 4) {
+                            lstm_backward<T>(g[0][u], g[1][u], g[2][u], g[3][u], dc[r][u], dh[r][u], of_cell[u],
+                                             is_cut ? 0.0f : before[u]);
+                            if (is_cut) dc[r][u] = 0.0f;
+                            dh[r][u] = 0.0f;
+                        } else if constexpr (G == 3) {
+                            gru_backward(g[0][u], g[1][u], g[2][u], of_cell[u], dh[r][u], is_cut ? 0.0f : before[u]);
+                            g[3][u] = g[2][u], g[2][u] = of_cell[u];
+                            if (is_cut) dh[r][u] = 0.0f;
+                        } else {
+                            g[0][u] = rnn_backward(dh[r][u], before[u], relu);
+                            dh[r][u] = 0.0f;
+                        }
+                        // of units that fill up the block nothing comes
+                        MMFAST_UNROLL
+                        for (int k = 0; k < kOut; ++k) g[k][u] = p.unit + u < walk.hidden ? g[k][u] : 0.0f;
+                    }
+                } else {
+                    MMFAST_UNROLL
+                    for (int k = 0; k < kOut; ++k) g[k][0] = g[k][1] = 0.0f;
+                }
+                MMFAST_UNROLL
+                for (int k = 0; k < kOut; ++k)
+                    store_vector(panels, panel + (p.row + r) * out_pitch + k * BLOCK + p.unit, W::pair_of(g[k]));
+            }
+            cut_last = cut, cut = cut_next;
+            copy_wait<kSlots - 3>();
+            barrier();
+        }
+        if (p.walked > 0) {
+            add(p, dh, walk, a, panels, (p.walked - 1) % 2 * kPanel, cut_last, p.walked);
+            send(p, p.walked - 1, sent, slots, panels);
+        }
+        if (!walk.packed) {
+            MMFAST_NO_UNROLL
+            for (int t = p.walked; t < walk.steps; ++t) send(p, -1, walk.row(p, t), slots, panels);
+        }
+        MMFAST_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            MMFAST_UNROLL
+            for (int u = 0; u < 2; ++u) {
+                if (p.first + p.row + r >= walk.batch || p.unit + u >= walk.hidden) continue;
+                const int64_t at = walk.state_at(p, r, u);
+                if (has_dh0) store(dh0, at, from_float<T>(dh[r][u]));
+                if (G == 4 && has_dc0) store(dc0, at, from_float<T>(dc[r][u]));
+            }
+        }
+    }
+
+    static MMFAST_DEVICE void read(float (&to)[2], SharedArray<T> from, int at) {
+        const Vector<T, 2> v = load_vector<2>(from, at);
+        to[0] = to_float(v.at[0]), to[1] = to_float(v.at[1]);
+    }
+    // dh += what W_hh carries on of a step's gates, but where it was cut
+    static MMFAST_DEVICE void add(const typename W::Place&, float (&dh)[2][2], const W& walk,
+                                  const Fragments<T, BLOCK, kFragments, kAll>& a, SharedArray<T> panels, int panel,
+                                  int cut, int turn) {
+        Tile sum[1];
+        product<1, kFragments, 4>(sum, walk, a, panels, panel, kPitch<T, BLOCK, kOut>, turn);
+        MMFAST_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            MMFAST_UNROLL
+            for (int u = 0; u < 2; ++u) dh[r][u] += cut >> r & 1 ? 0.0f : sum[0].at[2 * u + r];
+        }
+    }
+    MMFAST_DEVICE void fetch(const typename W::Place& p, SharedArray<T> slots, int i, int row) const {
+        if (i >= p.walked || walk.step(p, i) >= p.lengths[p.to_row]) return;
+        const int at = i % kSlots * kSlot, pitch = kPitch<T, BLOCK, kIn>, H = walk.hidden;
+        if constexpr (G > 1) {
+            walk.template fetch<G>(p, slots, at, pitch, gates, row, G * H);
+            walk.template fetch<1>(p, slots, at + kCell * BLOCK, pitch, cell, row, H);
+        }
+        if (G != 4 || has_previous) walk.template fetch<1>(p, slots, at + kY * BLOCK, pitch, y, row, H);
+        if (has_dy) walk.template fetch<1>(p, slots, at + kDy * BLOCK, pitch, dy, row, H);
+    }
+    // dgates, dm and previous of the i-th step, of which `row` is the first row; i = -1: zeros
+    MMFAST_DEVICE void send(const typename W::Place& p, int i, int row, SharedArray<T> slots,
+                            SharedArray<T> panels) const {
+        const int length = p.lengths[p.to_row], t = i >= 0 ? walk.step(p, i) : length, H = walk.hidden;
+        const bool active = t < length;
+        if (walk.packed ? !active : p.first + p.to_row >= walk.batch) return;
+        const int at = i % 2 * kPanel, pitch = kPitch<T, BLOCK, kOut>;
+        if constexpr (G == 3) {
+            walk.template send<2>(p, dgates, row, G * H, panels, at, pitch, active);
+            walk.template send<1>(p, dgates + 2 * H, row, G * H, panels, at + 3 * BLOCK, pitch, active);
+            walk.template send<1>(p, dm, row, H, panels, at + 2 * BLOCK, pitch, active);
+        } else {
+            walk.template send<G>(p, dgates, row, G * H, panels, at, pitch, active);
+        }
+        if (!has_previous || p.to_unit >= H || p.to_block > 0) return;
+        Vector<T, W::kEach> v{};
+        if (active && !(walk.resets && walk.is_cut(p, t, p.to_row, length))) {
+            if (i + 1 < p.walked && walk.step(p, i + 1) < length) {
+                v = load_vector<W::kEach>(
+                    slots, (i + 1) % kSlots * kSlot + p.to_row * kPitch<T, BLOCK, kIn> + kY * BLOCK + p.to_unit);
+            } else if (has_h0) {
+                const int64_t from = (int64_t(p.direction) * walk.batch + p.first + p.to_row) * H + p.to_unit;
+                MMFAST_UNROLL
+                for (int j = 0; j < W::kEach; ++j)
+                    if (p.to_unit + j < H) v.at[j] = load(h0, from + j);
+            }
+        }
+        walk.put(p, previous, (int64_t(row + p.to_row) * walk.directions + p.direction) * H + p.to_unit, v);
     }
 };
 
@@ -484,6 +690,44 @@ int resident_forward(const mmfast_rnn_forward_args& args) {
     return buffers.finish(launch(kernel, grid_of(from, Kernel::kShared), from.stream));
 }
 
+template <typename T, int G, int BLOCK>
+int resident_backward(const mmfast_rnn_backward_args& args) {
+    const mmfast_rnn_layer& from = args.layer;
+    const int64_t N = from.rows, H = from.hidden, D = from.directions, B = from.batch, S = D * B * H;
+    Buffers buffers;
+    using Kernel = ResidentBackward<T, G, BLOCK>;
+    Kernel kernel{};
+    const bool aligned = are_aligned(args.y, args.gates, args.cell, args.dy, args.dgates, args.dm, args.previous,
+                                     from.w_hh[0], from.w_hh[1]);
+    kernel.walk = walk_of<T, BLOCK>(from, buffers, aligned, false);
+    kernel.relu = from.mode == MMFAST_RNN_RELU;
+    for (int d = 0; d < D; ++d) kernel.w_hh[d] = buffers.input<T>(from.w_hh[d], G * H * H);
+    kernel.y = buffers.input<T>(args.y, N * D * H);
+    if (G > 1) {
+        kernel.gates = buffers.input<T>(args.gates, N * D * G * H);
+        kernel.cell = buffers.input<T>(args.cell, N * D * H);
+    }
+    const auto given = [&](Global<const T>& to, bool& has, const void* p, int64_t n) {
+        has = p != nullptr;
+        if (p) to = buffers.input<T>(p, n);
+    };
+    given(kernel.dy, kernel.has_dy, args.dy, N * D * H);
+    given(kernel.dhn, kernel.has_dhn, args.dhn, S);
+    given(kernel.dcn, kernel.has_dcn, args.dcn, S);
+    given(kernel.h0, kernel.has_h0, from.h0, S);
+    given(kernel.c0, kernel.has_c0, from.c0, S);
+    const auto wanted = [&](Global<T>& to, bool& has, void* p, int64_t n) {
+        has = p != nullptr;
+        if (p) to = buffers.output<T>(p, n);
+    };
+    kernel.dgates = buffers.output<T>(args.dgates, N * D * G * H);
+    if (G == 3) kernel.dm = buffers.output<T>(args.dm, N * D * H);
+    wanted(kernel.previous, kernel.has_previous, args.previous, N * D * H);
+    wanted(kernel.dh0, kernel.has_dh0, args.dh0, S);
+    wanted(kernel.dc0, kernel.has_dc0, args.dc0, S);
+    return buffers.finish(launch(kernel, grid_of(from, Kernel::kShared), from.stream));
+}
+
 // f(type, gates, block of units) of such a layer, or `otherwise` where W_hh has no place on a block's chip
 template <typename F>
 int with_block(int dtype, int mode, int64_t hidden, int otherwise, const F& f) {
@@ -501,6 +745,8 @@ int with_block(int dtype, int mode, int64_t hidden, int otherwise, const F& f) {
 }
 
 int fitting(const mmfast_rnn_layer& layer) {
+    if (!mmfast_cuda_rnn_resident(layer.dtype, layer.mode, layer.hidden))
+        return fail(MMFAST_INVALID_ARGUMENT, "the layer's weights do not fit into a block of this device");
     if (layer.rows > 0x7fffffff || layer.steps > 0x7fffffff || layer.batch > 0x7fffffff - kRows)
         return fail(MMFAST_INVALID_ARGUMENT, "the sequences are too many or too long for the kernel");
     return MMFAST_OK;
@@ -514,18 +760,29 @@ int mmfast_cuda_rnn_forward(const mmfast_rnn_forward_args* args) {
     using namespace mmfast::device;
     const mmfast_rnn_layer& layer = args->layer;
     if (const int status = fitting(layer)) return status;
-    if (!mmfast_cuda_rnn_resident(layer.dtype, layer.mode, layer.hidden))
-        return mmfast::fail(MMFAST_INVALID_ARGUMENT, "the layer's weights do not fit into a block");
     return with_block(
         layer.dtype, layer.mode, layer.hidden, MMFAST_INVALID_ARGUMENT, [&](auto type, auto gates, auto block) {
             return resident_forward<decltype(type), decltype(gates)::value, decltype(block)::value>(*args);
         });
 }
 
+int mmfast_cuda_rnn_backward(const mmfast_rnn_backward_args* args) {
+    using namespace mmfast::device;
+    const mmfast_rnn_layer& layer = args->layer;
+    if (const int status = fitting(layer)) return status;
+    return with_block(
+        layer.dtype, layer.mode, layer.hidden, MMFAST_INVALID_ARGUMENT, [&](auto type, auto gates, auto block) {
+            return resident_backward<decltype(type), decltype(gates)::value, decltype(block)::value>(*args);
+        });
+}
+
 int mmfast_cuda_rnn_resident(int32_t dtype, int32_t mode, int64_t hidden) {
     using namespace mmfast::device;
     return with_block(dtype, mode, hidden, 0, [&](auto type, auto gates, auto block) {
-        using Kernel = ResidentForward<decltype(type), decltype(gates)::value, decltype(block)::value>;
-        return resident<Kernel>({1, Kernel::kShared});
+        using Forward = ResidentForward<decltype(type), decltype(gates)::value, decltype(block)::value>;
+        using Backward = ResidentBackward<decltype(type), decltype(gates)::value, decltype(block)::value>;
+        const int forward = resident<Forward>({1, Forward::kShared});
+        const int backward = resident<Backward>({1, Backward::kShared});
+        return forward < backward ? forward : backward;
     });
 }
