@@ -146,6 +146,7 @@ fi
 part correct 60 bash -c 'check small'
 part numerics 120 bash -c numerics
 if [ "$device" = cuda ]; then part "graphs and streams" 60 bash -c 'check graph'; fi
+part decoders 90 bash -c 'check decoders'
 part speed 180 bash -c speed
 part tests 150 bash -c tests
 if [ "$device" = cuda ]; then

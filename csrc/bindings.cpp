@@ -125,7 +125,7 @@ int cpu_adversarial_forward(const Terms& terms, int dtype, bool mean, const Poin
 // One or two tensors of logits, without weights: two terms of x and y, which with `averages` are each other's peers, or
 // one of x, less y where y is not 0; dx, dy: 0 where one is not wanted.
 int cpu_adversarial_few(const Terms& list, int dtype, bool mean, bool averages, Pointer x, int64_t x_size, Pointer y,
-                        int64_t y_size, Pointer total, Pointer dx, Pointer dy) {
+                        int64_t y_size, Pointer total, Pointer dx, Pointer dy, int threads) {
     const size_t count = list.terms.size();
     if (count < 1 || count > 2 || (count == 1 && y && y_size != x_size))
         throw std::invalid_argument("one or two terms are expected, and as many elements of tensors that meet");
@@ -137,7 +137,7 @@ int cpu_adversarial_few(const Terms& list, int dtype, bool mean, bool averages, 
         terms[0].other = as_pointer(y), terms[0].dother = as_pointer(dy);
     }
     mmfast_adversarial_args args{};
-    args.dtype = dtype, args.mean = mean, args.count = int64_t(count), args.terms = terms, args.threads = 1;
+    args.dtype = dtype, args.mean = mean, args.count = int64_t(count), args.terms = terms, args.threads = threads;
     args.total = as_pointer(total);
     double means[2], slopes[2];
     if (averages && count == 2) {
@@ -161,6 +161,28 @@ int cpu_adversarial_backward(const Terms& terms, int dtype, bool mean, const Poi
     return run(mmfast_cpu_adversarial_backward, call.args);
 }
 #endif
+
+// mmfast_rnn_layer, row by row: dtype, mode, directions, T, B, H, proj, zoneout, then the addresses of offsets,
+// lengths, reset, zoneout mask, dropout mask, W_hh, b_hh and W_hr of both directions, h0, c0, and threads
+mmfast_rnn_layer as_layer(const py::tuple& row) {
+    size_t at = 0;
+    const auto number = [&] { return row[at++].cast<int64_t>(); };
+    const auto address = [&] { return as_pointer(row[at++].cast<Pointer>()); };
+    mmfast_rnn_layer layer{};
+    layer.dtype = int32_t(number()), layer.mode = int32_t(number()), layer.directions = int32_t(number());
+    layer.steps = number(), layer.batch = number(), layer.hidden = number(), layer.proj = number();
+    layer.zoneout = row[at++].cast<double>();
+    layer.offsets = static_cast<const int64_t*>(address());
+    layer.lengths = static_cast<const int64_t*>(address());
+    layer.reset = static_cast<const uint8_t*>(address());
+    layer.zoneout_mask = static_cast<const uint8_t*>(address());
+    layer.dropout_mask = address();
+    for (auto member : {layer.w_hh, layer.b_hh, layer.w_hr})
+        for (int d = 0; d < 2; ++d) member[d] = address();
+    layer.h0 = address(), layer.c0 = address();
+    layer.threads = int32_t(number());
+    return layer;
+}
 
 #if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
 int cuda_adversarial_forward(const Terms& terms, int dtype, bool mean, const Pointers& logits,
@@ -203,6 +225,37 @@ mmfast_rnn_step as_step(const RnnStep& row, Pointer stream) {
             cuts,
             cut_step,
             as_pointer(stream)};
+}
+
+mmfast_rnn_layer as_cuda_layer(const py::tuple& row, int64_t rows, bool tf32, Pointer stream) {
+    mmfast_rnn_layer layer = as_layer(row);
+    layer.rows = rows, layer.tf32 = tf32, layer.stream = as_pointer(stream);
+    return layer;
+}
+
+// p: the pointers of mmfast_rnn_forward_args in their order
+int cuda_rnn_forward(const py::tuple& layer, int64_t rows, bool tf32, const std::array<Pointer, 6>& p, Pointer stream) {
+    const mmfast_rnn_forward_args args = {as_cuda_layer(layer, rows, tf32, stream),
+                                          as_pointer(p[0]),
+                                          as_pointer(p[1]),
+                                          as_pointer(p[2]),
+                                          as_pointer(p[3]),
+                                          as_pointer(p[4]),
+                                          as_pointer(p[5])};
+    return run(mmfast_cuda_rnn_forward, args);
+}
+
+// p: the pointers of mmfast_rnn_backward_args in their order
+int cuda_rnn_backward(const py::tuple& layer, int64_t rows, bool tf32, const std::array<Pointer, 13>& p,
+                      Pointer stream) {
+    mmfast_rnn_backward_args args{};
+    args.layer = as_cuda_layer(layer, rows, tf32, stream);
+    size_t at = 0;
+    for (const void** in : {&args.y, &args.gates, &args.cell, &args.dy, &args.dhn, &args.dcn})
+        *in = as_pointer(p[at++]);
+    for (void** out : {&args.dgates, &args.dm, &args.dh, &args.u, &args.previous, &args.dh0, &args.dc0})
+        *out = as_pointer(p[at++]);
+    return run(mmfast_cuda_rnn_backward, args);
 }
 
 // p: the pointers of mmfast_rnn_step_forward_args in their order
@@ -334,28 +387,6 @@ int cuda_activation(bool backward, int dtype, int which, double negative_slope, 
 #endif
 
 #ifndef MMFAST_EMULATOR
-// mmfast_rnn_layer, row by row: dtype, mode, directions, T, B, H, proj, zoneout, then the addresses of offsets,
-// lengths, reset, zoneout mask, dropout mask, W_hh, b_hh and W_hr of both directions, h0, c0, and threads
-mmfast_rnn_layer as_layer(const py::tuple& row) {
-    size_t at = 0;
-    const auto number = [&] { return row[at++].cast<int64_t>(); };
-    const auto address = [&] { return as_pointer(row[at++].cast<Pointer>()); };
-    mmfast_rnn_layer layer{};
-    layer.dtype = int32_t(number()), layer.mode = int32_t(number()), layer.directions = int32_t(number());
-    layer.steps = number(), layer.batch = number(), layer.hidden = number(), layer.proj = number();
-    layer.zoneout = row[at++].cast<double>();
-    layer.offsets = static_cast<const int64_t*>(address());
-    layer.lengths = static_cast<const int64_t*>(address());
-    layer.reset = static_cast<const uint8_t*>(address());
-    layer.zoneout_mask = static_cast<const uint8_t*>(address());
-    layer.dropout_mask = address();
-    for (auto member : {layer.w_hh, layer.b_hh, layer.w_hr})
-        for (int d = 0; d < 2; ++d) member[d] = address();
-    layer.h0 = address(), layer.c0 = address();
-    layer.threads = int32_t(number());
-    return layer;
-}
-
 int rnn_forward(const py::tuple& layer, Pointer gx, Pointer gates, Pointer cell, Pointer y, Pointer hn, Pointer cn) {
     const mmfast_rnn_forward_args args = {as_layer(layer), as_pointer(gx), as_pointer(gates), as_pointer(cell),
                                           as_pointer(y),   as_pointer(hn), as_pointer(cn)};
@@ -429,53 +460,30 @@ int activation(Kernel<mmfast_activation_args> kernel, int dtype, int which, doub
 
 using Triple = std::array<int64_t, 3>;
 
-// geometry: in_size, out_size, kernel, stride, dilation, before
-mmfast_columns_args columns_args(int dtype, bool image_channels_last, int64_t batch, int64_t channels,
-                                 const std::array<Triple, 6>& geometry, Pointer image, int threads) {
-    mmfast_columns_args args{};
+// geometry: in_size, out_size, kernel, stride, dilation, before; pointers: x, weight, bias, y, dx, dweight
+template <int (*kernel)(const mmfast_conv_transpose_args*)>
+int conv_transpose(int dtype, bool x_channels_last, bool y_channels_last, const Triple& sizes,
+                   const std::array<Triple, 6>& geometry, const std::array<Pointer, 6>& pointers, int activation,
+                   double negative_slope, int threads) {
+    mmfast_conv_transpose_args args{};
     args.dtype = dtype;
-    args.image_channels_last = image_channels_last;
-    args.batch = batch;
-    args.channels = channels;
+    args.x_channels_last = x_channels_last;
+    args.y_channels_last = y_channels_last;
+    args.batch = sizes[0];
+    args.in_channels = sizes[1];
+    args.out_channels = sizes[2];
     int64_t* const members[] = {args.in_size, args.out_size, args.kernel, args.stride, args.dilation, args.before};
     for (int i = 0; i < 6; ++i) std::copy(geometry[i].begin(), geometry[i].end(), members[i]);
-    args.image = as_pointer(image);
+    args.x = as_pointer(pointers[0]);
+    args.weight = as_pointer(pointers[1]);
+    args.bias = as_pointer(pointers[2]);
+    args.y = as_pointer(pointers[3]);
+    args.dx = as_pointer(pointers[4]);
+    args.dweight = as_pointer(pointers[5]);
+    args.activation = activation;
+    args.negative_slope = negative_slope;
     args.threads = threads;
-    return args;
-}
-
-int columns(Kernel<mmfast_columns_args> kernel, int dtype, bool image_channels_last, int64_t batch, int64_t channels,
-            const std::array<Triple, 6>& geometry, Pointer columns, Pointer image, Pointer bias, int activation,
-            double negative_slope, int threads) {
-    mmfast_columns_args args = columns_args(dtype, image_channels_last, batch, channels, geometry, image, threads);
-    args.columns = as_pointer(columns);
-    args.bias = as_pointer(bias);
-    args.activation = activation;
-    args.negative_slope = negative_slope;
     return run(kernel, args);
-}
-
-int depthwise_forward(int dtype, bool image_channels_last, int64_t batch, int64_t channels,
-                      const std::array<Triple, 6>& geometry, Pointer x, Pointer weight, Pointer image, Pointer bias,
-                      int activation, double negative_slope, int threads) {
-    mmfast_columns_args args = columns_args(dtype, image_channels_last, batch, channels, geometry, image, threads);
-    args.x = as_pointer(x);
-    args.weight = as_pointer(weight);
-    args.bias = as_pointer(bias);
-    args.activation = activation;
-    args.negative_slope = negative_slope;
-    return run(mmfast_cpu_depthwise_forward, args);
-}
-
-int depthwise_backward(int dtype, bool image_channels_last, int64_t batch, int64_t channels,
-                       const std::array<Triple, 6>& geometry, Pointer image, Pointer x, Pointer weight, Pointer dx,
-                       Pointer dweight, int threads) {
-    mmfast_columns_args args = columns_args(dtype, image_channels_last, batch, channels, geometry, image, threads);
-    args.x = as_pointer(x);
-    args.weight = as_pointer(weight);
-    args.dx = as_pointer(dx);
-    args.dweight = as_pointer(dweight);
-    return run(mmfast_cpu_depthwise_backward, args);
 }
 
 void bind_cpu(py::module_& m) {
@@ -492,20 +500,10 @@ void bind_cpu(py::module_& m) {
     m.def("cpu_rnn_cell", &rnn_cell);
     m.def("cpu_product", &product);
 
-    m.def("cpu_columns_to_image", [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
-                                     const std::array<Triple, 6>& geometry, Pointer source, Pointer image, Pointer bias,
-                                     int activation, double negative_slope, int threads) {
-        return columns(mmfast_cpu_columns_to_image, dtype, image_channels_last, batch, channels, geometry, source,
-                       image, bias, activation, negative_slope, threads);
-    });
-    m.def("cpu_image_to_columns",
-          [](int dtype, bool image_channels_last, int64_t batch, int64_t channels,
-             const std::array<Triple, 6>& geometry, Pointer image, Pointer target, int threads) {
-              return columns(mmfast_cpu_image_to_columns, dtype, image_channels_last, batch, channels, geometry, target,
-                             image, 0, MMFAST_ACT_NONE, 0, threads);
-          });
-    m.def("cpu_depthwise_forward", &depthwise_forward);
-    m.def("cpu_depthwise_backward", &depthwise_backward);
+    m.def("cpu_phases_forward", &conv_transpose<mmfast_cpu_phases_forward>);
+    m.def("cpu_phases_backward", &conv_transpose<mmfast_cpu_phases_backward>);
+    m.def("cpu_depthwise_forward", &conv_transpose<mmfast_cpu_depthwise_forward>);
+    m.def("cpu_depthwise_backward", &conv_transpose<mmfast_cpu_depthwise_backward>);
     m.def("cpu_normalize_forward", &cpu_normalize_forward);
     m.def("cpu_normalize_backward", &cpu_normalize_backward);
     m.def("cpu_activation_forward",
@@ -523,6 +521,9 @@ void bind_cpu(py::module_& m) {
 void bind_cuda(py::module_& m) {
     m.def("cuda_adversarial_forward", &cuda_adversarial_forward);
     m.def("cuda_adversarial_backward", &cuda_adversarial_backward);
+    m.def("cuda_rnn_forward", &cuda_rnn_forward);
+    m.def("cuda_rnn_backward", &cuda_rnn_backward);
+    m.def("cuda_rnn_resident", &mmfast_cuda_rnn_resident);
     m.def("cuda_rnn_step_forward", &cuda_rnn_step_forward);
     m.def("cuda_rnn_step_backward", &cuda_rnn_step_backward);
     m.def("cuda_normalize_scratch", &cuda_normalize_scratch);

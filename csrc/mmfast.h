@@ -8,13 +8,19 @@
 #pragma once
 #include <stdint.h>
 
-#define MMFAST_ABI_VERSION 4
+#define MMFAST_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum mmfast_status { MMFAST_OK = 0, MMFAST_INVALID_ARGUMENT = 1, MMFAST_OUT_OF_MEMORY = 2, MMFAST_CUDA_ERROR = 3 };
+enum mmfast_status {
+    MMFAST_OK = 0,
+    MMFAST_INVALID_ARGUMENT = 1,
+    MMFAST_OUT_OF_MEMORY = 2,
+    MMFAST_CUDA_ERROR = 3,
+    MMFAST_DECLINED = 4  // nothing was written: these values are not for this kernel
+};
 
 enum mmfast_dtype { MMFAST_FLOAT32 = 0, MMFAST_FLOAT64 = 1, MMFAST_FLOAT16 = 2, MMFAST_BFLOAT16 = 3 };
 
@@ -164,37 +170,31 @@ int mmfast_cpu_activation_backward(const mmfast_activation_args* args);
 int mmfast_cuda_activation_forward(const mmfast_activation_args* args);
 int mmfast_cuda_activation_backward(const mmfast_activation_args* args);
 
-// ---- conv_transpose: columns
-// With columns = weight^T x, one value for each (output channel, tap, input position), a transposed convolution is
-//     image[n, c, o] = act(bias_c + sum of columns[n, c, k, i] over all k, i with i * stride + k * dilation - before =
-//     o)
-// in each dimension (col2im). Its inverse, for the gradients with respect to x and weight, is
-//     columns[n, c, k, i] = image[n, c, i * stride + k * dilation - before], 0 where that is outside (im2col).
-// Three dimensions, of which the first ones may be 1.
+// ---- conv_transpose
+// y[n, o, q] = act(bias_o + sum over c, k, i with i * stride + k * dilation - before = q of weight[c, o, k] * x[n, c,
+// i]) in each of three dimensions, of which the first ones may be 1, and its gradients with respect to x and weight.
 typedef struct {
     int32_t dtype;  // MMFAST_FLOAT32 or MMFAST_FLOAT64, of all tensors
-    int32_t image_channels_last;
-    int64_t batch, channels;
+    int32_t x_channels_last, y_channels_last;
+    int64_t batch, in_channels, out_channels;
     int64_t in_size[3], out_size[3], kernel[3], stride[3], dilation[3], before[3];
-    void* columns;     // (batch, channels, *kernel, *in_size) contiguous
-    void* image;       // (batch, channels, *out_size) contiguous, or channels last
-    const void* bias;  // (channels,), or null: 0; col2im only
-    int32_t activation;
+    const void* x;       // (batch, in_channels, *in_size) contiguous, or by phases channels last; phases' dx: null
+    const void* weight;  // (in_channels, out_channels, *kernel) contiguous; depthwise (in_channels, *kernel)
+    const void* bias;    // (out_channels,), or null: 0; forward only
+    void* y;             // (batch, out_channels, *out_size), contiguous or channels last; backward: dy, only read
+    int32_t activation;  // of the forward; the gradients are without
     double negative_slope;
-    // The depthwise kernels only, where columns[n, c, k, i] = weight[c, k] * x[n, c, i] is never stored and `columns`
-    // is null. dx and dweight are the backward's, which has no bias and no activation.
-    const void* x;       // (batch, channels, *in_size) contiguous
-    const void* weight;  // (channels, *kernel) contiguous
-    void* dx;            // (batch, channels, *in_size) contiguous, or null: not wanted
-    void* dweight;       // (batch, channels, *kernel) contiguous: each sample's share; or null: not wanted
+    void* dx;       // (batch, in_channels, *in_size) contiguous; depthwise perhaps null: not wanted
+    void* dweight;  // depthwise only: each sample's share (batch, in_channels, *kernel), or null: not wanted
     int32_t threads;
-} mmfast_columns_args;
+} mmfast_conv_transpose_args;
 
-int mmfast_cpu_columns_to_image(const mmfast_columns_args* args);
-int mmfast_cpu_image_to_columns(const mmfast_columns_args* args);
-// The same sum from x and weight, and the two gradients, image being that of the result.
-int mmfast_cpu_depthwise_forward(const mmfast_columns_args* args);
-int mmfast_cpu_depthwise_backward(const mmfast_columns_args* args);
+// Both decline weights that are not finite. The backward is dx.
+int mmfast_cpu_phases_forward(const mmfast_conv_transpose_args* args);
+int mmfast_cpu_phases_backward(const mmfast_conv_transpose_args* args);
+// Each output channel has an input channel of its own: in_channels = out_channels, the sum over i and k only.
+int mmfast_cpu_depthwise_forward(const mmfast_conv_transpose_args* args);
+int mmfast_cpu_depthwise_backward(const mmfast_conv_transpose_args* args);
 
 // The transposed convolution of few output channels a group on the current CUDA device, float32, float16 or bfloat16:
 //     y[n, g * group_out + c, o] = act(bias + sum of x[n, g * I + ci, i] * weight[k, g * I + ci, c] over all ci, k, i
@@ -262,7 +262,7 @@ typedef struct {
     int64_t proj;                  // P of an LSTM with a projection, else 0
     double zoneout;                // the rate k, where there is no zoneout_mask; 0: no zoneout
     const int64_t* offsets;        // (T + 1,) packed only: row of each step's first sequence; else null
-    const int64_t* lengths;        // (B,) or null: T each; clamped to [0, T]; padded only
+    const int64_t* lengths;        // (B,) or null: T each; clamped to [0, T]; packed: null, on CUDA those of offsets
     const uint8_t* reset;          // (N,) or null: 0
     const uint8_t* zoneout_mask;   // (N, D * P) of 0 and 1, or null
     const void* dropout_mask;      // (D, B, P) or null: 1
@@ -271,6 +271,9 @@ typedef struct {
     const void* w_hr[2];           // (P, H) of each direction; null without a projection
     const void *h0, *c0;           // or null: 0
     int32_t threads;               // CPU: at least 1
+    int64_t rows;                  // CUDA: N
+    int32_t tf32;                  // CUDA, float32: operands of products are rounded to TF32
+    void* stream;                  // CUDA; null is the default stream
 } mmfast_rnn_layer;
 
 typedef struct {
@@ -296,6 +299,14 @@ typedef struct {
 // dW_ih = dgates^T x, dW_hh = dgates^T previous (GRU: its n rows by dm), dW_hr = dh^T u, db = sums of dgates and dm
 // over the rows.
 int mmfast_cpu_rnn_backward(const mmfast_rnn_backward_args* args);
+
+// The same walks on the current CUDA device, in one launch with W_hh on chip, without zoneout, dropout and projection,
+// for so few units that mmfast_cuda_rnn_resident is not 0; all pointers, of offsets and lengths too, are device memory.
+// float32, float16, bfloat16. gates may be gx; gates and cell are 0 past a length.
+int mmfast_cuda_rnn_forward(const mmfast_rnn_forward_args* args);
+int mmfast_cuda_rnn_backward(const mmfast_rnn_backward_args* args);
+// How many of the walks' blocks the current device runs at once; 0 where it or they cannot.
+int mmfast_cuda_rnn_resident(int32_t dtype, int32_t mode, int64_t hidden);
 
 // One step forward of a Cell: h and c of the equations above without extras, from products that the caller has made or
 // leaves to the kernel.

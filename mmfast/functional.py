@@ -36,7 +36,7 @@ from .ops.conv_transpose.equations import Epilogue as ConvTransposeEpilogue
 from .ops.conv_transpose.equations import Geometry as ConvTransposeGeometry
 from .ops.conv_transpose.op import conv_transpose as conv_transpose_op
 from .ops.rnn import equations as rnn_equations
-from .ops.rnn.backends import MANY, SHORT, fits_cell
+from .ops.rnn.backends import FEW, MANY, SHORT, VAST, fits_cell
 from .ops.rnn.backends import OP as RNN
 from .ops.rnn.backends import Case as RnnCase
 from .ops.rnn.equations import GATES
@@ -237,10 +237,11 @@ def _recurrent(
     transformed = formula or torch.compiler.is_compiling()
     kind = (options.bidirectional, batch_sizes is not None, options.lengths is not None, transformed)
     # a graph is not compiled anew for another batch
-    many = transformed or batch * sizes.hidden_size > MANY
-    short = not transformed and _steps(input, options) <= SHORT[mode]
+    width, steps = batch * sizes.hidden_size, _steps(input, options)
+    many = transformed or (batch > FEW and width > MANY)
+    short, vast = not transformed and steps <= SHORT[mode], not transformed and steps * width >= VAST
     extras = (options.reset_mask is not None, options.zoneout > 0, options.recurrent_dropout > 0)
-    facts = (input.device, input.dtype, mode, *sizes, *kind, torch.is_grad_enabled(), many, short, *extras)
+    facts = (input.device, input.dtype, mode, *sizes, *kind, torch.is_grad_enabled(), many, short, vast, *extras)
     chosen = RNN.select_by(facts, _rnn_case, backend)
     if chosen != "torch":
         one: Any = rnn_equations.sequence if formula else partial(rnn_sequence, backend=chosen)
@@ -260,8 +261,8 @@ _packed_outside_graphs = _disable_dynamo(_recurrent)
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
     dtype = _compute_dtype(device.type, dtype)
-    *kind, gradients, many, short, resets, zoneout, recurrent_dropout = rest
-    facts = (autocasts(device.type), gradients, many, short, False, resets, zoneout, recurrent_dropout)
+    *kind, gradients, many, short, vast, resets, zoneout, recurrent_dropout = rest
+    facts = (autocasts(device.type), gradients, many, short, vast, False, resets, zoneout, recurrent_dropout)
     return RnnCase._make((device.type, dtype, mode, *kind, *facts))
 
 
@@ -561,12 +562,12 @@ def _cell(
     chosen = RNN.select_by(facts, _cell_case, backend)
     if chosen == "torch":
         return None
-    given = [weight for weight in weights if weight is not None]
-    states = [state for state in (h, c) if state is not None]
     if chosen == "cpu" and not gradients:
-        tensors = [input, *states, *given]
+        tensors = [x for x in (input, h, c, *weights) if x is not None]
         if is_plain(tensors) and not needs_formula(tensors):
             return RNN.backends["cpu"].cell(mode, input, h, c, *weights)
+    given = [weight for weight in weights if weight is not None]
+    states = [state for state in (h, c) if state is not None]
     if not fits_cell(mode, input, h, c, *weights) and not torch._C._is_any_autocast_enabled():
         return None
     # the state after a sequence of one step
@@ -889,13 +890,14 @@ def _select_conv_transpose(
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims + 2):
         return "torch"
     geometry: Any = (stride, padding, output_padding, groups, dilation)
-    facts = (input.device, input.dtype, weight.shape, *geometry, *epilogue)
+    facts = (input.device, input.dtype, input.is_contiguous(), weight.shape, *geometry, *epilogue)
     return CONV_TRANSPOSE.select_by(facts, _conv_transpose_case, backend)
 
 
 def _conv_transpose_case(
     device: torch.device,
     dtype: torch.dtype,
+    contiguous: bool,
     shape: torch.Size,
     stride: Size,
     padding: Size,
@@ -918,7 +920,7 @@ def _conv_transpose_case(
         _per_dim(dilation, dims),
         groups,
         *epilogue,
-    )
+    )._replace(contiguous=contiguous)
 
 
 def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvTransposeGeometry) -> bool:

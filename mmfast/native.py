@@ -23,7 +23,7 @@ from . import config
 if TYPE_CHECKING:
     from .ops.adversarial.equations import Inputs, Terms
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 #: enum mmfast_dtype
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -248,7 +248,7 @@ def cpu_adversarial_few(
     """Fills total () and its gradients that are wanted, from terms of x and y, or one term of x, less y if there is y.
 
     Dense CPU tensors of one dtype, without weights; x and y of one shape where they meet. averages: the two terms are
-    each other's peers. On one thread.
+    each other's peers.
     """
     status = library().cpu_adversarial_few(
         terms.copies.get("_C") or _adversarial_terms(terms, "_C"),
@@ -262,6 +262,7 @@ def cpu_adversarial_few(
         total.data_ptr(),
         0 if dx is None else dx.data_ptr(),
         0 if dy is None else dy.data_ptr(),
+        torch.get_num_threads(),
     )
     if status:
         check(status)
@@ -416,58 +417,66 @@ def cpu_activation_backward(
 Window = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
 
 
-def cpu_columns_to_image(
+def cpu_phases_forward(
     window: Window,
-    columns: torch.Tensor,
-    image: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
     bias: torch.Tensor | None,
+    y: torch.Tensor,
     activation: tuple[int, float],
-) -> None:
-    """Fills image (N, C, *out_size), contiguous or channels last, from columns (N, C * taps, positions), contiguous."""
-    channels_last = not image.is_contiguous()
-    pointers = (columns.data_ptr(), image.data_ptr(), _address(bias))
-    arguments = (DTYPES[image.dtype], channels_last, image.shape[0], image.shape[1], window, *pointers, *activation)
-    check(library().cpu_columns_to_image(*arguments, torch.get_num_threads()))
+) -> bool:
+    """Fills y (N, Cout, *out_size) from x (N, Cin, *in_size), dense both, and weight, contiguous.
+
+    False: the weight is not finite, and nothing was done.
+    """
+    return _cpu_conv_transpose("cpu_phases_forward", window, (x, weight, bias, y, None, None), activation)
 
 
-def cpu_image_to_columns(window: Window, image: torch.Tensor, columns: torch.Tensor) -> None:
-    """Fills columns from image, both as in `cpu_columns_to_image`."""
-    channels_last = not image.is_contiguous()
-    pointers = (image.data_ptr(), columns.data_ptr())
-    arguments = (DTYPES[image.dtype], channels_last, image.shape[0], image.shape[1], window, *pointers)
-    check(library().cpu_image_to_columns(*arguments, torch.get_num_threads()))
+def cpu_phases_backward(window: Window, weight: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor) -> bool:
+    """Fills dx (N, Cin, *in_size) from dy, contiguous or channels last; the others contiguous. False: see forward."""
+    return _cpu_conv_transpose("cpu_phases_backward", window, (None, weight, None, dy, dx, None))
 
 
 def cpu_depthwise_forward(
     window: Window,
     x: torch.Tensor,
     weight: torch.Tensor,
-    image: torch.Tensor,
     bias: torch.Tensor | None,
+    y: torch.Tensor,
     activation: tuple[int, float],
 ) -> None:
-    """Fills image (N, C, *out_size), contiguous or channels last, from x (N, C, *in_size) and weight, contiguous."""
-    pointers = (x.data_ptr(), weight.data_ptr(), image.data_ptr(), _address(bias))
-    shape = (not image.is_contiguous(), *image.shape[:2])
-    check(
-        library().cpu_depthwise_forward(
-            DTYPES[image.dtype], *shape, window, *pointers, *activation, torch.get_num_threads()
-        )
-    )
+    """Fills y (N, C, *out_size), contiguous or channels last, from x (N, C, *in_size) and weight, contiguous."""
+    _cpu_conv_transpose("cpu_depthwise_forward", window, (x, weight, bias, y, None, None), activation)
 
 
 def cpu_depthwise_backward(
     window: Window,
-    image: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
+    dy: torch.Tensor,
     dx: torch.Tensor | None,
     dweight: torch.Tensor | None,
 ) -> None:
-    """Fills dx, of x's shape, and dweight (N, C, taps), of each sample; all but image contiguous."""
-    pointers = (image.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(dx), _address(dweight))
-    shape = (not image.is_contiguous(), *image.shape[:2])
-    check(library().cpu_depthwise_backward(DTYPES[image.dtype], *shape, window, *pointers, torch.get_num_threads()))
+    """Fills dx, of x's shape, and dweight (N, C, taps), of each sample; all but dy contiguous."""
+    _cpu_conv_transpose("cpu_depthwise_backward", window, (x, weight, None, dy, dx, dweight))
+
+
+_DECLINED = 4
+
+
+def _cpu_conv_transpose(
+    kernel: str, window: Window, tensors: Sequence[torch.Tensor | None], activation: tuple[int, float] = (0, 0.0)
+) -> bool:
+    """tensors: x, weight, bias, y or its gradient, dx, dweight. Whether the kernel did not decline them."""
+    x, y = tensors[4] if tensors[0] is None else tensors[0], tensors[3]
+    assert x is not None and y is not None
+    layouts = (not x.is_contiguous(), not y.is_contiguous())
+    sizes = (x.shape[0], x.shape[1], y.shape[1])
+    arguments = (DTYPES[x.dtype], *layouts, sizes, window, [_address(tensor) for tensor in tensors], *activation)
+    status = getattr(library(), kernel)(*arguments, torch.get_num_threads())
+    if status != _DECLINED:
+        check(status)
+    return status != _DECLINED
 
 
 def _direct(window: Window, x: torch.Tensor, y: torch.Tensor, groups: int) -> tuple:
@@ -544,10 +553,17 @@ def cpu_rnn_cell(
 
     inputs: gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0 of any strides.
     """
-    inputs = [a if a is None or a.is_contiguous() else a.contiguous() for a in inputs]
-    addresses = [0 if a is None else a.data_ptr() for a in inputs]
-    function = library().cpu_rnn_cell
-    check(function(DTYPES[h.dtype], mode, *shape, *addresses, h.data_ptr(), c.data_ptr()))
+    kept: list[torch.Tensor] = []
+    addresses = [0 if a is None else a.data_ptr() if a.is_contiguous() else _dense_address(a, kept) for a in inputs]
+    status = library().cpu_rnn_cell(DTYPES[h.dtype], mode, *shape, *addresses, h.data_ptr(), c.data_ptr())
+    if status:
+        check(status)
+
+
+def _dense_address(a: torch.Tensor, kept: list[torch.Tensor]) -> int:
+    """Of a contiguous copy, which `kept` keeps alive."""
+    kept.append(a.contiguous())
+    return kept[-1].data_ptr()
 
 
 def cpu_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> None:
@@ -584,6 +600,40 @@ def rnn_layer(
     weights = [_address(x) for pair in (w_hh, b_hh, w_hr) for x in (*pair, None)[:2]]  # type: ignore[misc]
     addresses = *map(_address, masks), *weights, _address(h0), _address(c0)
     return (DTYPES[dtype], mode, directions, *shape, zoneout, *addresses, torch.get_num_threads())
+
+
+def cuda_rnn_resident(x: torch.Tensor, mode: int, hidden: int) -> int:
+    """mmfast_cuda_rnn_resident on x's device, or in the emulator."""
+    return _resident(x.device, DTYPES[x.dtype], mode, hidden)
+
+
+@functools.cache
+def _resident(device: torch.device, dtype: int, mode: int, hidden: int) -> int:
+    if device.type == "cpu":
+        return library("_emulator").cuda_rnn_resident(dtype, mode, hidden)
+    with torch.cuda.device(device):
+        return library().cuda_rnn_resident(dtype, mode, hidden)
+
+
+def cuda_rnn_forward(
+    layer: tuple, tf32: bool, gx: torch.Tensor, kept: Sequence[torch.Tensor | None], out: Sequence[torch.Tensor]
+) -> None:
+    """Fills kept, (gates, cell), and out, (y, hn, cn), as `cpu_rnn_forward`, on gx's device or in the emulator."""
+    _launch("cuda_rnn_forward", gx, layer, gx.shape[0], tf32, [_address(x) for x in (gx, *kept, *out)])
+
+
+def cuda_rnn_backward(
+    layer: tuple,
+    tf32: bool,
+    saved: Sequence[torch.Tensor | None],
+    given: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor | None],
+) -> None:
+    """As `cpu_rnn_backward`, on the device of what is saved or in the emulator."""
+    y = saved[0]
+    assert y is not None
+    rows = y.shape[:-1].numel()
+    _launch("cuda_rnn_backward", y, layer, rows, tf32, [_address(x) for x in (*saved, *given, *out)])
 
 
 class RnnRows(NamedTuple):

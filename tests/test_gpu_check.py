@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -26,9 +27,10 @@ def test_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-5000:]
     summary = (tmp_path / "summary.txt").read_text()
     assert done.stdout == summary
-    for part in ("machine", "correct", "numerics", "speed", "tests"):
+    for part in ("machine", "correct", "numerics", "decoders", "speed", "tests"):
         assert f"{part}: ok, " in summary
     assert "adversarial by cuda: " in summary
+    assert re.search(r"64>3: [\d.]+ us, [\d.]+ x floor", summary)
     assert "geometric mean" in summary
     assert "every part passed" in summary
     for name in ("numerics", "speed"):
@@ -40,12 +42,12 @@ def test_on_a_cpu(tmp_path):
 def test_a_part_that_fails_is_in_the_summary(tmp_path):
     """With no python to be found every part fails; the script goes on, tells of each and returns their number."""
     done = run(tmp_path, PYTHON="no-such-python")
-    assert done.returncode == 5
+    assert done.returncode == 6
     assert "correct: FAILED (127)" in done.stdout
-    assert "5 parts failed" in done.stdout
+    assert "6 parts failed" in done.stdout
 
 
 def test_no_time_left(tmp_path):
     done = run(tmp_path, GPU_CHECK_SECONDS="0")
-    assert done.returncode == 5
+    assert done.returncode == 6
     assert "numerics: not run, no time left" in done.stdout

@@ -14,6 +14,7 @@ from test_rnn import DTYPES, draw, hold_second_order, hold_to_formula, name_of, 
 
 import mmfast
 from mmfast import native, numerics
+from mmfast.ops import portable
 from mmfast.ops.rnn.backends import OP, Case
 from mmfast.ops.rnn.equations import MODES
 from mmfast.ops.rnn.op import sequence
@@ -25,7 +26,11 @@ NARROW = [dtype for dtype in DTYPES if dtype != torch.float64]
 
 @pytest.fixture(autouse=True)
 def emulated(request, monkeypatch):
-    """Threads in the order of the run's seed; unwritten memory is NaN, so that what a kernel leaves out shows."""
+    """Threads in the order of the run's seed; unwritten memory is NaN, so that what a kernel leaves out shows.
+
+    Float32 is not rounded to TF32, on a GPU either.
+    """
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
     native.emulator_order(request.config.option.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
@@ -43,6 +48,13 @@ def device(request):
 @pytest.fixture
 def cuda(device):
     return on(device, functools.partial(sequence, backend="cuda"))
+
+
+@pytest.fixture(params=["resident", "steps"])
+def walk(request, monkeypatch):
+    """W_hh on chip for all steps, and the op's own loop over steps, which nothing then fits."""
+    if request.param == "steps":
+        monkeypatch.setattr(native, "cuda_rnn_resident", lambda *_: 0)
 
 
 @pytest.fixture
@@ -71,7 +83,7 @@ def test_refusals():
 @per_kind
 @pytest.mark.parametrize("extras", [(), ("resets",)], ids=["plain", "resets"])
 @pytest.mark.parametrize("directions", [1, 2], ids=["uni", "bi"])
-def test_the_formula(close, mode, kind, extras, directions):
+def test_the_formula(walk, close, mode, kind, extras, directions):
     """Units that fill no vector, and that do; rows past one block's."""
     states = directions == 2
     for hidden in (19, 32):
@@ -80,12 +92,12 @@ def test_the_formula(close, mode, kind, extras, directions):
 
 @per_mode
 @pytest.mark.parametrize("shape", [(1, 1, 2, 1), (3, 0, 2, 5), (2, 3, 1, 129), (64, 2, 3, 8)], ids=str)
-def test_shapes(close, mode, shape):
+def test_shapes(walk, close, mode, shape):
     close(draw(mode, shape, 2, seed=4))
 
 
 @per_mode
-def test_lengths_of_zero(close, mode):
+def test_lengths_of_zero(walk, close, mode):
     problem = draw(mode, (4, 3, 2, 5), 2, seed=10)
     close(problem._replace(layer=problem.layer._replace(lengths=torch.tensor([4, 0, -3]))))
     close(problem._replace(layer=problem.layer._replace(lengths=torch.tensor([0, 0, 0]))))
@@ -94,7 +106,7 @@ def test_lengths_of_zero(close, mode):
 @per_mode
 @pytest.mark.parametrize("kind", ["padded", "packed"])
 @pytest.mark.parametrize("dtype", NARROW, ids=name_of)
-def test_numerics(device, cuda, mode, dtype, kind, seed):
+def test_numerics(walk, device, cuda, mode, dtype, kind, seed):
     def one(draw_seed):
         problem = draw(mode, (6, 15, 5, 40), 2, seed=draw_seed, kind=kind, dtype=dtype)
         return triples(problem, dtype, of=cuda, rival=on(device, of_torch))
@@ -102,8 +114,87 @@ def test_numerics(device, cuda, mode, dtype, kind, seed):
     numerics.assert_pooled(one, first_seed=seed)
 
 
+#: of a block that holds so many units: mode, dtype, hidden size
+FULL = [(mode, dtype, 120) for mode in MODES for dtype in (torch.float16, torch.bfloat16)]
+FULL += [(mode, torch.bfloat16, 250) for mode in ("RNN_TANH", "RNN_RELU")]
+FULL += [("GRU", torch.float32, 64), ("LSTM", torch.float32, 64), ("RNN_TANH", torch.float32, 124)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "hidden"),
+    FULL,
+    ids=lambda value: name_of(value) if isinstance(value, torch.dtype) else str(value),
+)
+def test_numerics_of_full_blocks(device, cuda, mode, dtype, hidden, seed):
+    """64, 128 and 256 units, aligned or not, W_hh on chip; two blocks of sequences, resets."""
+
+    def one(draw_seed):
+        problem = draw(mode, (5, 9, 4, hidden), 2, seed=draw_seed, kind="lengths", dtype=dtype, extras=("resets",))
+        return triples(
+            problem,
+            dtype,
+            of=cuda,
+            rival=functools.partial(sequence, backend="cpu") if device == "cpu" else on(device, of_torch),
+        )
+
+    numerics.assert_pooled(one, first_seed=seed)
+
+
 @per_mode
-def test_saturated_and_special_values(device, cuda, mode):
+def test_many_steps(device, cuda, mode, seed):
+    problem = draw(mode, (64, 3, 4, 40), seed=seed, kind="packed", dtype=torch.bfloat16)
+    numerics.assert_pooled(
+        lambda _: triples(problem, torch.bfloat16, of=cuda, rival=on(device, of_torch)), first_seed=seed
+    )
+
+
+@per_mode
+def test_one_launch(mode):
+    """A pass: all sequences, all steps and both directions."""
+    problem = draw(mode, (5, 20, 3, 33), 2, kind="packed").to(torch.bfloat16)
+    inputs = [a.requires_grad_() for a in problem.tensors]
+    before = native.emulator_launches()
+    states = (*problem.states, None)[:2]
+    y = sequence(problem.x, problem.weights, *states, problem.layer, "cuda")[0]
+    assert native.emulator_launches() - before == 1
+    torch.autograd.grad(y.sum(), inputs)
+    assert native.emulator_launches() - before == 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "units"),
+    [
+        ("LSTM", torch.bfloat16, 128),
+        ("GRU", torch.float16, 128),
+        ("RNN_RELU", torch.bfloat16, 256),
+        ("LSTM", torch.float32, 64),
+        ("RNN_TANH", torch.float32, 128),
+    ],
+)
+def test_what_fits_on_chip(mode, dtype, units):
+    x = torch.empty(1, dtype=dtype)
+    assert native.cuda_rnn_resident(x, MODES[mode], units) > 0
+    assert native.cuda_rnn_resident(x, MODES[mode], units + 1) == 0
+
+
+@per_mode
+def test_tf32(cuda, mode, monkeypatch):
+    """Where PyTorch's setting allows it, operands are rounded to 11 bits; results differ, by so much."""
+    problem = draw(mode, (4, 3, 3, 40), 2, seed=8)
+    full = results(cuda, problem.to(torch.float32))["y"]
+    monkeypatch.setattr(OP.backends["cuda"], "rounds", lambda _: True)
+    rounded = results(cuda, problem.to(torch.float32))["y"]
+    assert 0 < (full - rounded).abs().max() < 4e-3
+
+
+def test_pytorchs_setting_of_precision(monkeypatch):
+    for precision, expected in (("ieee", False), ("tf32", True)):
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+        assert portable.uses_tf32() is expected
+
+
+@per_mode
+def test_saturated_and_special_values(walk, device, cuda, mode):
     """Large sums neither overflow nor turn into NaN; NaN and infinity spread as in PyTorch's layer."""
     problem = draw(mode, (6, 4, 3, 20), seed=3, dtype=torch.float32).to(torch.float32)
     problem.x[1] *= 1e4
@@ -163,6 +254,7 @@ def test_a_planted_error_is_seen(close, mode):
     """The formula's test fails where a step reads another step's row, or a row's neighbour."""
     at = native.RnnRows.at
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "cuda_rnn_resident", lambda *_: 0)
         patch.setattr(native.RnnRows, "at", lambda rows, row: at(rows, max(row - 1, 0)))
         with pytest.raises((AssertionError, RuntimeError)):
             close(draw(mode, (5, 17, 3, 19), 2, seed=2))

@@ -222,15 +222,18 @@ def test_another_seed_is_another_run(tmp_path, settings, dataset):
 
 
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path, settings, dataset):
-    """Rows behind the checkpoint, and a row cut in its middle by the kill, are taken out of metrics.csv."""
+    """Rows behind the checkpoint, a row cut in its middle by the kill, and a file half written are taken away."""
     trained(tmp_path / "whole", settings, dataset)
     trained(tmp_path / "parts", replace(settings, steps=8), dataset)
     with open(tmp_path / "parts" / "metrics.csv", "a") as file:
         file.write("9,1,1,1,1,1,1,1,1\n1")
+    half = tmp_path / "parts" / ".checkpoint.pt.1.tmp"
+    half.write_bytes(b"half")
     second = new_run(tmp_path / "parts", settings, dataset)
     second.load()
     second.train()
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert not half.exists()
 
 
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, settings, dataset, own_pictures):
@@ -333,6 +336,34 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, number, says)
     monkeypatch.undo()
     assert checkpoint.load(tmp_path) == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.csv", f".{checkpoint.NAME}.{os.getpid()}.tmp"], ids=["metrics", "checkpoint"]
+)
+def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path, settings, dataset, monkeypatch, name):
+    """From step 6 on the system itself refuses to write; the checkpoint of step 4 is kept, and goes on."""
+    step = Step.__call__
+
+    def then_full(self, *args):
+        losses = step(self, *args)
+        if self.done == 6:
+            (tmp_path / name).unlink(missing_ok=True)
+            (tmp_path / name).symlink_to("/dev/full")
+        return losses
+
+    monkeypatch.setattr(Step, "__call__", then_full)
+    with pytest.raises(UserError, match="the disk is full") as caught:
+        new_run(tmp_path, settings, dataset).train()
+    assert "\n" not in str(caught.value)
+    assert checkpoint.load(tmp_path)["training"]["step"] == 4
+    assert not list(tmp_path.glob(".*.tmp"))
+    monkeypatch.undo()
+    (tmp_path / "metrics.csv").unlink(missing_ok=True)
+    (tmp_path / "metrics.csv").touch()
+    again = new_run(tmp_path, settings, dataset)
+    again.load()
+    assert again.train()
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):

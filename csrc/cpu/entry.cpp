@@ -30,10 +30,10 @@
     X(normalize_backward, mmfast_normalize_args)     \
     X(activation_forward, mmfast_activation_args)    \
     X(activation_backward, mmfast_activation_args)   \
-    X(columns_to_image, mmfast_columns_args)         \
-    X(image_to_columns, mmfast_columns_args)         \
-    X(depthwise_forward, mmfast_columns_args)        \
-    X(depthwise_backward, mmfast_columns_args)
+    X(phases_forward, mmfast_conv_transpose_args)    \
+    X(phases_backward, mmfast_conv_transpose_args)   \
+    X(depthwise_forward, mmfast_conv_transpose_args) \
+    X(depthwise_backward, mmfast_conv_transpose_args)
 
 namespace mmfast {
 
@@ -96,6 +96,7 @@ namespace {
 int checked(int status) {
     switch (status) {
         case MMFAST_OK:
+        case MMFAST_DECLINED:
             return status;
         case MMFAST_OUT_OF_MEMORY:
             return fail(status, "the kernel could not allocate its scratch memory");

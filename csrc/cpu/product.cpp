@@ -165,16 +165,17 @@ class Product {
         constexpr int L = kLanes<C>;
         for (int64_t d = 0; d < depth; d += L) {
             const int count = int(smaller(depth - d, int64_t(L)));
-            C square[L][L] = {};
+            V square[L] = {}, turned[L];
             for (int lane = 0; lane < valid; ++lane) {
                 const C* p = from + lane * b_column_ + d * b_k_;
-                if (b_k_ == 1)
-                    store(square[lane], count == L ? load(p) : load_partial(p, count));
-                else
+                if (b_k_ == 1) {
+                    square[lane] = count == L ? load(p) : load_partial(p, count);
+                } else {
                     for (int i = 0; i < count; ++i) square[lane][i] = p[i * b_k_];
+                }
             }
-            for (int i = 0; i < count; ++i)
-                for (int lane = 0; lane < L; ++lane) panel[(d + i) * stride + lane] = square[lane][i];
+            transpose<C>(square, turned);
+            for (int i = 0; i < count; ++i) store(panel + (d + i) * stride, turned[i]);
         }
     }
 

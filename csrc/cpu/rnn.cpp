@@ -163,11 +163,11 @@ void pack_transposed(const Memory<T, C>& memory, const Panels<C>& panels, const 
         const T* row = w + ((panels.gates > 1 ? v : 0) * panels.units + unit) * panels.k;
         for (int64_t k = 0; k < panels.k; k += L) {
             const int count = panels.k - k < L ? int(panels.k - k) : L;
-            C square[L][L] = {};
+            Vec<C> square[L] = {}, turned[L];
             for (int64_t lane = 0; lane < valid; ++lane)
-                store(square[lane], memory.load_from(row + lane * panels.k + k, count));
-            for (int i = 0; i < count; ++i)
-                for (int lane = 0; lane < L; ++lane) panel[((k + i) * width + v) * L + lane] = square[lane][i];
+                square[lane] = memory.load_from(row + lane * panels.k + k, count);
+            transpose<C>(square, turned);
+            for (int i = 0; i < count; ++i) store(panel + ((k + i) * width + v) * L, turned[i]);
         }
     }
 }

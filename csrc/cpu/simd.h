@@ -126,15 +126,81 @@ inline V min_of(V a, V b) {
 inline Vec<float> abs_of(Vec<float> v) { return as_float(as_bits(v) & 0x7fffffff); }
 inline Vec<double> abs_of(Vec<double> v) { return as_float(as_bits(v) & 0x7fffffffffffffffLL); }
 
+template <typename T, int kCount>
+struct LanesOf {
+    typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+
+// Both halves added, and so on: a fixed tree, so that the result does not depend on how the compiler orders it.
+template <typename T, int kCount>
+inline T sum_halves(const typename LanesOf<T, kCount>::type& v) {
+    if constexpr (kCount == 2) return v[0] + v[1];
+    if constexpr (kCount > 2) {
+        typename LanesOf<T, kCount / 2>::type low, high;
+        memcpy(&low, &v, sizeof low);
+        memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+        return sum_halves<T, kCount / 2>(low + high);
+    }
+}
+
 template <typename T>
 inline T sum_lanes(Vec<T> v) {
-    // a fixed tree, so the result does not depend on how the compiler orders it
-    T lane[kLanes<T>];
-    memcpy(lane, &v, sizeof v);
-    for (int width = kLanes<T> / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    return lane[0];
+    return sum_halves<T, kLanes<T>>(v);
 }
+
+// out[i][j] = in[j][i]
+template <typename T>
+inline void transpose(const Vec<T>* in, Vec<T>* out) {
+    constexpr int L = kLanes<T>;
+    T lanes[L][L], turned[L][L];
+    memcpy(lanes, in, sizeof lanes);
+    for (int i = 0; i < L; ++i)
+        for (int j = 0; j < L; ++j) turned[i][j] = lanes[j][i];
+    memcpy(out, turned, sizeof turned);
+}
+
+#if defined(__AVX512F__)
+// the same tree
+template <>
+inline float sum_lanes<float>(Vec<float> v) {
+    const __m512 whole = (__m512)v;
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+// pairs of elements, of pairs, of fours and of eights change places
+template <>
+inline void transpose<float>(const Vec<float>* in, Vec<float>* out) {
+    __m512 a[16], b[16];
+    const auto pairs = [](__m512 x, __m512 y, bool high) {
+        const __m512d left = _mm512_castps_pd(x), right = _mm512_castps_pd(y);
+        return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(left, right) : _mm512_unpacklo_pd(left, right));
+    };
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps((__m512)in[i], (__m512)in[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps((__m512)in[i], (__m512)in[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = pairs(a[i], a[i + 2], false), b[i + 1] = pairs(a[i], a[i + 2], true);
+        b[i + 2] = pairs(a[i + 1], a[i + 3], false), b[i + 3] = pairs(a[i + 1], a[i + 3], true);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        a[i] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), a[i + 4] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+        a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+        a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        out[i] = (Vec<float>)_mm512_shuffle_f32x4(a[i], a[i + 8], 0x88);
+        out[i + 8] = (Vec<float>)_mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
+    }
+}
+#endif
 
 // ---- exp, log1p, sigmoid, tanh, softplus
 // ----------------------------------------------------------------------------- exp(x) = 2^k * exp(r) with k = round(x

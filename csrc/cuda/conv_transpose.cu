@@ -90,9 +90,9 @@ struct Items {
     }
 };
 
-template <typename T, int kOut, int V, Axis kAxis>
+template <typename T, int kOut, int V, int kAxis>
 struct Forward {
-    static constexpr int kThreads = device::kThreads;
+    static constexpr int kThreads = device::kThreads, kBlocksAtOnce = 2;
     static constexpr int kAlong = kAxis == kPositions ? V : 1, kWide = kAxis == kChannels ? V : kOut;
     Geometry geometry;
     Items items;
@@ -112,6 +112,7 @@ struct Forward {
             read(b, weight, w);
             each<V>([&](int j) { sum[j] += a[j] * b[j]; });
         } else if constexpr (kAxis == kInputs) {
+            MMFAST_NO_UNROLL
             for (int ci = 0; ci < geometry.group_in; ci += V) {
                 read(a, from, i + ci);
                 read(b, weight, w + ci * kOut);
@@ -177,9 +178,9 @@ struct Forward {
     }
 };
 
-template <typename T, int kOut, int V, Axis kAxis>
+template <typename T, int kOut, int V, int kAxis>
 struct Input {
-    static constexpr int kThreads = device::kThreads;
+    static constexpr int kThreads = device::kThreads, kBlocksAtOnce = 2;
     static constexpr int kAlong = kAxis == kPositions ? V : 1;
     Geometry geometry;
     Items items;
@@ -239,9 +240,9 @@ struct Input {
     }
 };
 
-template <typename T, int kOut, int V, Axis kAxis>
+template <typename T, int kOut, int V, int kAxis>
 struct Weight {
-    static constexpr int kThreads = device::kThreads;
+    static constexpr int kThreads = device::kThreads, kBlocksAtOnce = 2;
     Geometry geometry;
     int taps, channel_tiles;
     int64_t rows, parts;  // rows: batch * input positions
@@ -368,7 +369,7 @@ struct Call {
         return items;
     }
 
-    template <int V, Axis kAxis>
+    template <int V, int kAxis>
     int forward() {
         Forward<T, kOut, V, kAxis> kernel{};
         kernel.geometry = geometry;
@@ -392,7 +393,7 @@ struct Call {
         return whole ? forward<V, kPositions>() : forward<1, kPositions>();
     }
 
-    template <int V, Axis kAxis>
+    template <int V, int kAxis>
     int input() {
         Input<T, kOut, V, kAxis> kernel{};
         kernel.geometry = geometry;
@@ -413,7 +414,7 @@ struct Call {
         return whole ? input<V, kPositions>() : input<1, kPositions>();
     }
 
-    template <int V, Axis kAxis>
+    template <int V, int kAxis>
     int weights() {
         const int64_t count = taps * args.in_channels * kOut;
         Weight<T, kOut, V, kAxis> kernel{};

@@ -486,8 +486,15 @@ constexpr bool kNeedsClusters = false;
 template <typename Kernel>
 constexpr bool kNeedsClusters<Kernel, decltype(void(Kernel::kClusters))> = Kernel::kClusters;
 
+// Blocks that a kernel wants on a multiprocessor at once (kBlocksAtOnce); 0 leaves it to the compiler, which for more
+// of them may spill registers.
+template <typename Kernel, typename = void>
+constexpr int kWanted = 0;
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ Kernel kernel) {
+constexpr int kWanted<Kernel, decltype(void(Kernel::kBlocksAtOnce))> = Kernel::kBlocksAtOnce;
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, kWanted<Kernel>) run(const __grid_constant__ Kernel kernel) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     if constexpr (kNeedsClusters<Kernel>)
         __trap();

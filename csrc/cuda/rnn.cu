@@ -13,18 +13,13 @@
 //     product          2.0           2.0           2.0           8 to 67 MFLOP: latency of a small GEMM
 //     starts           2 x 1.5       2 x 1.5       2 x 1.5       in a graph; in eager two calls of 5 on the host
 //     sum              6             6             6             bound by latency: hence the aim of resident kernels
-#include "cuda/device.h"
+#include "cuda/rnn_gates.h"
 
 namespace mmfast {
 namespace device {
 namespace {
 
 constexpr int kStepThreads = 128;
-
-MMFAST_DEVICE float sigmoid_of(float x) {
-    const float e = exp_of(-abs_of(x));
-    return divide(x < 0 ? e : 1.0f, 1.0f + e);
-}
 
 // What both passes know of the step.
 template <typename T>
@@ -129,14 +124,15 @@ struct StepForward {
             step.read(state, c_before, at_state, count);
             MMFAST_UNROLL
             for (int j = 0; j < S::kUnits; ++j) {
-                x[0][j] = sigmoid_of(x[0][j] + a[0][j]), x[1][j] = sigmoid_of(x[1][j] + a[1][j]);
-                x[2][j] = tanh_of(x[2][j] + a[2][j]), x[3][j] = sigmoid_of(x[3][j] + a[3][j]);
-                kept[j] = x[1][j] * (cut ? 0.0f : state[j]) + x[0][j] * x[2][j];
+                MMFAST_UNROLL
+                for (int k = 0; k < 4; ++k) x[k][j] += a[k][j];
+                kept[j] = cut ? 0.0f : state[j];
+                a[0][j] = lstm<T>(x[0][j], x[1][j], x[2][j], x[3][j], kept[j]);
                 if (active) state[j] = kept[j];
             }
             step.write(c, at_state, state, count);
             MMFAST_UNROLL
-            for (int j = 0; j < S::kUnits; ++j) state[j] = x[3][j] * tanh_of(kept[j]);
+            for (int j = 0; j < S::kUnits; ++j) state[j] = a[0][j];
         } else if constexpr (G == 3) {
             if (has_exact)
                 step.read(state, exact_before, at_state, count);
@@ -145,18 +141,14 @@ struct StepForward {
             clear(state, cut && active);
             MMFAST_UNROLL
             for (int j = 0; j < S::kUnits; ++j) {
-                x[0][j] = sigmoid_of(x[0][j] + a[0][j]), x[1][j] = sigmoid_of(x[1][j] + a[1][j]);
-                kept[j] = a[2][j];
-                x[2][j] = tanh_of(x[2][j] + x[0][j] * kept[j]);
-                if (active) state[j] = x[2][j] + x[1][j] * (state[j] - x[2][j]);
+                x[0][j] += a[0][j], x[1][j] += a[1][j], kept[j] = a[2][j];
+                const float h = gru<T>(x[0][j], x[1][j], x[2][j], kept[j], state[j]);
+                if (active) state[j] = h;
             }
             if (has_exact) step.write(exact, at_state, state, count);
         } else {
             MMFAST_UNROLL
-            for (int j = 0; j < S::kUnits; ++j) {
-                const float sum = x[0][j] + a[0][j];
-                state[j] = !relu ? tanh_of(sum) : sum < 0 ? 0.0f : sum;
-            }
+            for (int j = 0; j < S::kUnits; ++j) state[j] = rnn<T>(x[0][j] + a[0][j], relu);
         }
         if (!active) step.read(state, h_before, at_state, count);
         step.write(h, at_state, state, count);
@@ -241,13 +233,8 @@ struct StepBackward {
             before(other, cell_before, c0, has_c0, p, cut);
             MMFAST_UNROLL
             for (int j = 0; j < S::kUnits; ++j) {
-                const float i = g[0][j], f = g[1][j], in = g[2][j], o = g[3][j], tanh_c = tanh_of(c[j]);
-                const float dcell = carried[j] + d[j] * o * (1.0f - tanh_c * tanh_c);
-                carried[j] = cut ? 0.0f : dcell * f;
-                g[0][j] = dcell * in * (i * (1.0f - i));
-                g[1][j] = dcell * other[j] * (f * (1.0f - f));
-                g[2][j] = dcell * i * (1.0f - in * in);
-                g[3][j] = d[j] * tanh_c * (o * (1.0f - o));
+                lstm_backward<T>(g[0][j], g[1][j], g[2][j], g[3][j], carried[j], d[j], c[j], other[j]);
+                if (cut) carried[j] = 0.0f;
             }
             step.write(dc, at_state, carried, count);
             clear(d, true);
@@ -257,12 +244,8 @@ struct StepBackward {
             before(other, y_before, h0, has_h0, p, cut);
             MMFAST_UNROLL
             for (int j = 0; j < S::kUnits; ++j) {
-                const float r = g[0][j], z = g[1][j], n = g[2][j];
-                g[1][j] = d[j] * (other[j] - n) * (z * (1.0f - z));
-                g[2][j] = d[j] * (1.0f - z) * (1.0f - n * n);
-                g[0][j] = g[2][j] * m[j] * (r * (1.0f - r));
-                m[j] = g[2][j] * r;
-                d[j] = cut ? 0.0f : d[j] * z;
+                gru_backward(g[0][j], g[1][j], g[2][j], m[j], d[j], other[j]);
+                if (cut) d[j] = 0.0f;
             }
             step.write(dm, at_y, m, count);
             clear(m, cut);
@@ -270,11 +253,7 @@ struct StepBackward {
         } else {
             step.read(other, y, at_y, count);
             MMFAST_UNROLL
-            for (int j = 0; j < S::kUnits; ++j) {
-                // relu's as torch's: NaN where h is, 0 where it is 0
-                const float h = other[j], slope = 1.0f - h * h;
-                g[0][j] = !relu ? d[j] * slope : h <= 0 ? 0.0f : d[j];
-            }
+            for (int j = 0; j < S::kUnits; ++j) g[0][j] = rnn_backward(d[j], other[j], relu);
             clear(d, true);
         }
         step.write(dh, at_state, d, count);
@@ -420,28 +399,10 @@ int step_backward(const mmfast_rnn_step_backward_args& args) {
     return buffers.finish(launch(kernel, blocks_of<T>(args.all, H), 0, from.stream));
 }
 
-// f(type, gates) with both as constants
-template <int k>
-struct Gates {
-    static constexpr int value = k;
-};
 template <typename F>
-int with_gates(const mmfast_rnn_step& step, const F& f) {
+int of_step(const mmfast_rnn_step& step, const F& f) {
     if (step.hidden > 0x7fffffff / 4) return fail(MMFAST_INVALID_ARGUMENT, "the hidden size is too large");
-    const auto typed = [&](auto type) {
-        if (step.mode == MMFAST_LSTM) return f(type, Gates<4>{});
-        return step.mode == MMFAST_GRU ? f(type, Gates<3>{}) : f(type, Gates<1>{});
-    };
-    switch (step.dtype) {
-        case MMFAST_FLOAT32:
-            return typed(float{});
-        case MMFAST_FLOAT16:
-            return typed(Half{});
-        case MMFAST_BFLOAT16:
-            return typed(Bf16{});
-        default:
-            return fail(MMFAST_INVALID_ARGUMENT, "the kernel was given a dtype that it does not take");
-    }
+    return with_gates(step.dtype, step.mode, f);
 }
 
 }  // namespace
@@ -450,13 +411,12 @@ int with_gates(const mmfast_rnn_step& step, const F& f) {
 
 int mmfast_cuda_rnn_step_forward(const mmfast_rnn_step_forward_args* args) {
     using namespace mmfast::device;
-    return with_gates(
-        args->step, [&](auto type, auto gates) { return step_forward<decltype(type), decltype(gates)::value>(*args); });
+    return of_step(args->step,
+                   [&](auto type, auto gates) { return step_forward<decltype(type), decltype(gates)::value>(*args); });
 }
 
 int mmfast_cuda_rnn_step_backward(const mmfast_rnn_step_backward_args* args) {
     using namespace mmfast::device;
-    return with_gates(args->step, [&](auto type, auto gates) {
-        return step_backward<decltype(type), decltype(gates)::value>(*args);
-    });
+    return of_step(args->step,
+                   [&](auto type, auto gates) { return step_backward<decltype(type), decltype(gates)::value>(*args); });
 }

@@ -1,4 +1,4 @@
-"""What the ops' Triton backends share: their kernels' modules, and refusals."""
+"""What the ops' GPU backends share: Triton kernels' modules and refusals, and PyTorch's setting of precision."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ def refusals(what: str, device: str, dtype: torch.dtype, interpreted: bool) -> l
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         found.append(f"{what} {dtype} (supported: {names})")
     return found
+
+
+def uses_tf32() -> bool:
+    """Whether PyTorch's settings let recurrent layers round float32 to TF32."""
+    precision = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
+    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

@@ -48,6 +48,13 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     sync_folder(path.parent)
 
 
+def tidy(folder: Path) -> None:
+    """Takes away what a killed `write_bytes` left in a folder that nobody else writes to."""
+    for left in folder.glob(".*.tmp"):
+        with file_errors(left):
+            left.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Makes a rename in `folder` last through a power cut, where the system can open folders."""
     with contextlib.suppress(OSError):

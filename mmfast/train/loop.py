@@ -150,6 +150,7 @@ class Run:
         state: Any = None
         with self.processes.together():
             if self.processes.first:
+                checkpoint.tidy(self.folder)
                 state = checkpoint.load(self.folder)
                 if state["fingerprint"] != self.dataset.fingerprint:
                     raise UserError(

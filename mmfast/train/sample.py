@@ -49,14 +49,12 @@ def sample(
     drawn = list(model.generator(noise, condition))
     given = [f'"{text}"'] if text is not None else []
     given += [path.name for path in (audio, image) if path is not None]
-    given += [f'to "{to}"'] if to is not None else []
+    asked = " + ".join(given) + (f' to "{to}"' if to is not None else "")
     headings = ["drawn"] + [""] * (DRAWN - 1)
     if inputs["image"] is not None:
         drawn.insert(0, inputs["image"][0])
         headings.insert(0, "given")
-    drawing.draw_sections(
-        out, [drawing.Section(f"from {run.name}", headings, [drawing.Entry(" + ".join(given), drawn)])]
-    )
+    drawing.draw_sections(out, [drawing.Section(f"from {run.name}", headings, [drawing.Entry(asked, drawn)])])
     print(out)
 
 

@@ -31,7 +31,7 @@ class Case(NamedTuple):
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 Gradients = list[Tensor | None]
 
-#: Up to so many elements a loss is the work of one thread, and less of it than a call is.
+#: So many elements cost less than a call does.
 _FEW = 4096
 
 
@@ -108,7 +108,7 @@ class Cpu(Backend):
         outputs = empty_outputs(inputs, values_wanted)
         gradients: Gradients = []
         # 16-bit gradients would be rounded before they are scaled, and again after it
-        if needed and inputs.logits[0].dtype.itemsize > 2 and not _are_constant(terms, inputs):
+        if needed and inputs.logits[0].dtype.itemsize > 2 and are_read(terms, inputs.logits[0]):
             gradients = empty_gradients(inputs, needed)
         native.cpu_adversarial_forward(terms, mean, inputs, *outputs, gradients)
         return outputs, gradients
@@ -122,26 +122,25 @@ class Cpu(Backend):
         return [g for g in gradients if g is not None]
 
 
-def are_few(x: Any, y: Any) -> bool:
-    """Whether x and y, if there is y, are dense tensors of few logits on the CPU that a kernel may read directly."""
+def are_direct(x: Any, y: Any) -> bool:
+    """Whether x and y, if there is y, are dense tensors on the CPU that a kernel may read directly."""
     if type(x) is not Tensor or torch.compiler.is_compiling() or is_watched() or not x.is_cpu:
         return False
-    dtype, count = x.dtype, x.numel()
+    dtype = x.dtype
+    # 16-bit gradients would be rounded before they are scaled, and again after it
     if dtype is not torch.float32 and dtype is not torch.float64:
         return False
-    if y is not None:
-        if type(y) is not Tensor or y.dtype is not dtype or not y.is_cpu or not y.is_contiguous():
-            return False
-        count += y.numel()
-    return count <= _FEW and x.is_contiguous()
+    if y is not None and (type(y) is not Tensor or y.dtype is not dtype or not y.is_cpu or not y.is_contiguous()):
+        return False
+    return x.is_contiguous()
 
 
-def _are_constant(terms: Terms, inputs: Inputs) -> bool:
-    """Whether the gradients do not depend on the logits, of more than a few: the backward need not read them."""
-    for term in terms:
-        if term.phi != equations.IDENTITY:
-            return False
-    return inputs.logits[0].numel() > _FEW
+def are_read(terms: Terms, x: Tensor) -> bool:
+    """Whether gradients need the logits, or these are so few that it does not matter.
+
+    Others, Wasserstein's, wait for the backward: a forward alone is then as fast as PyTorch's.
+    """
+    return x.numel() <= _FEW or any(term.phi != equations.IDENTITY for term in terms)
 
 
 def unreduced(case: Case) -> list[str]:

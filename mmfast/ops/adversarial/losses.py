@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...dispatch import autocasts, needs_formula
 from . import equations
-from .backends import OP, Case, are_few
+from .backends import OP, Case, are_direct, are_read
 from .equations import IDENTITY, LEAKY_SQUARE, LECAM, MODES, SOFTPLUS, SQUARE, TILTED, Inputs, Mode, Term, Terms
-from .op import is_eager, loss, loss_of_few, means_of
+from .op import Few, is_eager, loss, loss_of_few, means_of
 
 Logits = Any  # a tensor, or a list, nested to any depth, of tensors
 Smoothing = float | tuple[float, float]
@@ -65,11 +65,11 @@ def adversarial_discriminator_loss(
         different shapes; RuntimeError for logits that are not floating point or not on one device.
     """
     plain = real_weight is None and fake_weight is None and not return_values and process_group is None
-    if plain and are_few(real_logits, fake_logits):
+    if plain and are_direct(real_logits, fake_logits):
         recipe = _remembered(_discriminator_recipe, 1, mode, scale, smoothing, reduction, across)
-        meet = recipe.pairing == "pairs"
-        if _is_cpus(recipe, real_logits, backend) and (not meet or real_logits.shape == fake_logits.shape):
-            return loss_of_few(recipe.terms, recipe.mean, recipe.pairing == "means", real_logits, fake_logits)
+        few = _few(recipe, real_logits, backend)
+        if few and (recipe.pairing != "pairs" or real_logits.shape == fake_logits.shape):
+            return loss_of_few(few, real_logits, fake_logits)
     real, fake = _flat("real_logits", real_logits), _flat("fake_logits", fake_logits)
     if len(real) != len(fake):
         raise ValueError(
@@ -107,10 +107,11 @@ def adversarial_generator_loss(
     All else: `adversarial_discriminator_loss`. ValueError where a relativistic mode has no real logits.
     """
     plain = real_weight is None and fake_weight is None and not return_values and process_group is None
-    if plain and real_logits is None and are_few(fake_logits, None):
+    if plain and real_logits is None and are_direct(fake_logits, None):
         recipe = _remembered(_generator_recipe, 1, mode, scale, 0.0, reduction, across)
-        if not recipe.pairing and _is_cpus(recipe, fake_logits, backend):
-            return loss_of_few(recipe.terms, recipe.mean, False, fake_logits, None)
+        few = _few(recipe, fake_logits, backend)
+        if few and not recipe.pairing:
+            return loss_of_few(few, fake_logits, None)
     fake = _flat("fake_logits", fake_logits)
     recipe = _remembered(_generator_recipe, len(fake), mode, scale, 0.0, reduction, across)
     weights = real_weight, fake_weight
@@ -268,13 +269,14 @@ def feature_matching(
 
 
 class Recipe(NamedTuple):
-    """A loss as the op's terms. pairing: a Mode's; kinds: how many terms a discriminator has."""
+    """A loss as the op's terms. pairing: a Mode's; kinds: how many terms a discriminator has; few: of one or two."""
 
     terms: Terms
     mean: bool = True
     reduced: bool = True
     pairing: str = ""
     kinds: int = 1
+    few: Few | None = None
 
 
 _recipes: dict[tuple, Recipe] = {}
@@ -352,7 +354,9 @@ def _recipe(terms: Sequence[Term], count: int, scale: float, reduction: str, acr
         raise ValueError(f"across={across!r}; accepted: 'sum', 'mean'")
     scale = scale / count if across == "mean" else scale
     scaled = Terms([_scaled(term, scale) for term in terms] * count)
-    return Recipe(scaled, reduction == "mean", reduction != "none", pairing, len(terms))
+    mean = reduction == "mean"
+    few = Few(scaled, mean, pairing == "means") if len(scaled) <= 2 else None
+    return Recipe(scaled, mean, reduction != "none", pairing, len(terms), few)
 
 
 def mode_of(mode: str) -> Mode:
@@ -517,9 +521,10 @@ def _element_weights(logits: list[Tensor], weights: tuple[Tensor | None, ...]) -
     return found
 
 
-def _is_cpus(recipe: Recipe, x: Tensor, backend: str | None) -> bool:
-    """Whether the CPU's kernel serves a loss."""
-    return recipe.reduced and _select(x, True, backend) == "cpu"
+def _few(recipe: Recipe, x: Tensor, backend: str | None) -> Few | None:
+    """The recipe where the CPU's kernel serves it and computes gradients together with the loss."""
+    few = recipe.few
+    return few if few and recipe.reduced and are_read(few.terms, x) and _select(x, True, backend) == "cpu" else None
 
 
 def _select(x: Tensor, reduced: bool, backend: str | None) -> str:

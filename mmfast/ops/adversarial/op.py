@@ -14,7 +14,7 @@ Any order of differentiation in eager: where a gradient of the backward is neede
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,16 +94,21 @@ def is_eager(tensors: Sequence[Tensor]) -> bool:
     return is_plain(tensors)
 
 
-def loss_of_few(terms: Terms, mean: bool, averages: bool, x: Tensor, y: Tensor | None) -> Tensor:
-    """The total for one or two dense tensors of few logits on the CPU, whose gradients are computed with it.
+class Few(NamedTuple):
+    """A loss of a few tensors, x or x and y: one term of x, less y if there is y, or one of each, which with `averages`
+    are each other's peers."""
 
-    Two terms are of x and y, with `averages` each other's peers; one term is of x alone or of x - y. The tensors are
-    plain, in float32 or float64.
-    """
+    terms: Terms
+    mean: bool
+    averages: bool
+
+
+def loss_of_few(few: Few, x: Tensor, y: Tensor | None) -> Tensor:
+    """The total for dense tensors on the CPU, plain, in float32 or float64; its gradients are computed with it."""
     if torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad)):
-        return _apply_few(terms, mean, averages, x) if y is None else _apply_few(terms, mean, averages, x, y)
+        return _apply_few(few, x) if y is None else _apply_few(few, x, y)
     total = torch.empty_like(_SCALARS[x.dtype])
-    native.cpu_adversarial_few(terms, mean, averages, x, y, total, None, None)
+    native.cpu_adversarial_few(*few, x, y, total, None, None)
     return total
 
 
@@ -120,45 +125,50 @@ class LossOfFew(torch.autograd.Function):
     """`loss_of_few` as one node, in as few steps of Python as may be: at 64 logits they are what takes the time."""
 
     @staticmethod
-    def forward(ctx: Any, terms: Terms, mean: bool, averages: bool, x: Tensor, y: Tensor | None = None):
+    def forward(ctx: Any, few: Few, x: Tensor, y: Tensor | None = None):
+        total, ctx.gradients = LossOfFew.compute(few, x, y)
+        # what save_for_backward does
+        ctx.to_save = (x,) if y is None else (x, y)
+        ctx.few = few
+        return total
+
+    @staticmethod
+    def compute(few: Few, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """(total, its gradients by x and by y)"""
         total = torch.empty_like(_SCALARS[x.dtype])
         dx = torch.empty_like(x) if x.requires_grad else None
-        # what save_for_backward does
         if y is None:
-            native.cpu_adversarial_few(terms, mean, averages, x, None, total, dx, None)
-            ctx.gradients = (dx,)
-            ctx.to_save = (x,)
-        else:
-            dy = torch.empty_like(y) if y.requires_grad else None
-            native.cpu_adversarial_few(terms, mean, averages, x, y, total, dx, dy)
-            ctx.gradients = dx, dy
-            ctx.to_save = x, y
-        ctx.static = terms, mean, averages
-        return total
+            native.cpu_adversarial_few(*few, x, None, total, dx, None)
+            return total, (dx,)
+        dy = torch.empty_like(y) if y.requires_grad else None
+        native.cpu_adversarial_few(*few, x, y, total, dx, dy)
+        return total, (dx, dy)
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor):
         # raises where a logit was changed in place, and in a second backward
         tensors = ctx.saved_tensors
+        if torch.is_grad_enabled() or _is_batch(dtotal):
+            return None, *LossOfFew.formula(ctx, dtotal, tensors)
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or torch.is_grad_enabled() or _is_batch(dtotal):
-            gradients = LossOfFew.formula(ctx, dtotal, tensors)
-        elif dtotal.item() != 1:
+        if gradients is None:
+            gradients = LossOfFew.compute(ctx.few, *tensors)[1]
+        if dtotal.item() != 1:
             for g in gradients:
                 if g is not None:
                     g.mul_(dtotal)
-        return None, None, None, *gradients
+        return None, *gradients
 
     @staticmethod
     def formula(ctx: Any, dtotal: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The gradients, themselves differentiable."""
-        terms, mean, averages = ctx.static
+        terms, mean, averages = ctx.few
         if len(terms) < len(tensors):
             inputs = Inputs(tensors[:1], tensors[1:])
         else:
             inputs = Inputs(tensors, peers=(1, 0) if averages else ())
         found = equations.gradient(dtotal, terms, mean, inputs)
-        return [g if need else None for g, need in zip(found, ctx.needs_input_grad[3:], strict=True)]
+        return [g if need else None for g, need in zip(found, ctx.needs_input_grad[1:], strict=True)]
 
 
 class AdversarialLoss(torch.autograd.Function):

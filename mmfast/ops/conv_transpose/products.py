@@ -1,12 +1,10 @@
-"""The transposed convolution without PyTorch's: an input of one position, columns, and depthwise.
+"""The transposed convolution without PyTorch's: an input of one position, by phases, and depthwise.
 
 One position: y is x (N, Cin) times the window of weight (Cin, Cout * taps) that is not cropped away; nothing is summed.
 
-Columns: `weight^T x` holds, for each input position, what it adds to each output channel through each tap; the native
-library adds up what lands on one output position (and back: copies it to where it came from, for the two gradients).
-Samples go in blocks whose columns stay in the cache.
+By phases: the native library computes it and dx directly, csrc/cpu/conv_phases.cpp; dweight is torch's.
 
-Depthwise, as many groups as channels in and out: the native library multiplies too.
+Depthwise, as many groups as channels in and out: csrc/cpu/conv_depthwise.cpp.
 """
 
 from __future__ import annotations
@@ -18,10 +16,6 @@ from torch import Tensor
 
 from ... import native
 from .equations import Geometry
-
-#: Elements of columns worked on at a time: with x and y within a second-level cache of 1 MiB in float32.
-_BLOCK = 1 << 18
-
 
 #: Channels summed in one go: one product over all of them errs 1.8 x as much as PyTorch's convolution.
 _CHANNELS = 32
@@ -107,61 +101,27 @@ def _native_window(x: Tensor, weight: Tensor, geometry: Geometry) -> native.Wind
     return *ones, (0,) * lead + tuple(_before(geometry))  # type: ignore[return-value]
 
 
-def _as_samples(x: Tensor) -> Tensor:
-    """x (N, C, *size) as (N, C, positions): a view where x is contiguous or channels last."""
-    if x.is_contiguous():
-        return x.view(*x.shape[:2], -1)
-    return x.movedim(1, -1).reshape(x.shape[0], -1, x.shape[1]).transpose(1, 2)
-
-
-def _blocks(x: Tensor, rows: int) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Memory for the columns (samples, rows, positions) of a block, and each block's first and last sample."""
-    positions = x.shape[2:].numel()
-    samples = min(max(1, _BLOCK // (rows * positions)), x.shape[0])
-    blocks = [(n, min(n + samples, x.shape[0])) for n in range(0, x.shape[0], samples)]
-    return x.new_empty(samples, rows, positions), blocks
-
-
-def columns_forward(
+def phases_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
     y: Tensor,
     activation: tuple[int, float],
-) -> Tensor:
-    """Fills y, (N, Cout, *size) and dense, with activation(conv_transpose(x) + bias), and returns it. groups is 1."""
+) -> bool:
+    """Fills y, (N, Cout, *size) and dense, with activation(conv_transpose(x) + bias). x is dense, groups is 1.
+
+    False: the weight is not finite, and y was not filled.
+    """
     window = _native_window(x, weight, geometry)
-    samples = _as_samples(x)
-    matrix = weight.reshape(weight.shape[0], -1).t()
-    columns, blocks = _blocks(x, matrix.shape[0])
-    for begin, end in blocks:
-        block = columns[: end - begin]
-        torch.bmm(matrix.expand(end - begin, -1, -1), samples[begin:end], out=block)
-        native.cpu_columns_to_image(window, block, y[begin:end], bias, activation)
-    return y
+    return native.cpu_phases_forward(window, x, weight.contiguous(), bias, y, activation)
 
 
-def columns_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of the convolution in `columns_forward` that mask asks for; dy is dense."""
-    window = _native_window(x, weight, geometry)
-    matrix = weight.reshape(weight.shape[0], -1)
-    columns, blocks = _blocks(x, matrix.shape[1])
-    samples = _as_samples(x)
-    dx = torch.empty_like(x) if mask[0] else None
-    dx_samples = None if dx is None else _as_samples(dx)
-    dmatrix = torch.zeros_like(matrix) if mask[1] else None
-    for begin, end in blocks if mask[0] or mask[1] else []:
-        block = columns[: end - begin]
-        native.cpu_image_to_columns(window, dy[begin:end], block)
-        if dx_samples is not None:
-            torch.bmm(matrix.expand(end - begin, -1, -1), block, out=dx_samples[begin:end])
-        if dmatrix is not None:
-            dmatrix.addbmm_(samples[begin:end], block.transpose(1, 2))
-    dweight = None if dmatrix is None else _laid_out_as(weight, dmatrix.view(weight.shape))
-    return dx, dweight, _sum_positions(dy) if mask[2] else None
+def phases_dx(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
+    """The gradient of x in `phases_forward`, contiguous; dy is dense. None: the weight is not finite."""
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    done = native.cpu_phases_backward(_native_window(x, weight, geometry), weight.contiguous(), dy, dx)
+    return dx if done else None
 
 
 def _laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
@@ -184,7 +144,7 @@ def depthwise_forward(
 ) -> Tensor:
     """Fills y, (N, C, *size) and dense, with activation(conv_transpose(x) + bias), and returns it."""
     window = _native_window(x, weight, geometry)
-    native.cpu_depthwise_forward(window, x.contiguous(), weight.contiguous(), y, bias, activation)
+    native.cpu_depthwise_forward(window, x.contiguous(), weight.contiguous(), bias, y, activation)
     return y
 
 
@@ -196,7 +156,7 @@ def depthwise_backward(
     shares = x.new_empty(x.shape[0], *weight.shape) if mask[1] else None
     if mask[0] or mask[1]:
         window = _native_window(x, weight, geometry)
-        native.cpu_depthwise_backward(window, dy, x.contiguous(), weight.contiguous(), dx, shares)
+        native.cpu_depthwise_backward(window, x.contiguous(), weight.contiguous(), dy, dx, shares)
     dx = None if dx is None else _laid_out_as(x, dx)
     dweight = None if shares is None else _laid_out_as(weight, shares.sum(0))
     return dx, dweight, _sum_positions(dy) if mask[2] else None

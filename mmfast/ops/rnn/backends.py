@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ... import native
 from ...dispatch import Backend, GpuBackend, Op, TorchBackend
@@ -42,10 +41,12 @@ class Case(NamedTuple):
     autocast: bool = False
     #: whether grad mode is on
     gradients: bool = True
-    #: batch * hidden_size > MANY, where the batch may be looked at: in eager
+    #: batch > FEW and batch * hidden_size > MANY, where the batch may be looked at: in eager
     many: bool = True
     #: at most SHORT steps, where the steps may be looked at: in eager
     short: bool = False
+    #: steps * batch * hidden_size >= VAST, likewise
+    vast: bool = False
     cell: bool = False
     resets: bool = False
     zoneout: bool = False
@@ -58,8 +59,10 @@ class Case(NamedTuple):
         return [name for name, asked in named.items() if asked]
 
 
-#: Units of all rows of a step, up to which an LSTM's step is so short that PyTorch's overhead decides.
-MANY = 512
+#: Rows, or units of all rows of a step, up to which an LSTM's step is so short that PyTorch's overhead decides.
+FEW, MANY = 4, 512
+#: Elements of an LSTM's output from which on oneDNN's workspace leaves the cache.
+VAST = 1 << 20
 #: Hidden size up to which an LSTM trains here as fast as in oneDNN: 0.94 to 0.98 of its speed at 1024.
 LARGE = 512
 #: Steps up to which PyTorch's loop takes less time than a call of the op, which takes about 150 us with its backward.
@@ -207,12 +210,13 @@ class Cpu(Walker):
         runs in oneDNN, but not in float64 or float16 (1.6 times slower than here) nor packed (2 to 15 times).
 
         Against oneDNN, AMD EPYC, 1 thread, PyTorch 2.13, time of torch / time here, padded float32:
-                                                     AVX-512 (Zen 4)    AVX2
-            training, batch * H <= 512               1.0 to 1.5         1.0 to 1.1
-            training, above, H a multiple of 16      0.95 to 1.17       1.0 to 1.15, at H = 1024 0.94 to 0.98
-            training, above, H = 73, 79, 98, 294     0.80 to 1.07       0.94 to 1.0
-            inference, batch * H <= 512              1.2 to 1.5         1.0 to 1.3
-            inference, above                         0.85 to 1.2        0.94 to 1.2
+                                                     AVX-512 (Zen 5)    AVX2
+            training, few or batch * H <= 512        1.0 to 1.25        1.0 to 1.1
+            training, above, H a multiple of 16      0.9 to 1.03        1.0 to 1.15, at H = 1024 0.94 to 0.98
+            training, steps * batch * H >= 2^20      1.06 to 1.27       the same
+            training, above, H = 73, 79, 98, 294     0.96 to 1.0        0.94 to 1.0
+            inference, few or batch * H <= 512       1.16 to 1.5        1.0 to 1.3
+            inference, above                         0.87 to 1.02       0.94 to 1.2
             bfloat16, H = 128                        0.75 to 0.82       PyTorch's raises
         """
         if case.cell:
@@ -229,6 +233,8 @@ class Cpu(Walker):
             return ""
         if not case.gradients:
             return f"PyTorch's LSTM without gradients, oneDNN's, was measured faster for batch * hidden_size > {MANY}"
+        if native.isa() == "avx512" and not case.vast:
+            return f"PyTorch's LSTM, oneDNN's, was measured faster with AVX-512 for batch * hidden_size > {MANY}"
         if case.hidden_size > LARGE:
             return f"PyTorch's LSTM, oneDNN's, was measured faster for hidden sizes above {LARGE}"
         if case.hidden_size % 16:
@@ -264,10 +270,10 @@ class Cpu(Walker):
         (batch, inputs), hidden, dtype = x.shape, w_hh.shape[1], x.dtype
         gx = gh = None
         if batch > FEW_ROWS or (dtype is not torch.float32 and dtype is not torch.float64):
-            gx = linear(x, w_ih, b_ih)
-            gh = linear(x.new_zeros(batch, hidden) if h0 is None else h0, w_hh, b_hh)
-        like = x.new_empty((batch, hidden)) if h0 is None else h0
-        h = torch.empty_like(like, memory_format=torch.contiguous_format)
+            gx = product(x, w_ih.t(), b_ih)
+            gh = product(x.new_zeros(batch, hidden) if h0 is None else h0, w_hh.t(), b_hh)
+        dense = h0 is not None and h0.is_contiguous()
+        h = torch.empty_like(h0) if dense else x.new_empty((batch, hidden))  # type: ignore[arg-type]
         c = torch.empty_like(h) if mode == "LSTM" else h
         native.cpu_rnn_cell(MODES[mode], (batch, inputs, hidden), (gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0), h, c)
         return h, c
@@ -281,8 +287,11 @@ def _beyond_the_gpu_kernels(case: Case) -> list[str]:
 
 
 class Cuda(Walker, GpuBackend):
-    """csrc/cuda/rnn.cu, on a CUDA device; on CPU tensors in the emulator. A step is one of torch's products and one
-    launch, so a Cell, a layer of one step, is two products and one launch."""
+    """csrc/cuda/rnn_resident.cu and rnn.cu, on a CUDA device; on CPU tensors in the emulator.
+
+    Where W_hh fits into a block, a layer's walk is one launch. Elsewhere a step is one of torch's products and one
+    launch, so a Cell, a layer of one step, is two products and one launch.
+    """
 
     name = "cuda"
 
@@ -292,7 +301,17 @@ class Cuda(Walker, GpuBackend):
             refusals.append(f"the input is {case.dtype} (supported: float32, float16, bfloat16)")
         return refusals + _beyond_the_gpu_kernels(case)
 
+    def rounds(self, x: Tensor) -> bool:
+        """Whether float32 is multiplied in TF32. PyTorch's setting is for CUDA, so the emulator does not."""
+        return x.is_cuda and portable.uses_tf32()
+
     def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
+        if _fits_a_block(layer, sizes, gx):
+            row, alive = _device_layer(layer, sizes, parts, h0, c0)
+            kept = kept if GATES[layer.mode] > 1 else (None, None)
+            native.cuda_rnn_forward(row, self.rounds(gx), gx, kept, results)
+            del alive
+            return
         y, hn, cn = results
         route = _Route(layer, sizes, gx)
         narrow = gx.dtype != torch.float32
@@ -317,6 +336,11 @@ class Cuda(Walker, GpuBackend):
                 cn[d].copy_(c)
 
     def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results) -> None:
+        if _fits_a_block(layer, sizes, saved[0]):
+            row, alive = _device_layer(layer, sizes, parts, h0, c0)
+            native.cuda_rnn_backward(row, self.rounds(saved[0]), saved, given, results)
+            del alive
+            return
         dgates, dm, _, _, previous, *initial = results
         (y, gates, cell), (dy, *last) = saved, given
         route = _Route(layer, sizes, y)
@@ -355,6 +379,27 @@ class Cuda(Walker, GpuBackend):
             for wanted, found in zip(initial, (dh, dc), strict=True):
                 if wanted is not None:
                     wanted[d].copy_(found)
+
+
+def _fits_a_block(layer: Layer, sizes: Sizes, x: Tensor) -> bool:
+    """Whether a kernel walks whole sequences with W_hh on one block's chip. One step is not worth bringing it there."""
+    return sizes.steps > 1 and native.cuda_rnn_resident(x, MODES[layer.mode], sizes.hidden) > 0
+
+
+def _device_layer(
+    layer: Layer, sizes: Sizes, parts: Sequence[Weights], h0: Tensor | None, c0: Tensor | None
+) -> tuple[tuple, native.RnnTensors]:
+    """As `native_layer`, packed sizes as offsets and lengths on the weights' device."""
+    if layer.batch_sizes is None:
+        return native_layer(layer, sizes, parts, h0, c0)
+    each = layer.batch_sizes
+    # a sequence has as many steps as there are batches larger than its number
+    lengths = sizes.steps - torch.searchsorted(each.flip(0), torch.arange(sizes.batch), right=True)
+    both = torch.cat([each.new_zeros(1), each.cumsum(0), lengths]).to(parts[0].w_hh.device, non_blocking=True)
+    offsets, lengths = both.split([sizes.steps + 1, sizes.batch])
+    _, tensors = native_layer(layer._replace(batch_sizes=None), sizes, parts, h0, c0)
+    tensors = tensors._replace(offsets=offsets, lengths=lengths)
+    return _row(layer, sizes, parts, tensors), tensors
 
 
 class _Route:
@@ -467,8 +512,12 @@ def native_layer(
     w_hh = [part.w_hh.contiguous() for part in parts]
     b_hh, w_hr = [_dense(part.b_hh) for part in parts], [_dense(part.w_hr) for part in parts]
     tensors = native.RnnTensors(offsets, lengths, reset, zones, drop, w_hh, b_hh, w_hr, h0, c0)
+    return _row(layer, sizes, parts, tensors), tensors
+
+
+def _row(layer: Layer, sizes: Sizes, parts: Sequence[Weights], tensors: native.RnnTensors) -> tuple:
     shape = sizes.steps, sizes.batch, sizes.hidden, 0 if parts[0].w_hr is None else sizes.output
-    return native.rnn_layer(parts[0].w_hh.dtype, MODES[layer.mode], shape, layer.zoneout, tensors), tensors
+    return native.rnn_layer(parts[0].w_hh.dtype, MODES[layer.mode], shape, layer.zoneout, tensors)
 
 
 def _dense(a: Tensor | None) -> Tensor | None:

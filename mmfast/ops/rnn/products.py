@@ -16,7 +16,7 @@ from ... import native
 from .equations import Weights
 
 #: Rows of the result, and multiplications, from which on the kernel was measured faster.
-ROWS, MULTIPLICATIONS = 32, 1 << 18
+ROWS, MULTIPLICATIONS = 16, 1 << 18
 
 #: Columns of the result from which on torch.mm sums in blocks; with fewer its rms error was up to 7 times as large.
 WIDE = 16

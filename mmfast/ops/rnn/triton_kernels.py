@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..portable import uses_tf32
 from .equations import GATES, MODES, Layer, Weights
 
 _TANH = tl.constexpr(0)
@@ -562,12 +563,6 @@ def plan(mode: str, hidden: int, dtype: torch.dtype, shared: int, tf32: bool, re
     # with resets the compiler holds W_hh in registers, and those of an LSTM of 128 units spill
     streamed = streamed or (resets and GATES[mode] == 4 and block == 128)
     return Plan(block, streamed, "ieee" if precise else "tf32", min(8, block // 8))
-
-
-def uses_tf32() -> bool:
-    """Whether PyTorch's settings let recurrent layers round float32 to TF32."""
-    precision = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
-    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
 
 
 class _Walk:

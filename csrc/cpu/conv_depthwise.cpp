@@ -1,7 +1,7 @@
-// Columns to image and back: what a transposed convolution needs around its matrix product, and all of a depthwise one.
+// Depthwise transposed convolution, forward and both gradients.
 //
-// Pointers, shapes and the formula: mmfast_columns_args in mmfast.h. Both read and write every element of columns and
-// image once or (taps / stride) times: bound by memory, or by the caches where the caller works in blocks.
+// Pointers, shapes and the formula: mmfast_conv_transpose_args in mmfast.h. Reads x and writes y once: bound by memory,
+// or by the caches.
 //
 // Along the last dimension a position u = o + before of the output is u = stride * q + r, and tap k * dilation =
 // stride * shift + r reaches, from input position i, the position q = i + shift of phase r. So each phase is a row of
@@ -19,7 +19,7 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-using Args = mmfast_columns_args;
+using Args = mmfast_conv_transpose_args;
 
 struct Sizes {
     int64_t taps, positions, in_rows, out_rows, out_positions, phase_length, before;
@@ -39,7 +39,7 @@ struct Sizes {
 };
 
 int threads_for(const Args& args, const Sizes& sizes) {
-    return args.batch * args.channels * sizes.taps * sizes.positions < 32768 ? 1 : args.threads;
+    return args.batch * args.in_channels * sizes.taps * sizes.positions < 32768 ? 1 : args.threads;
 }
 
 // The index along dimension d in the input that tap k brings to o, or -1.
@@ -48,13 +48,6 @@ inline int64_t source_of(const Args& args, int d, int64_t o, int64_t k) {
     if (reached < 0 || reached % args.stride[d]) return -1;
     const int64_t i = reached / args.stride[d];
     return i < args.in_size[d] ? i : -1;
-}
-
-template <typename T>
-inline void add_row(T* sum, const T* row, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes<T> <= n; i += kLanes<T>) store(sum + i, load(sum + i) + load(row + i));
-    if (i < n) store_float(sum + i, load_float(sum + i, int(n - i)) + load_float(row + i, int(n - i)), int(n - i));
 }
 
 template <typename T>
@@ -114,17 +107,11 @@ inline int64_t phase_of(const Args& args, const Sizes& sizes, int64_t k) {
     return reached % args.stride[2] * sizes.phase_length + reached / args.stride[2];
 }
 
-// phases += every tap of the last dimension, for one row of one tap of the others: of columns, or, where weight is not
-// null, of weight * x.
+// phases += every tap of the last dimension, for one row of x and one tap of the others
 template <typename T>
-inline void add_taps(const Args& args, const Sizes& sizes, T* phases, const T* source, const T* weight) {
-    for (int64_t k = 0; k < args.kernel[2]; ++k) {
-        T* phase = phases + phase_of(args, sizes, k);
-        if (weight)
-            add_scaled_row(phase, source, weight[k], args.in_size[2]);
-        else
-            add_row(phase, source + k * sizes.positions, args.in_size[2]);
-    }
+inline void add_taps(const Args& args, const Sizes& sizes, T* phases, const T* x, const T* weight) {
+    for (int64_t k = 0; k < args.kernel[2]; ++k)
+        add_scaled_row(phases + phase_of(args, sizes, k), x, weight[k], args.in_size[2]);
 }
 
 // One row of the image, act(bias + row), where positions are `step` apart.
@@ -141,30 +128,29 @@ inline void finish_row(T* row, int64_t n, T bias, const Activation& activation, 
 
 template <typename T>
 T* image_at(const Args& args, const Sizes& sizes, int64_t n, int64_t c) {
-    T* image = static_cast<T*>(args.image);
-    return args.image_channels_last ? image + n * sizes.out_positions * args.channels + c
-                                    : image + (n * args.channels + c) * sizes.out_positions;
+    T* image = static_cast<T*>(args.y);
+    return args.y_channels_last ? image + n * sizes.out_positions * args.in_channels + c
+                                : image + (n * args.in_channels + c) * sizes.out_positions;
 }
 
-template <typename T, bool kDepthwise>
-int to_image(const Args& args) {
+template <typename T>
+int forward_of(const Args& args) {
     const Sizes sizes(args);
     const int64_t padded = args.stride[2] * sizes.phase_length;
-    const int64_t step = args.image_channels_last ? args.channels : 1;
+    const int64_t step = args.y_channels_last ? args.in_channels : 1;
     int status = MMFAST_OK;
     const int bad = with_activation<T>(args.activation, args.negative_slope, [&](const auto& activation) {
-        parallel_for(threads_for(args, sizes), args.batch * args.channels, [&](int64_t unit) {
+        parallel_for(threads_for(args, sizes), args.batch * args.in_channels, [&](int64_t unit) {
             T* phases = static_cast<T*>(malloc(size_t(2 * padded) * sizeof(T)));
             if (!phases) {
                 __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
                 return;
             }
             T* row = phases + padded;
-            const int64_t c = unit % args.channels;
-            const T* weight = kDepthwise ? static_cast<const T*>(args.weight) + c * sizes.taps : nullptr;
-            const T* source = kDepthwise ? static_cast<const T*>(args.x) + unit * sizes.positions
-                                         : static_cast<const T*>(args.columns) + unit * sizes.taps * sizes.positions;
-            T* image = image_at<T>(args, sizes, unit / args.channels, c);
+            const int64_t c = unit % args.in_channels;
+            const T* weight = static_cast<const T*>(args.weight) + c * sizes.taps;
+            const T* x = static_cast<const T*>(args.x) + unit * sizes.positions;
+            T* image = image_at<T>(args, sizes, unit / args.in_channels, c);
             const T bias = args.bias ? static_cast<const T*>(args.bias)[c] : T(0);
             for (int64_t out_row = 0; out_row < sizes.out_rows; ++out_row) {
                 memset(phases, 0, size_t(padded) * sizeof(T));
@@ -175,8 +161,7 @@ int to_image(const Args& args) {
                         if (h < 0) continue;
                         const int64_t tap = (kd * args.kernel[1] + kh) * args.kernel[2];
                         const int64_t position = (d * args.in_size[1] + h) * args.in_size[2];
-                        const T* row = source + position + (kDepthwise ? 0 : tap * sizes.positions);
-                        add_taps(args, sizes, phases, row, kDepthwise ? weight + tap : nullptr);
+                        add_taps(args, sizes, phases, x + position, weight + tap);
                     }
                 }
                 if (args.stride[2] == 1)
@@ -208,39 +193,6 @@ void split_phases(const Args& args, const Sizes& sizes, const T* image, int64_t 
     }
 }
 
-template <typename T>
-int to_columns(const Args& args) {
-    const Sizes sizes(args);
-    const int64_t padded = args.stride[2] * sizes.phase_length;
-    const int64_t step = args.image_channels_last ? args.channels : 1;
-    int status = MMFAST_OK;
-    parallel_for(threads_for(args, sizes), args.batch * args.channels, [&](int64_t unit) {
-        T* phases = static_cast<T*>(malloc(size_t((sizes.out_rows + 1) * padded) * sizeof(T)));
-        if (!phases) {
-            __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
-        const T* image = image_at<T>(args, sizes, unit / args.channels, unit % args.channels);
-        split_phases(args, sizes, image, step, phases + sizes.out_rows * padded, phases);
-        T* columns = static_cast<T*>(args.columns) + unit * sizes.taps * sizes.positions;
-        for (int64_t tap = 0; tap < sizes.taps; ++tap, columns += sizes.positions) {
-            const int64_t kh = tap / args.kernel[2] % args.kernel[1], kd = tap / args.kernel[2] / args.kernel[1];
-            const int64_t offset = phase_of(args, sizes, tap % args.kernel[2]);
-            for (int64_t in_row = 0; in_row < sizes.in_rows; ++in_row) {
-                const int64_t d = in_row / args.in_size[1] * args.stride[0] + kd * args.dilation[0] - args.before[0];
-                const int64_t h = in_row % args.in_size[1] * args.stride[1] + kh * args.dilation[1] - args.before[1];
-                T* target = columns + in_row * args.in_size[2];
-                if (d < 0 || d >= args.out_size[0] || h < 0 || h >= args.out_size[1])
-                    memset(target, 0, size_t(args.in_size[2]) * sizeof(T));
-                else
-                    copy_row(target, phases + (d * args.out_size[1] + h) * padded + offset, args.in_size[2]);
-            }
-        }
-        free(phases);
-    });
-    return status;
-}
-
 // One row of x and the taps of the last dimension that go from it to the row of dy in phases.
 template <typename T>
 inline void add_gradients(const Args& args, const Sizes& sizes, const T* phases, const T* x, const T* weight, T* dx,
@@ -253,19 +205,19 @@ inline void add_gradients(const Args& args, const Sizes& sizes, const T* phases,
 }
 
 template <typename T>
-int gradients(const Args& args) {
+int backward_of(const Args& args) {
     const Sizes sizes(args);
     const int64_t padded = args.stride[2] * sizes.phase_length;
-    const int64_t step = args.image_channels_last ? args.channels : 1;
+    const int64_t step = args.y_channels_last ? args.in_channels : 1;
     int status = MMFAST_OK;
-    parallel_for(threads_for(args, sizes), args.batch * args.channels, [&](int64_t unit) {
+    parallel_for(threads_for(args, sizes), args.batch * args.in_channels, [&](int64_t unit) {
         T* phases = static_cast<T*>(malloc(size_t((sizes.out_rows + 1) * padded) * sizeof(T)));
         if (!phases) {
             __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
             return;
         }
-        const int64_t c = unit % args.channels;
-        const T* image = image_at<T>(args, sizes, unit / args.channels, c);
+        const int64_t c = unit % args.in_channels;
+        const T* image = image_at<T>(args, sizes, unit / args.in_channels, c);
         split_phases(args, sizes, image, step, phases + sizes.out_rows * padded, phases);
         const T* x = static_cast<const T*>(args.x) + unit * sizes.positions;
         const T* weight = static_cast<const T*>(args.weight) + c * sizes.taps;
@@ -307,20 +259,12 @@ int with_type(const Args& args, const Run& run) {
 
 }  // namespace
 
-int columns_to_image(const mmfast_columns_args& args) {
-    return with_type(args, [&](auto type) { return to_image<decltype(type), false>(args); });
+int depthwise_forward(const Args& args) {
+    return with_type(args, [&](auto type) { return forward_of<decltype(type)>(args); });
 }
 
-int image_to_columns(const mmfast_columns_args& args) {
-    return with_type(args, [&](auto type) { return to_columns<decltype(type)>(args); });
-}
-
-int depthwise_forward(const mmfast_columns_args& args) {
-    return with_type(args, [&](auto type) { return to_image<decltype(type), true>(args); });
-}
-
-int depthwise_backward(const mmfast_columns_args& args) {
-    return with_type(args, [&](auto type) { return gradients<decltype(type)>(args); });
+int depthwise_backward(const Args& args) {
+    return with_type(args, [&](auto type) { return backward_of<decltype(type)>(args); });
 }
 
 }  // namespace MMFAST_ISA
