@@ -47,16 +47,21 @@ def test_a_right_kernel_passes(dtype, seed):
         assert sum(row.histogram["mmfast"]) == sum(row.histogram["pytorch"]) == row.count
 
 
-def wrong(monkeypatch, method, change):
-    """The CPU kernels' results, forward or backward, changed before anybody sees them."""
-    honest = getattr(CPU, method)
+def wrong(monkeypatch, change):
+    """The CPU kernels' gradients, made with the loss or after it, changed before anybody sees them."""
+    backward, with_gradients = CPU.backward, CPU.forward_with_gradients
 
     def changed(value):
         if isinstance(value, torch.Tensor):
             return change(value)
         return type(value)(changed(part) for part in value) if isinstance(value, (list, tuple)) else value
 
-    monkeypatch.setattr(CPU, method, lambda *args: changed(honest(*args)))
+    def with_changed(*args):
+        outputs, gradients = with_gradients(*args)
+        return outputs, changed(gradients)
+
+    monkeypatch.setattr(CPU, "backward", lambda *args: changed(backward(*args)))
+    monkeypatch.setattr(CPU, "forward_with_gradients", with_changed)
 
 
 def test_a_loss_that_is_off_by_a_millionth_fails(monkeypatch, seed):
@@ -79,7 +84,7 @@ def test_a_gradient_that_is_nan_once_fails(monkeypatch, seed):
         x.view(-1)[-1] = float("nan")
         return x
 
-    wrong(monkeypatch, "backward", spoil)
+    wrong(monkeypatch, spoil)
     rows = by_quantity(checks.numerics(LOSS, range(seed, seed + 8)))
     assert not rows["dx"].passed
     assert "NaN" in rows["dx"].detail
@@ -113,7 +118,7 @@ def test_a_planted_bug_must_be_caught(seed):
 
 def test_repeatability_fails_a_result_that_wanders(monkeypatch, seed):
     assert checks.repeatability(LOSS, seed).passed
-    wrong(monkeypatch, "backward", lambda x: x * (1 + 1e-5 * torch.rand(())))
+    wrong(monkeypatch, lambda x: x * (1 + 1e-5 * torch.rand(())))
     row = checks.repeatability(LOSS, seed)
     assert not row.passed
     assert row.detail == "dx differ between two calls"
@@ -122,7 +127,7 @@ def test_repeatability_fails_a_result_that_wanders(monkeypatch, seed):
 def test_thread_independence_fails_a_result_that_needs_its_threads(monkeypatch, seed):
     case = cases.AdversarialCase("large", "lsgan", ((5000,),))
     assert checks.thread_independence(subject(case=case), seed).detail == "same bits"
-    wrong(monkeypatch, "backward", lambda x: x * (1 if torch.get_num_threads() > 1 else 1.001))
+    wrong(monkeypatch, lambda x: x * (1 if torch.get_num_threads() > 1 else 1.001))
     row = checks.thread_independence(subject(case=case), seed)
     assert not row.passed
     assert "dx break the rule with one thread" in row.detail
@@ -131,7 +136,7 @@ def test_thread_independence_fails_a_result_that_needs_its_threads(monkeypatch, 
 def test_gradcheck_fails_a_gradient_that_is_another_functions(monkeypatch, seed):
     tiny = subject(case=LOSS.case.shrunk(1, 2, 3), dtype=torch.float64)
     assert checks.gradcheck(tiny, seed).passed
-    wrong(monkeypatch, "backward", lambda x: 1.01 * x)
+    wrong(monkeypatch, lambda x: 1.01 * x)
     assert not checks.gradcheck(tiny, seed).passed
 
 
@@ -350,7 +355,7 @@ def test_a_verdict_on_few_values_is_made_on_more_where_it_fails(monkeypatch, see
     [*_, right] = checks.numerics(subject(case=few), range(seed, seed + 2))
     assert right.passed
     assert right.count < 4096
-    wrong(monkeypatch, "backward", lambda x: 1.01 * x)
+    wrong(monkeypatch, lambda x: 1.01 * x)
     [*_, row] = checks.numerics(subject(case=few), range(seed, seed + 2))
     assert not row.passed
     assert row.count >= 4096
@@ -397,7 +402,7 @@ def test_the_command_checks_a_users_model(tmp_path):
 
 
 def test_a_failure_is_the_exit_code(monkeypatch, capsys):
-    wrong(monkeypatch, "backward", lambda x: 1.01 * x)
+    wrong(monkeypatch, lambda x: 1.01 * x)
     assert cli.main(["validate", "adversarial", "--cases", "patchgan-hinge*", "--backend", "cpu"]) == 1
     output = capsys.readouterr().out
     assert "! numerics: adversarial patchgan-hinge-" in output
