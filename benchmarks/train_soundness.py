@@ -3,13 +3,14 @@
     python benchmarks/train_soundness.py [--kills 20] [--minutes 10] [--threads 1] [OPTIONS OF mmfast train]
 
 First an unbroken run of so many minutes, whose memory is looked at once a second; then the same number of steps with
-SIGKILL at moments drawn over the time that the unbroken run took, each followed by --resume. Prints a line for each
+SIGKILL a moment after steps drawn from all of them, each followed by --resume. Prints a line for each
 kill, the memory, and whether metrics.csv and the weights are the same bit for bit; exit code 1 where they are not.
 """
 
 import argparse
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,24 +57,20 @@ def unbroken(run: Path, minutes: float, options: list[str], threads: int) -> tup
     return last - first, memory
 
 
-def broken(run: Path, steps: int, moments: list[float], options: list[str], threads: int) -> None:
-    """Trains `steps` steps, killed after each of `moments`, seconds since its own first step."""
+def broken(run: Path, steps: int, marks: list[int], options: list[str], threads: int) -> None:
+    """Trains `steps` steps, killed at a random moment after each of the steps `marks`."""
     command = ["--out", str(run), *options]
-    for number, moment in enumerate(moments, 1):
+    for number, mark in enumerate(marks, 1):
         process = begun([*command, "--steps", str(steps)], threads)
-        before = rows(run)
-        while rows(run) == before and process.poll() is None:
-            time.sleep(0.05)
-        deadline = time.monotonic() + moment
-        while time.monotonic() < deadline and process.poll() is None:
+        while rows(run) < mark and process.poll() is None:
             time.sleep(0.01)
-        ended = process.poll() is not None
+        time.sleep(random.uniform(0, 0.2))
         process.kill()
         said = process.communicate()[0]
-        if ended and process.returncode:
+        if process.returncode != -signal.SIGKILL:
             raise SystemExit(said)
         kept = checkpoint.load(run)["training"]["step"]
-        print(f"kill {number}: after {moment:5.1f} s, step {rows(run)}, checkpoint of step {kept}", flush=True)
+        print(f"kill {number}: at step {rows(run)}, checkpoint of step {kept}", flush=True)
         command = ["--resume", str(run)]
     process = begun([*command, "--steps", str(steps)], threads)
     said = process.communicate()[0]
@@ -105,8 +102,8 @@ def main() -> int:
             f"unbroken: {steps} steps in {seconds:.0f} s; memory {settled[0] / MEGABYTE:.0f} MB after a fifth, ", end=""
         )
         print(f"{settled[-1] / MEGABYTE:.0f} MB at the end, at most {max(memory) / MEGABYTE:.0f} MB", flush=True)
-        moments = [random.uniform(0, 2 * seconds / given.kills) for _ in range(given.kills)]
-        broken(parts, steps, moments, options, given.threads)
+        marks = sorted(random.sample(range(1, steps), given.kills))
+        broken(parts, steps, marks, options, given.threads)
         metrics = (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
         weights = same_weights(whole, parts)
     print(f"after {given.kills} kills: metrics.csv {'the same' if metrics else 'DIFFERENT'}, ", end="")

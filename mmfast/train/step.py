@@ -1,6 +1,7 @@
 """One training step: all reconstructions and the adversarial loss, optimised together."""
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -245,4 +246,12 @@ def compile_parts(*nets: torch.nn.Module) -> None:
     for net in nets:
         for part in net.modules():
             if isinstance(part, torch.nn.Sequential) and len(part) >= 3:
-                part.compile(dynamic=False)
+                part.compile(dynamic=False, **_OF_ITS_OWN)
+
+
+# All parts are one function to Dynamo, which would give up at 8 graphs; each has as many as it has lengths of speech.
+_OF_ITS_OWN: dict[str, Any] = {
+    name: value
+    for name, value in {"isolate_recompiles": True, "recompile_limit": 64}.items()
+    if name in inspect.signature(torch.compile).parameters
+}
