@@ -890,7 +890,8 @@ def _select_conv_transpose(
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims + 2):
         return "torch"
     geometry: Any = (stride, padding, output_padding, groups, dilation)
-    facts = (input.device, input.dtype, input.is_contiguous(), weight.shape, *geometry, *epilogue)
+    known = (input.is_contiguous(), torch.is_grad_enabled())
+    facts = (input.device, input.dtype, *known, weight.shape, *geometry, *epilogue)
     return CONV_TRANSPOSE.select_by(facts, _conv_transpose_case, backend)
 
 
@@ -898,6 +899,7 @@ def _conv_transpose_case(
     device: torch.device,
     dtype: torch.dtype,
     contiguous: bool,
+    gradients: bool,
     shape: torch.Size,
     stride: Size,
     padding: Size,
@@ -920,7 +922,7 @@ def _conv_transpose_case(
         _per_dim(dilation, dims),
         groups,
         *epilogue,
-    )._replace(contiguous=contiguous)
+    )._replace(contiguous=contiguous, gradients=gradients)
 
 
 def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvTransposeGeometry) -> bool:

@@ -37,7 +37,10 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Case(NamedTuple):
-    """The static facts a choice depends on; one entry per spatial dimension in the tuples. contiguous: the input."""
+    """The static facts a choice depends on; one entry per spatial dimension in the tuples.
+
+    contiguous: the input is; gradients: they may be asked for.
+    """
 
     device: str
     dtype: torch.dtype
@@ -54,6 +57,7 @@ class Case(NamedTuple):
     activation: str = "none"
     negative_slope: float = 0.01
     contiguous: bool = True
+    gradients: bool = True
 
 
 def moments_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -138,9 +142,9 @@ def prefers_products(case: Case) -> str:
     if case.dtype != torch.float32:
         return ""
     depthwise = case.groups > 1 and case.groups == case.in_channels == case.out_channels
-    if depthwise and len(case.stride) == 1 and case.stride[0] > 1:
+    if depthwise and len(case.stride) == 1 and case.stride[0] > 1 and (case.gradients or native.isa() != "avx512"):
         # 512 channels, k4 s2, at 64, batch 8: forward 1.1 to 2.9 times as fast, with both gradients 1.4 to 2.2 times;
-        # in 2-d up to 3.5 times in contiguous memory, but 0.8 in channels_last, which is not known here
+        # with AVX-512 0.5 and 1.2 to 1.5; in 2-d up to 3.5 times in contiguous memory, but 0.8 in channels_last
         return "depthwise in 1-d"
     if case.groups != 1 or case.crop:
         return ""
@@ -184,7 +188,7 @@ class Cpu(Backend):
         return refusals
 
     def reluctance(self, case: Case) -> str:
-        if prefers_products(case):
+        if native.available() and prefers_products(case):
             return ""
         # 128 to 64, k4 s2 p1, at 16 x 16, batch 32, with batch norm and ReLU: forward + backward 92 to 75 ms
         measured = case.norm == "batch" and case.activation in ("relu", "leaky_relu") and case.dtype == torch.float32

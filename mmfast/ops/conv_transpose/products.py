@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ... import native
+from ..product import prefers_native, product
 from .equations import Geometry
 
-#: Channels summed in one go: one product over all of them errs 1.8 x as much as PyTorch's convolution.
+#: Channels that torch.mm sums in one go: one product over all of them errs 1.8 x as much as PyTorch's convolution.
 _CHANNELS = 32
 
 
@@ -59,10 +60,13 @@ def one_position_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometr
     """Fills y, (N, Cout, *size) and dense, and returns it."""
     matrix, window = x.reshape(x.shape[:2]), _as_matrix(_window(weight, x, geometry), y)
     flat = _as_matrix(y, y)
-    torch.mm(matrix[:, :_CHANNELS], window[:_CHANNELS], out=flat)
-    for begin in range(_CHANNELS, matrix.shape[1], _CHANNELS):
-        # not addmm, which may go on adding to the same sums
-        flat.add_(torch.mm(matrix[:, begin : begin + _CHANNELS], window[begin : begin + _CHANNELS]))
+    if prefers_native(matrix, window):
+        product(matrix, window, out=flat)
+    else:
+        torch.mm(matrix[:, :_CHANNELS], window[:_CHANNELS], out=flat)
+        for begin in range(_CHANNELS, matrix.shape[1], _CHANNELS):
+            # not addmm, which may go on adding to the same sums
+            flat.add_(torch.mm(matrix[:, begin : begin + _CHANNELS], window[begin : begin + _CHANNELS]))
     return y if bias is None else y.add_(bias.view(-1, *[1] * (y.dim() - 2)))
 
 
@@ -75,17 +79,17 @@ def one_position_backward(
     window = _window(weight, x, geometry)
     if mask[0]:
         dx = torch.empty_like(x)
-        torch.mm(flat, _as_matrix(window, dy).t(), out=dx.view(dx.shape[:2]))
+        product(flat, _as_matrix(window, dy).t(), out=dx.view(dx.shape[:2]))
     if mask[1]:
-        product = torch.mm(x.reshape(x.shape[:2]).t(), flat)
+        found = product(x.reshape(x.shape[:2]).t(), flat)
         if dy.is_contiguous():
-            product = product.view(window.shape)
+            found = found.view(window.shape)
         else:
-            product = product.view(window.shape[0], *window.shape[2:], window.shape[1]).movedim(-1, 1)
-        dweight = product
-        if window.shape != weight.shape or product.stride() != weight.stride():
+            found = found.view(window.shape[0], *window.shape[2:], window.shape[1]).movedim(-1, 1)
+        dweight = found
+        if window.shape != weight.shape or found.stride() != weight.stride():
             dweight = torch.empty_like(weight) if window.shape == weight.shape else torch.zeros_like(weight)
-            _window(dweight, x, geometry).copy_(product)
+            _window(dweight, x, geometry).copy_(found)
     return dx, dweight, _sum_positions(dy) if mask[2] else None
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend, GpuBackend, Op, TorchBackend
 from .. import portable
+from ..product import product
 from . import equations
 from .equations import GATES, MODES, Layer, Weights
-from .products import input_gradient, input_side, product, sum_over_rows
+from .products import input_gradient, input_side, sum_over_rows
 
 
 class Case(NamedTuple):

@@ -28,8 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..product import product
 from .equations import GATES, Layer, Weights, split
-from .products import product, sum_over_rows
+from .products import sum_over_rows
 
 
 def serves(x: Tensor, weights: Sequence[Tensor], layer: Layer) -> bool:
