@@ -86,7 +86,8 @@ class Problem:
         x, weight = normal(batch, cin, *size), normal(cin, cout // g.groups, *[kernel] * len(size))
         parameters = [None] * 4
         if epilogue.normalizes:
-            parameters[:2] = [normal(cout) + 1, normal(cout)]
+            # of one size in all channels: a large one's errors would be the whole pool's
+            parameters[:2] = [torch.rand(cout, generator=generator, dtype=torch.float64) + 0.5, normal(cout)]
         if epilogue.norm == "given":
             parameters[2:] = [normal(cout), normal(cout).square() + 0.1]
         tensors = [x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), normal(cout)]

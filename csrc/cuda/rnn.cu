@@ -13,6 +13,7 @@
 //     product          2.0           2.0           2.0           8 to 67 MFLOP: latency of a small GEMM
 //     starts           2 x 1.5       2 x 1.5       2 x 1.5       in a graph; in eager two calls of 5 on the host
 //     sum              6             6             6             bound by latency: hence the aim of resident kernels
+#include "cuda/device.h"
 #include "cuda/rnn_gates.h"
 
 namespace mmfast {

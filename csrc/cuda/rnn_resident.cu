@@ -27,6 +27,7 @@
 //     microseconds          0.15-0.2    0.3-0.4 0.4-0.5
 // T = 128, B = 64: 8 blocks, 20-26, 40-52, 50-65 microseconds, 3 to begin with (W_hh is read in pairs of elements), and
 // the input side's product of matrices, 3 to 5.
+#include "cuda/device.h"
 #include "cuda/rnn_gates.h"
 
 namespace mmfast {
