@@ -268,15 +268,16 @@ MMFAST_DEVICE void product(Tile (&d)[kTiles], const Walk<T, BLOCK>& walk,
             Words b = load_matrices(panel, from + s * 2 * kVector<T>);
             if constexpr (!decltype(is_precise)::value) b = walk.rounded(b);
             MMFAST_UNROLL
-            for (int half = 0; half < 2; ++half) {
+            for (int which = 0; which < 2; ++which) {
                 MMFAST_UNROLL
                 for (int m = 0; m < kTiles; ++m) {
-                    Tile& sum = part[m * kChains + (s + half) % kChains];
-                    const Words of_a = a.at(walk, m * kSteps + s + half);
+                    Tile& sum = part[m * kChains + (s + which) % kChains];
+                    const Words of_a = a.at(walk, m * kSteps + s + which);
                     if constexpr (decltype(is_precise)::value)
-                        multiply_precisely(sum, of_a, b.at[2 * half], b.at[2 * half + 1], uint32_t(turn) & 0x80000000);
+                        multiply_precisely(sum, of_a, b.at[2 * which], b.at[2 * which + 1],
+                                           uint32_t(turn) & 0x80000000);
                     else
-                        multiply<T>(sum, of_a, b.at[2 * half], b.at[2 * half + 1]);
+                        multiply<T>(sum, of_a, b.at[2 * which], b.at[2 * which + 1]);
                 }
             }
         }
