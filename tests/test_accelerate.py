@@ -33,8 +33,9 @@ class Net(torch.nn.Module):
         self.cells = nn.ModuleList([nn.RNNCell(5, 5), nn.GRUCell(5, 5), nn.LSTMCell(5, 5)])
         self.up = nn.ModuleDict(
             {
-                "1d": nn.ConvTranspose1d(5, 4, 4, 2, 1),
-                "2d": nn.ConvTranspose2d(4, 4, 2, 2, bias=False),
+                # without a bias: before a norm its gradient is 0, of which every kernel has its own rounding
+                "1d": nn.ConvTranspose1d(5, 4, 4, 2, 1, bias=False),
+                "2d": nn.ConvTranspose2d(4, 4, 2, 2),
                 "3d": nn.ConvTranspose3d(4, 3, (1, 1, 2), (1, 1, 2), groups=1),
             }
         )
