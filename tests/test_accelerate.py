@@ -7,6 +7,7 @@ import datetime
 import pickle
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
@@ -814,6 +815,7 @@ def gloo(tmp_path) -> Iterator[None]:
     timeout = datetime.timedelta(seconds=60)
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", timeout, world_size=1, rank=0)
     yield
+    time.sleep(0.2)  # gloo's threads free tensors under Python's lock, which destroying the group holds while it waits
     torch.distributed.destroy_process_group()
 
 
