@@ -160,6 +160,18 @@ def prefers_products(case: Case) -> str:
     return ""
 
 
+def _slope_refusals(case: Case) -> list[str]:
+    # of a falling slope out does not tell on which side of 0 it was
+    if case.activation != "leaky_relu" or case.negative_slope >= 0:
+        return []
+    return [f"leaky_relu's negative slope is {case.negative_slope} (supported: at least 0)"]
+
+
+def _strided_as(dout: Tensor, saved: Tensor) -> Tensor:
+    """dout in the layout of saved, which is dense."""
+    return dout if dout.stride() == saved.stride() else torch.empty_like(saved).copy_(dout)
+
+
 def _is_apart(case: Case) -> bool:
     wide = case.in_channels >= 32 and case.out_channels >= 32 and len(case.kernel_size) > 1
     simple = {*case.dilation} == {1} and {*case.padding, *case.output_padding} == {0}
@@ -183,9 +195,7 @@ class Cpu(Backend):
 
     def refusals(self, case: Case) -> list[str]:
         refusals = native.cpu_refusals("the input is", case.device, case.dtype)
-        if case.activation == "leaky_relu" and case.negative_slope < 0:
-            refusals.append(f"leaky_relu's negative slope is {case.negative_slope} (supported: at least 0)")
-        return refusals
+        return refusals + _slope_refusals(case)
 
     def reluctance(self, case: Case) -> str:
         if native.available() and prefers_products(case):
@@ -303,7 +313,7 @@ class Cpu(Backend):
         if not epilogue.normalizes and epilogue.activation == "none":
             return dout, nothing, nothing
         saved = _dense(saved)
-        dout = dout if dout.stride() == saved.stride() else torch.empty_like(saved).copy_(dout)
+        dout = _strided_as(dout, saved)
         dy = torch.empty_like(saved)
         if not epilogue.normalizes:
             native.cpu_activation_backward(activation, saved, dout, dy)
@@ -369,9 +379,7 @@ class Triton(GpuBackend):
         if kernels is None:
             return [error]
         refusals = portable.refusals("the input is", case.device, case.dtype, kernels.INTERPRETED)
-        if case.activation == "leaky_relu" and case.negative_slope < 0:
-            refusals.append(f"leaky_relu's negative slope is {case.negative_slope} (supported: at least 0)")
-        return refusals
+        return refusals + _slope_refusals(case)
 
     def forward(
         self,
@@ -430,7 +438,7 @@ class Triton(GpuBackend):
         if saved.numel() and (epilogue.normalizes or epilogue.activation != "none"):
             kernels = portable.kernels(__package__)[0]
             saved = _dense(saved)
-            dout = dout if dout.stride() == saved.stride() else torch.empty_like(saved).copy_(dout)
+            dout = _strided_as(dout, saved)
             dy = torch.empty_like(saved)
             with portable.on_device(saved):
                 if epilogue.normalizes:
@@ -458,9 +466,7 @@ class Cuda(GpuBackend):
         refusals = native.cuda_refusals(case.device)
         if case.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             refusals.append(f"the input is {case.dtype} (supported: float32, float16, bfloat16)")
-        if case.activation == "leaky_relu" and case.negative_slope < 0:
-            refusals.append(f"leaky_relu's negative slope is {case.negative_slope} (supported: at least 0)")
-        return refusals
+        return refusals + _slope_refusals(case)
 
     def forward(
         self,
@@ -487,7 +493,7 @@ class Cuda(GpuBackend):
                     None if bias is None else _aligned(bias.contiguous()),
                 )
                 native.cuda_direct_forward(
-                    products._native_window(x, weight, geometry), *tensors, fused, geometry.groups, y
+                    products.native_window(x, weight, geometry), *tensors, fused, geometry.groups, y
                 )
         else:
             fused = _NO_ACTIVATION
@@ -527,7 +533,7 @@ class Cuda(GpuBackend):
         dy = dout
         if saved.numel() and (epilogue.normalizes or epilogue.activation != "none"):
             saved = _aligned(_dense(saved))
-            dout = _aligned(dout if dout.stride() == saved.stride() else torch.empty_like(saved).copy_(dout))
+            dout = _aligned(_strided_as(dout, saved))
             dy = torch.empty_like(saved)
             activation = (_NATIVE_ACTIVATIONS[epilogue.activation], epilogue.negative_slope)
             if epilogue.normalizes:
@@ -566,7 +572,7 @@ def _direct_backward(
     taps_first = _taps_first(weight)
     dtaps = torch.empty_like(taps_first) if mask[1] else None
     if mask[0] or mask[1]:
-        window = products._native_window(x, weight, geometry)
+        window = products.native_window(x, weight, geometry)
         given = (_aligned(_dense(x)), taps_first, geometry.groups, _aligned(_dense(dy)))
         native.cuda_direct_backward(window, *given, dx, dtaps)
     dweight = None if dtaps is None else torch.empty_like(weight).copy_(dtaps.movedim((-2, -1), (0, 1)))

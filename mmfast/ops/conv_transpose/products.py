@@ -97,7 +97,7 @@ def _sum_positions(dy: Tensor) -> Tensor:
     return dy.sum([0, *range(2, dy.dim())])
 
 
-def _native_window(x: Tensor, weight: Tensor, geometry: Geometry) -> native.Window:
+def native_window(x: Tensor, weight: Tensor, geometry: Geometry) -> native.Window:
     size, kernel = x.shape[2:], weight.shape[2:]
     lead = 3 - len(size)
     parts = (size, geometry.out_size(size, kernel), kernel, geometry.stride, geometry.dilation)
@@ -117,14 +117,14 @@ def phases_forward(
 
     False: the weight is not finite, and y was not filled.
     """
-    window = _native_window(x, weight, geometry)
+    window = native_window(x, weight, geometry)
     return native.cpu_phases_forward(window, x, weight.contiguous(), bias, y, activation)
 
 
 def phases_dx(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
     """The gradient of x in `phases_forward`, contiguous; dy is dense. None: the weight is not finite."""
     dx = torch.empty(x.shape, dtype=x.dtype)
-    done = native.cpu_phases_backward(_native_window(x, weight, geometry), weight.contiguous(), dy, dx)
+    done = native.cpu_phases_backward(native_window(x, weight, geometry), weight.contiguous(), dy, dx)
     return dx if done else None
 
 
@@ -147,7 +147,7 @@ def depthwise_forward(
     activation: tuple[int, float],
 ) -> Tensor:
     """Fills y, (N, C, *size) and dense, with activation(conv_transpose(x) + bias), and returns it."""
-    window = _native_window(x, weight, geometry)
+    window = native_window(x, weight, geometry)
     native.cpu_depthwise_forward(window, x.contiguous(), weight.contiguous(), bias, y, activation)
     return y
 
@@ -159,7 +159,7 @@ def depthwise_backward(
     dx = torch.empty(x.shape, dtype=x.dtype) if mask[0] else None
     shares = x.new_empty(x.shape[0], *weight.shape) if mask[1] else None
     if mask[0] or mask[1]:
-        window = _native_window(x, weight, geometry)
+        window = native_window(x, weight, geometry)
         native.cpu_depthwise_backward(window, x.contiguous(), weight.contiguous(), dy, dx, shares)
     dx = None if dx is None else _laid_out_as(x, dx)
     dweight = None if shares is None else _laid_out_as(weight, shares.sum(0))
