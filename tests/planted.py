@@ -6,10 +6,12 @@ one emulator, `build`; of Triton's kernels each bug makes a module of its own.
 """
 
 import concurrent.futures
+import importlib.util
 import pathlib
 import re
 import subprocess
 import sysconfig
+import types
 
 import pybind11
 
@@ -147,6 +149,74 @@ CUDA = {
 }
 #: (source, bug): the bug's number is its place here, from 1 on.
 NUMBERED = [(source, bug[0]) for source, bugs in CUDA.items() for bug in bugs]
+
+TRITON_CONVOLUTION = [
+    ("a border's last position left out", "m_x = m_row & (b_iw >= 0) & (b_iw < in_w)",
+     "m_x = m_row & (b_iw >= 0) & (b_iw < in_w - 1)"),
+    ("wrong phase", "(phase // GCD * INVERSE) % PERIOD", "(phase // GCD) % PERIOD"),
+    ("neighbouring tap", "KERNEL[2] + j_w * PERIOD[2]", "KERNEL[2] + j_w"),
+    ("taps of rows and columns exchanged", "(first_d * KERNEL[1] + first_h) * KERNEL[2] + first_w +",
+     "(first_d * KERNEL[1] + first_w) * KERNEL[2] + first_h +"),
+    ("first group for all", "b_x_ci = i_group * GROUP_CIN + b_ci", "b_x_ci = b_ci"),
+    ("first group's bias for all", "tl.load(bias + b_co,", "tl.load(bias + b_channel,"),
+    ("first group written by all", "b_column = _wide(b_co, WIDE) * y_channel",
+     "b_column = _wide(b_channel, WIDE) * y_channel"),
+    ("last input channel left out", "m_k = b_ci < GROUP_CIN", "m_k = b_ci < GROUP_CIN - 1"),
+    ("first sample for all", "_wide(b_sample, WIDE) * (in_positions * CIN)", "_wide(b_sample, WIDE) * 0"),
+    ("moments of what is outside", "b_off = tl.where(m_out, b_stored - b_mean[None, :], 0.0)",
+     "b_off = b_stored - b_mean[None, :]"),
+    ("variance of a sample", "(tl.sum(b_squares) / count)", "(tl.sum(b_squares) / (count - 1))"),
+    ("tiles' means taken as equal", "b_part + b_n * b_delta * b_delta", "b_part"),
+    ("squares of what is outside", "b_squares += tl.where(m_y, b_off * b_off, 0.0)", "b_squares += b_off * b_off"),
+    ("first set for all", "base = (i_set.to(tl.int64) * batch + sample)", "base = sample"),
+    ("eps left out", "tl.sqrt(b_var + eps)", "tl.sqrt(b_var)"),
+    ("gradient as if the variance were given", "b_dz -= b_dbias[None, :] + b_xhat * b_dweight[None, :]",
+     "b_dz -= b_dbias[None, :]"),
+    ("gradient by the argument, not by xhat", "b_dweight += b_dz * b_xhat", "b_dweight += b_dz * b_u"),
+    ("parts of the bias for the weight", "b_dweight += tl.load(dweight_parts +", "b_dweight += tl.load(dbias_parts +"),
+    ("last element without a gradient", "m_y = o_y < count - start", "m_y = o_y < count - start - 1"),
+    ("relu's slope at 0", "s = tl.where(u <= 0, 0.0, 1.0)", "s = tl.where(u < 0, 0.0, 1.0)"),
+]  # fmt: skip
+
+TRITON_RNN = [
+    ("h0 ignored", "    if H0:\n        b_h =", "    if H0 and BIAS and not BIAS:\n        b_h ="),
+    ("h of a step past a length", "b_h = tl.where(m_active, b_new, b_h)", "b_h = b_new"),
+    ("c of a step past a length", "b_c = tl.where(m_active, b_kept, b_c)", "b_c = b_kept"),
+    ("next input of the forward direction for both", "tl.maximum(t + 1 - 2 * i_d, 0), last - 1)\n        p_x",
+     "t + 1, last - 1)\n        p_x"),
+    ("resets of the reverse direction a step off", "m_cut = t + i_d < b_length", "m_cut = t < b_length"),
+    ("a step past a length", "tl.maximum(b_length, 0)", "tl.maximum(b_length + 1, 0)"),
+    ("reset gate before the product", "_tanh(b_g2.to(tl.float32) + b_0 * b_2, PRECISE)",
+     "_tanh(b_0 * (b_g2.to(tl.float32) + b_2), PRECISE)"),
+    ("h passes a reset", "b_1 * (b_before - b_2)", "b_1 * (b_h - b_2)"),
+    ("another gate's bias", "b_2 += b_b2", "b_2 += b_b1"),
+    ("W_hh transposed", "tl.arange(0, BLOCK), GATES, H, 1, H, BLOCK)", "tl.arange(0, BLOCK), GATES, H, H, 1, BLOCK)"),
+    ("forward direction's bias for both", "p_w, p_b = w_hh_reverse, b_hh_reverse", "p_w, p_b = w_hh_reverse, b_hh"),
+    ("gradient of n's two sides taken as equal", "b_l2 = b_2 * b_0", "b_l2 = b_2"),
+    ("gradient of h without the update gate", "b_direct = b_d * b_z", "b_direct = b_d"),
+    ("gradient of c passes a reset", "tl.where(m_cut, 0.0, b_dcell * b_1)", "b_dcell * b_1"),
+    ("gradient of h passes a reset", "tl.where(m_cut, 0.0, b_direct + b_0)", "b_direct + b_0"),
+    ("first step of the reverse direction taken for another", "b_length - 1 - t)[:, None]",
+     "t + 0 * b_length)[:, None]"),
+    ("output gate's gradient left out", "b_2 += b_3\n", "b_2 += 0.0 * b_3\n"),
+    ("streamed: one left operand for all", "SIZE if LEFTS > 1 else 0", "0"),
+    ("streamed: last part of W_hh alone", "b_w0, b_0, input_precision", "b_w0, b_0 * 0.0, input_precision"),
+]  # fmt: skip
+
+#: Of each op's triton_kernels.py its bugs.
+TRITON = {"conv_transpose": TRITON_CONVOLUTION, "rnn": TRITON_RNN}
+
+
+def triton_module(op: str, bug: str, folder: pathlib.Path) -> types.ModuleType:
+    """An op's Triton kernels with a bug."""
+    name = f"mmfast.ops.{op}.triton_kernels"
+    (old, new) = next((old, new) for of, old, new in TRITON[op] if of == bug)
+    path = folder / "triton_kernels.py"
+    path.write_text(changed(pathlib.Path(importlib.util.find_spec(name).origin).read_text(), old, new))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def changed(source: str, old: str, new: str) -> str:
