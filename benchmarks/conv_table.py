@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rnn_table import best_of
+from rnn_table import best_of, print_slowest
 
 import mmfast
 from mmfast.bench.cases import PASSES, ConvTransposeCase, cases
 from mmfast.bench.contenders import _first_order, _forward, _second_order
-from mmfast.bench.measure import SLOWER_RATIO, SLOWER_SECONDS
 from mmfast.bench.models import Dcgan
 
 Call = Callable[[], Any]
@@ -161,22 +160,11 @@ def random_cases(count: int, seed: int) -> Iterator[tuple[ConvTransposeCase, str
         yield case, rng.choice(PASSES[:2]), LAST[dims + 2] if dims > 1 and rng.random() < 0.5 else None
 
 
-def print_random(count: int, seconds: float, seed: int, shown: int = 20) -> None:
-    found = []
+def rivals(count: int, seed: int) -> Iterator[tuple[str, dict[str, Call]]]:
+    """A random layer's name and its two calls, in the memory format drawn for it."""
     for case, mode, layout in random_cases(count, seed):
         calls = {"torch": call_of(case, torch.nn, mode, layout), "mmfast": call_of(case, mmfast.nn, mode, layout)}
-        for least in (5, 25):
-            best = best_of(calls, seconds * least / 5, least)
-            ratio, loss = best["torch"] / best["mmfast"], best["mmfast"] - best["torch"]
-            slower = ratio < SLOWER_RATIO and loss > SLOWER_SECONDS
-            if not slower:
-                break
-        words = f"{mode} {case.name} {'contiguous' if layout is None else 'channels last'}"
-        found.append((ratio, slower, words, best["torch"] * 1e6, best["mmfast"] * 1e6))
-    found.sort()
-    for ratio, slower, name, theirs, ours in found[:shown]:
-        print(f"{ratio:6.2f} {'SLOWER' if slower else '':6} {name} {theirs:.0f} us, {ours:.0f} us")
-    print(f"{sum(slower for _, slower, *_ in found)} of {count} slower; median {found[count // 2][0]:.2f}")
+        yield f"{mode} {case.name} {'contiguous' if layout is None else 'channels last'}", calls
 
 
 def main() -> None:
@@ -194,7 +182,7 @@ def main() -> None:
     _fill_table()
     passes = options.mode or list(PASSES[:2])
     if options.what == "random":
-        print_random(options.count, options.seconds, options.seed)
+        print_slowest(rivals(options.count, options.seed), options.seconds)
         return
     bars = {case.name: bars for case, bars in TABLE}
     rows = TABLE if options.what == "table" else [(case, bars.get(case.name, {})) for case in cases("conv_transpose")]

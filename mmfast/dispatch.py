@@ -106,7 +106,7 @@ class Op:
         facts: what a function sees of its arguments at once. They determine the case together with autocast, under
         which, as while tracing, the case is made anew.
         """
-        if _listeners or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+        if _listeners or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling() or _is_converted():
             return self.select(make_case(*facts), explicit)
         key = (facts, explicit or _forced[0] or config.BACKEND, torch.get_num_threads())
         try:
@@ -118,6 +118,8 @@ class Op:
             return self.select(make_case(*facts), explicit)
 
     def _select(self, case: Any, requested: str | None) -> str:
+        if requested is None and _is_converted():
+            requested = "torch"
         key = (case, requested, torch.get_num_threads())
         chosen = self._chosen.get(key)
         if chosen is None:
@@ -158,6 +160,11 @@ class Op:
         if refusals:
             raise RuntimeError(f"backend {requested!r} was asked for {self.name}, but: " + "; ".join(refusals))
         return Choice(requested, f"backend {requested!r} was asked for", {})
+
+
+def _is_converted() -> bool:
+    """Whether torch.jit.trace or torch.onnx.export records the call, for a runtime that knows none of mmfast's ops."""
+    return torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export()
 
 
 def _constants(facts: tuple) -> tuple:

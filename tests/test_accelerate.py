@@ -924,7 +924,7 @@ def test_torchscript(layer: str, shape: tuple, same) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_traced(same) -> None:
-    """A trace records the work, not the memory it was done in: other input, other output."""
+    """A trace records PyTorch's own ops, which every runtime knows, not the memory they worked in."""
     decoder = mmfast.accelerate(Decoder()).eval()
     gru = mmfast.accelerate(torch.nn.GRU(6, 5))
     loss = mmfast.nn.AdversarialLoss("hinge")
@@ -934,9 +934,20 @@ def test_traced(same) -> None:
         (lambda real, fake: loss.discriminator(real, fake), lambda: (torch.randn(5), torch.randn(5))),
     ):
         inputs = draw()
-        with torch.no_grad():
-            traced = torch.jit.trace(function, draw())
+        traced = torch.jit.trace(function, draw())
         same(traced(*inputs), function(*inputs))
+        assert "mmfast::" not in str(traced.inlined_graph)
+
+
+def test_onnx(monkeypatch: pytest.MonkeyPatch, same) -> None:
+    """torch.onnx.export, too, finds none of mmfast's ops."""
+    layer = torch.nn.GRU(6, 5, bidirectional=True)
+    ours, x = mmfast.accelerate(copy.deepcopy(layer)), torch.randn(3, 2, 6)
+    assert "mmfast." in str(torch.export.export(ours, (x,)).graph)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    exported = torch.export.export(ours, (x,))
+    assert "mmfast." not in str(exported.graph)
+    same(exported.module()(x), layer(x))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")

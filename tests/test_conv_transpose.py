@@ -236,6 +236,14 @@ def test_gradients_of_every_activation(seed, activation, norm):
     assert torch.autograd.gradgradcheck(call, wanted, fast_mode=True)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_slopes_are_as_precise_as_their_dtype(seed, activation):
+    """Finer than gradcheck looks."""
+    u = torch.randn(100, dtype=torch.float64).requires_grad_()
+    (expected,) = torch.autograd.grad(equations.activate(u, activation, 0.2).sum(), u)
+    torch.testing.assert_close(equations.activation_slope(u, activation, 0.2), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_torchs_own_samples(dims):
     from torch.testing._internal.common_methods_invocations import op_db

@@ -65,7 +65,8 @@ def _graph(case: RnnCase, module: torch.nn.Module) -> Any:
     for layer in range(case.layers):
         for name, value in _weights(case, module, layer, directions).items():
             weights.append(numpy_helper.from_array(value.contiguous().numpy(), f"{name}{layer}"))
-        attributes = {"hidden_size": case.hidden_size, "direction": "bidirectional" if directions == 2 else "forward"}
+        direction = "bidirectional" if directions == 2 else "forward"
+        attributes: dict[str, Any] = {"hidden_size": case.hidden_size, "direction": direction}
         if case.mode == "GRU":
             # torch's form: the reset gate applies after the product
             attributes["linear_before_reset"] = 1

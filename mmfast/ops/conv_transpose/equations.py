@@ -109,7 +109,7 @@ def activate(u: Tensor, activation: str, negative_slope: float) -> Tensor:
 def activation_slope(u: Tensor, activation: str, negative_slope: float) -> Tensor:
     """activation'(u), itself differentiable; at 0 as torch's, and 1 where a relu's u is NaN."""
     if activation in ("relu", "leaky_relu"):
-        return torch.where(u <= 0, 0.0 if activation == "relu" else negative_slope, 1.0).to(u.dtype)
+        return torch.ones_like(u).masked_fill(u <= 0, 0.0 if activation == "relu" else negative_slope)
     if activation == "tanh":
         return 1 - u.tanh().square()
     s = u.sigmoid()
