@@ -151,7 +151,8 @@ EPILOGUES = [
 @pytest.mark.parametrize(("norm", "activation"), EPILOGUES, ids=["-".join(pair) for pair in EPILOGUES])
 @pytest.mark.parametrize("layer", ["k4s2"])
 def test_numerics(seed, name, device, dtype, layer, norm, activation, layout):
-    check_numerics(seed, name, device, dtype, layer, Epilogue(norm, 1e-5, activation, 0.2), LAYOUTS[layout])
+    # eps is large enough to be seen beside a variance of hundreds
+    check_numerics(seed, name, device, dtype, layer, Epilogue(norm, 0.5, activation, 0.2), LAYOUTS[layout])
 
 
 @by_backend
