@@ -247,6 +247,13 @@ def _sum_of_chunks(sums, first, after):
 
 
 @triton.jit
+def _mean_of(total, size):
+    # a float64 division is a call, around which registers would spill: one step of Newton's from float32's reciprocal
+    inverse = (1.0 / size.to(tl.float32)).to(tl.float64)
+    return total * (inverse * (2.0 - size.to(tl.float64) * inverse))
+
+
+@triton.jit
 def _sums_of_rows(sums, b_first, b_after, longest):
     o_lane = tl.arange(0, _LANES)
     b_sum = tl.zeros((_ROWS, _LANES), tl.float64)
@@ -300,7 +307,7 @@ def _finish(
             b_slope = _sums_of_rows(slope_sums, b_first, b_after, longest) * b_factor
             tl.store(slopes + o_row, b_slope.to(tl.float32), mask=m_row)
         if MEASURED:
-            b_mean = _sums_of_rows(raw_sums, b_first, b_after, longest) / b_size.to(tl.float64)
+            b_mean = _mean_of(_sums_of_rows(raw_sums, b_first, b_after, longest), b_size)
             tl.store(centres + o_row, b_mean.to(tl.float32), mask=m_row)
         b_loss += tl.where(m_row, b_value, 0.0)
     loss = tl.sum(b_loss)
@@ -384,7 +391,7 @@ def forward_kernel(
         if MEASURED:
             first = _integer(integers, table, count, peer, _FIRST_CHUNK, SPAN)
             size = _integer(integers, table, count, peer, _SIZE, SPAN)
-            mean = _sum_of_chunks(raw_sums, first, first + tl.cdiv(size, BLOCK)) / size.to(tl.float64)
+            mean = _mean_of(_sum_of_chunks(raw_sums, first, first + tl.cdiv(size, BLOCK)), size)
             b_x -= mean.to(tl.float32)
         else:
             b_x -= tl.load(centres + peer)
