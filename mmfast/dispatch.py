@@ -117,6 +117,10 @@ class Op:
         except TypeError:  # a list among the facts is no key
             return self.select(make_case(*facts), explicit)
 
+    def known(self, facts: tuple, explicit: str | None = None) -> str | None:
+        """What `select_by` chose for hashable facts before, if it did: for who knows that nothing else decides."""
+        return self._chosen.get((facts, explicit or _forced[0] or config.BACKEND, torch.get_num_threads()))
+
     def _select(self, case: Any, requested: str | None) -> str:
         if requested is None and _is_converted():
             requested = "torch"

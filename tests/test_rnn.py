@@ -523,7 +523,7 @@ LAYERS = {"RNN": {}, "GRU": {}, "LSTM": {}, "GRU-bi-L2": {"bidirectional": True,
 
 def layer_of(label: str, nn=mmfast.nn, **options):
     torch.manual_seed(5)
-    return getattr(nn, label.partition("-")[0])(4, 6, **LAYERS[label], **options)
+    return getattr(nn, label.partition("-")[0])(4, 6, **LAYERS.get(label, {}), **options)
 
 
 @pytest.mark.parametrize("label", LAYERS)
@@ -802,37 +802,66 @@ def test_cells_refuse_as_torch_does(name):
             ours(x, hx)
 
 
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_cells_with_weights_elsewhere(name):
+    """Never a kernel with the address of another device's memory, also where the choice was made before."""
+    with torch.no_grad():
+        getattr(mmfast.nn, name)(5, 6, backend="cpu")(torch.randn(1, 5))
+        with pytest.raises(RuntimeError):
+            getattr(mmfast.nn, name)(5, 6, device="meta", backend="cpu")(torch.randn(1, 5)).sum().item()
+
+
 # ---- graphs
 
 
-@pytest.mark.parametrize("label", LAYERS)
-def test_compile(label):
+GRAPHS = [*LAYERS, "RNNCell", "GRUCell", "LSTMCell"]
+
+
+def graph_inputs(label: str, kind: str, steps: int, batch: int) -> dict[str, Tensor]:
+    if "Cell" in label:
+        return {"input": torch.randn(batch, 4)}
+    x = {"input": torch.randn(steps, batch, 4)}
+    return x if kind == "padded" else {**x, "lengths": torch.arange(batch) % steps + 1}
+
+
+def per_graph(function):
+    """A Cell has no lengths."""
+    pairs = [(label, kind) for label in GRAPHS for kind in ("padded", "lengths") if kind == "padded" or label in LAYERS]
+    return pytest.mark.parametrize(("label", "kind"), pairs)(function)
+
+
+@per_graph
+def test_compile(label, kind):
     """One graph, compiled once more when T and B change, and never again."""
     torch._dynamo.reset()
     module = layer_of(label)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, backend=counter, fullgraph=True)
     for steps, batch in ((5, 3), (9, 7), (4, 2), (11, 6)):
-        x = torch.randn(steps, batch, 4)
+        inputs = graph_inputs(label, kind, steps, batch)
         outcomes = []
         for function in (compiled, module):
-            leaf = x.clone().requires_grad_()
-            y, hx = function(leaf)
-            outcomes.append((y, hx, torch.autograd.grad(y.square().sum(), leaf)))
+            leaf = inputs["input"].clone().requires_grad_()
+            y = function(**{**inputs, "input": leaf})
+            first = y[0] if isinstance(y, tuple) else y
+            outcomes.append((y, torch.autograd.grad(first.square().sum(), leaf)))
         torch.testing.assert_close(*outcomes)
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("label", LAYERS)
-def test_export(label):
+@per_graph
+def test_export(label, kind):
     module = layer_of(label)
     steps, batch = torch.export.Dim("steps", min=2), torch.export.Dim("batch", min=2)
-    shapes = {"input": {0: steps, 1: batch}}
-    program = torch.export.export(module, (torch.randn(5, 3, 4),), dynamic_shapes=shapes)
+    shapes = {"input": {0: batch} if "Cell" in label else {0: steps, 1: batch}}
+    if kind == "lengths":
+        shapes["lengths"] = {0: batch}
+    program = torch.export.export(module, (), graph_inputs(label, kind, 5, 3), dynamic_shapes=shapes)
     nodes = [node for node in program.graph.nodes if node.op == "call_function" and "mmfast" in str(node.target)]
-    assert len(nodes) == module.num_layers
-    x = torch.randn(8, 6, 4)
-    torch.testing.assert_close(program.module()(x), module(x))
+    if "Cell" not in label:
+        assert len(nodes) == module.num_layers
+    other = graph_inputs(label, kind, 8, 6)
+    torch.testing.assert_close(program.module()(**other), module(**other))
 
 
 @pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM"])
