@@ -235,6 +235,11 @@ def needs_formula(tensors: Sequence[torch.Tensor]) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def is_transforming() -> bool:
+    """Whether a torch.func transform or forward-mode AD is entered at all, as `needs_formula` asks of tensors."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def is_watched() -> bool:
     """Whether anything would miss a kernel that is called directly: explain, a transform, forward-mode AD, a tracer."""
     return bool(

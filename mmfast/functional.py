@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .dispatch import autocasts, is_plain, needs_formula
+from .dispatch import autocasts, is_plain, is_transforming, needs_formula
 from .ops.adversarial.losses import (
     adversarial_discriminator_loss,
     adversarial_generator_loss,
@@ -37,7 +37,7 @@ from .ops.conv_transpose.equations import Geometry as ConvTransposeGeometry
 from .ops.conv_transpose.op import conv_transpose as conv_transpose_op
 from .ops.rnn import cell as one_step
 from .ops.rnn import equations as rnn_equations
-from .ops.rnn.backends import FEW, LONG, MANY, SHORT, VAST
+from .ops.rnn.backends import BRIEF, FEW, LARGE, LONG, MANY, SHORT, VAST
 from .ops.rnn.backends import OP as RNN
 from .ops.rnn.backends import Case as RnnCase
 from .ops.rnn.equations import GATES
@@ -234,14 +234,15 @@ def _recurrent(
     if states is not None:
         _check_states(states, shapes)
     options = _checked_options(options, input, batch)
-    formula = needs_formula([input, *(states or ()), *(weight for layer in weights for weight in layer)])
-    transformed = formula or torch.compiler.is_compiling()
-    kind = (options.bidirectional, batch_sizes is not None, options.lengths is not None, transformed)
+    seen = not torch.compiler.is_compiling()
+    formula = seen and is_transforming()
+    formula = formula and needs_formula([input, *(states or ()), *(weight for layer in weights for weight in layer)])
     # a graph is not compiled anew for another batch
-    width, steps = batch * sizes.hidden_size, _steps(input, options)
-    many = transformed or (batch > FEW and width > MANY)
-    gradients, seen = torch.is_grad_enabled(), not transformed
-    short, vast = seen and steps <= SHORT[mode], seen and steps * width >= VAST
+    seen = seen and not formula
+    kind = (options.bidirectional, batch_sizes is not None, options.lengths is not None, not seen)
+    hidden, steps, gradients = sizes.hidden_size, _steps(input, options), torch.is_grad_enabled()
+    many = not seen or (batch * hidden > MANY and (batch > FEW or hidden > LARGE)) or (gradients and steps <= BRIEF)
+    short, vast = seen and steps <= SHORT[mode], seen and steps * batch * hidden >= VAST
     probed = seen and gradients and steps >= LONG and input.requires_grad and input.is_leaf
     extras = (options.reset_mask is not None, options.zoneout > 0, options.recurrent_dropout > 0)
     facts = (input.device, input.dtype, mode, *sizes, *kind, gradients, many, short, vast, probed, *extras)

@@ -15,6 +15,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import mmfast
 from mmfast import native, numerics
+from mmfast.bench.cases import GATES as GATES_OF_CASES
+from mmfast.bench.cases import RnnCase
+from mmfast.bench.measure import peak_memory
+from mmfast.dispatch import asked
 from mmfast.ops.rnn import equations
 from mmfast.ops.rnn.backends import OP, native_layer, sizes_of
 from mmfast.ops.rnn.equations import GATES, MODES, Layer
@@ -880,6 +884,46 @@ def test_opcheck(mode):
         torch.library.opcheck(
             backward_op, (*given, x, weights, *states, y, gates, cell, *columns, need, "cpu"), test_utils=tests
         )
+
+
+# ---- memory and preference
+
+
+@pytest.mark.parametrize("mode", GATES_OF_CASES)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_peak_memory(mode, packed):
+    """Forward + backward: at most 1.05 times PyTorch's; here a third to three quarters."""
+    case = RnnCase("memory", mode, 256, 32, 64, 128, packed=packed)
+    (x,) = case.inputs(torch.Generator().manual_seed(0), torch.float32, "cpu")
+    least = []
+    for nn in (mmfast.nn, torch.nn):
+        module, leaf = case.build(nn), x.clone().requires_grad_()
+        module.backend = "cpu"
+
+        def train(module=module, leaf=leaf):
+            y = case.run(module, leaf)
+            return torch.autograd.grad(y, [leaf, *module.parameters()], torch.ones_like(y))
+
+        train()
+        peaks = [peak_memory(train, "cpu") for _ in range(3)]
+        if None in peaks:
+            pytest.skip("this system does not tell a process's peak memory")
+        least.append(min(peaks))
+    ours, theirs = least
+    assert 0 < ours <= 1.05 * theirs
+
+
+def test_a_penalty_of_an_lstm_is_not_left_to_torch(monkeypatch):
+    """oneDNN's LSTM differentiated twice is a loop over operators; a leaf that needs a gradient announces it."""
+    monkeypatch.setattr(native, "isa", lambda: "avx512")
+    module = mmfast.nn.LSTM(16, 64)
+    leaf = torch.randn(64, 16, 16, requires_grad=True)
+    chosen = [
+        OP.explain(case).backend
+        for x in (leaf.detach(), leaf, leaf * 1)
+        for _, case in asked(functools.partial(module, x))
+    ]
+    assert chosen == ["torch", "cpu", "torch"]
 
 
 # ---- processes

@@ -42,7 +42,8 @@ class Case(NamedTuple):
     autocast: bool = False
     #: whether grad mode is on
     gradients: bool = True
-    #: batch > FEW and batch * hidden_size > MANY, where the batch may be looked at: in eager
+    #: batch > FEW or hidden_size > LARGE, and batch * hidden_size > MANY, or training at most BRIEF steps, where batch
+    #: and steps may be looked at: in eager
     many: bool = True
     #: at most SHORT steps, where the steps may be looked at: in eager
     short: bool = False
@@ -72,6 +73,8 @@ LONG = 64
 LARGE = 512
 #: Steps up to which PyTorch's loop takes less time than a call of the op, which takes about 150 us with its backward.
 SHORT = {"RNN_TANH": 6, "RNN_RELU": 6, "GRU": 2, "LSTM": 2}
+#: Steps up to which oneDNN's LSTM trains in less time than a call of the op takes.
+BRIEF = 12
 
 
 class Sizes(NamedTuple):
@@ -200,7 +203,7 @@ class Walker(Backend):
 
 
 class Cpu(Walker):
-    """csrc/cpu/rnn.cpp"""
+    """csrc/cpu/rnn.cpp, rnn_cell.cpp"""
 
     name = "cpu"
 
@@ -240,7 +243,8 @@ class Cpu(Walker):
         if not case.gradients:
             return f"PyTorch's LSTM without gradients, oneDNN's, was measured faster for batch * hidden_size > {MANY}"
         if native.isa() == "avx512" and not (case.vast or case.probed):
-            return f"PyTorch's LSTM, oneDNN's, was measured faster with AVX-512 for batch * hidden_size > {MANY}"
+            size = f"batch * hidden_size > {MANY} or at most {BRIEF} steps"
+            return f"PyTorch's LSTM, oneDNN's, was measured faster with AVX-512 for {size}"
         if case.hidden_size > LARGE:
             return f"PyTorch's LSTM, oneDNN's, was measured faster for hidden sizes above {LARGE}"
         if case.hidden_size % 16:
