@@ -1,14 +1,20 @@
 """The parts of gpu_check.sh that are no command of mmfast's, each a subcommand. "RESULT: " lines go into its summary.
 
-small    every GPU backend once against float64, on small cases of each kind; what compute-sanitizer runs
-graph    forward + backward captured in a CUDA graph and replayed on new data, and the same on a side stream
-decoders transposed convolutions of public decoders, forward in bfloat16, as CUDA graphs: each layer by PyTorch and by
-         torch.compile in both memory formats and by each backend, and the sums beside the floors that they aim at
+small     every GPU backend once against float64, on small cases of each kind; what compute-sanitizer runs
+graph     forward + backward captured in a CUDA graph and replayed on new data, the same on a side stream, and twice
+losses    a loss of many discriminators: kernels launched in a pass, no wait for the device, captured in a graph
+recurrent recurrent layers in bfloat16, forward and forward + backward, by cuDNN and by each backend, beside their aims
+cudnn     cuDNN's layers of every mode and dtype over hidden sizes, packed and not, and mmfast's where there is one
+decoders  transposed convolutions of public decoders, forward in bfloat16, as CUDA graphs: each layer by PyTorch and by
+          torch.compile in both memory formats and by each backend, and the sums beside the floors that they aim at
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
+import math
 import statistics
 import sys
 import time
@@ -19,15 +25,23 @@ from typing import Any, NamedTuple
 import torch
 
 import mmfast
+from mmfast import native
 from mmfast.bench import cases, measure
-from mmfast.bench.cases import ConvTransposeCase
+from mmfast.bench.cases import AdversarialCase, ConvTransposeCase, RnnCase
 from mmfast.bench.contenders import Bout, Inputs, Results
 from mmfast.validate.checks import Subject, Trial, refusals
 
 #: batch, steps or positions a side, units or channels: odd, and more than one block of a loss's logits
 SMALL = (3, 5, 33)
 #: of these kinds one case each is captured in a graph
-CAPTURED = ("layer-LSTM-T128-B8-*", "layer-GRU-T128-B8-*", "dcgan-64to3-*", "mimi-*", "hifigan-non-saturating-*")
+CAPTURED = (
+    "layer-RNN-T128-B8-*",
+    "layer-LSTM-T128-B8-*",
+    "layer-GRU-T128-B8-*",
+    "dcgan-64to3-*",
+    "mimi-*",
+    "hifigan-non-saturating-*",
+)
 
 
 def backends(device: str) -> list[str]:
@@ -36,9 +50,9 @@ def backends(device: str) -> list[str]:
 
 
 def served(found: list[Any], device: str) -> Iterator[Subject]:
-    """Each case with each backend that can serve it."""
-    for case in found:
-        for backend in backends(device):
+    """Each backend with each case that it can serve."""
+    for backend in backends(device):
+        for case in found:
             subject = Subject(case, backend, torch.float32, device)
             if not refusals(subject):
                 yield subject
@@ -47,7 +61,8 @@ def served(found: list[Any], device: str) -> Iterator[Subject]:
 def small(arguments: argparse.Namespace) -> int:
     found = list(dict.fromkeys(case.shrunk(*SMALL) for case in cases.cases()))
     right: dict[str, int] = {}
-    for subject in served(found, arguments.device):
+    subjects = list(served(found, arguments.device))
+    for subject, following in zip(subjects, [*subjects[1:], None], strict=True):
         trial = Trial(subject, arguments.seed)
         quantities = zip(trial.by_mmfast(), trial.by_pytorch(), trial.in_float64(), strict=True)
         for (name, ours), (_, theirs), (_, exact) in quantities:
@@ -55,12 +70,16 @@ def small(arguments: argparse.Namespace) -> int:
             if complaint:
                 print(f"RESULT: {subject.case.name}, {subject.backend}: {complaint}")
                 return 1
-        kind = f"{subject.case.op} by {subject.backend}"
+        kind = _kind(subject)
         right[kind] = right.get(kind, 0) + 1
         print(f"right: {kind}, {subject.case.name}", flush=True)
-    for kind, count in right.items():
-        print(f"RESULT: {kind}: {count} small cases right")
+        if following is None or _kind(following) != kind:
+            print(f"RESULT: {kind}: {right[kind]} small cases right", flush=True)
     return 0 if right else 1
+
+
+def _kind(subject: Subject) -> str:
+    return f"{subject.case.op} by {subject.backend}"
 
 
 def graph(arguments: argparse.Namespace) -> int:
@@ -69,7 +88,10 @@ def graph(arguments: argparse.Namespace) -> int:
         with mmfast.use_backend(subject.backend):
             complaint = _on_streams(bout)
         name = f"{subject.case.name}, {subject.backend}"
-        print(f"RESULT: {name}: {complaint or 'side stream and CUDA graph give the eager bits'}", flush=True)
+        print(
+            f"RESULT: {name}: {complaint or 'a second run, a side stream and a CUDA graph give the eager bits'}",
+            flush=True,
+        )
         if complaint:
             return 1
     return 0
@@ -85,7 +107,10 @@ def _on_streams(bout: Bout) -> str:
         for _ in range(3):
             on_side = compute(inputs)
     torch.cuda.synchronize()
-    if not _same(on_side, compute(inputs)):
+    eager = [x.clone() for x in compute(inputs)]
+    if not _same(eager, compute(inputs)):
+        return "a second run gives other bits"
+    if not _same(on_side, eager):
         return "a side stream gives another result"
     # a kernel on the wrong stream would read the data before this slow stream has written them
     torch.cuda.synchronize()
@@ -117,6 +142,136 @@ def _rewrite(inputs: Inputs) -> None:
 def _same(found: Results, expected: Results) -> bool:
     torch.cuda.synchronize()
     return all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def losses(arguments: argparse.Namespace) -> int:
+    """Kernels beside mmfast's, as those that autograd fills a gradient with, are counted, too."""
+    case = AdversarialCase("many", "hinge", tuple((16, 1, 3 + k) for k in range(75)))
+    failed = 0
+    for subject in served([case], arguments.device):
+        bout = Bout(case, "forward+backward", torch.float32, arguments.device, arguments.seed)
+        with mmfast.use_backend(subject.backend):
+            failed += _waits(bout, subject) if arguments.device == "cuda" else 0
+            compute = bout.computation(bout.ours())
+            compute(bout.sets[0])
+            count = _launches(functools.partial(compute, bout.sets[0]), arguments.device)
+        print(f"RESULT: {subject.backend}: {count} launches forward + backward of 150 tensors (aim 3)", flush=True)
+    return failed
+
+
+def _waits(bout: Bout, subject: Subject) -> int:
+    """1 where a pass waits for the device, which torch then refuses, or cannot be captured."""
+    compute = bout.computation(bout.ours())
+    compute(bout.sets[0])
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        compute(bout.sets[0])
+        torch.cuda.set_sync_debug_mode("default")
+        complaint = _on_streams(bout)
+    except RuntimeError as error:
+        complaint = str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    print(f"RESULT: {subject.backend}: {complaint or 'no pass waits for the device; captured in a graph'}", flush=True)
+    return int(bool(complaint))
+
+
+def _launches(compute: Callable[[], Any], device: str) -> int:
+    if device == "cpu":
+        before = native.emulator_launches()
+        compute()
+        return native.emulator_launches() - before
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        compute()
+        torch.cuda.synchronize()
+    on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu)
+
+
+#: Steps, batch, units: mode to milliseconds that forward, and forward + backward, aim at on an H200 in bfloat16.
+AIMS = {
+    (128, 64, 128): {"RNN": (0.035, 0.10), "GRU": (0.065, 0.18), "LSTM": (0.075, 0.21)},
+    (256, 64, 512): {"RNN": (0.14, 0.40), "GRU": (0.22, 0.70), "LSTM": (0.26, 0.80)},
+}
+PASSES = ("forward", "forward+backward")
+
+
+def recurrent(arguments: argparse.Namespace) -> int:
+    """Tells; nothing that is slow fails."""
+    broken = 0
+    for (steps, batch, units), aims in AIMS.items():
+        for mode, aim in aims.items():
+            case = RnnCase("table", mode, steps, batch, units, units)
+            times = [_of_layer(case, torch.bfloat16, name, arguments) for name in PASSES]
+            broken += not all(len(found) > 1 for found in times) and units <= 128
+            _print_row(case.name, times, [f"aim {1e3 * a:.0f} us" for a in aim])
+    for mode in cases.GATES:
+        packed = RnnCase("table", mode, 512, 16, 128, 128, packed=True)
+        # as many rows without lengths
+        steps = int(packed.lengths().sum()) // packed.batch
+        padded = replace(packed, packed=False, steps=steps)
+        times = [[_of_layer(case, torch.bfloat16, name, arguments) for name in PASSES] for case in (packed, padded)]
+        of = [
+            f"{min(_ours(a), default=math.nan) / min(_ours(b), default=math.nan):.2f} x padded (aim 1.05)"
+            for a, b in zip(*times, strict=True)
+        ]
+        _print_row(packed.name, times[0], of)
+        cell = RnnCase("table", mode, 0, 64, 128, 128)
+        _print_row(cell.name, [_of_layer(cell, torch.bfloat16, name, arguments) for name in PASSES], ["", ""])
+    return 1 if broken else 0
+
+
+#: Of cuDNN's grid, most of interest first.
+GRID_UNITS = (128, 256, 512, 64, 1024, 192, 152, 168)
+GRID_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def cudnn(arguments: argparse.Namespace) -> int:
+    """Forward + backward of 64 sequences of 128 steps, as much as there is time for."""
+    began = time.monotonic()
+    for units, dtype, mode, packed in itertools.product(GRID_UNITS, GRID_DTYPES, cases.GATES, (False, True)):
+        case = RnnCase("grid", mode, 128, 64, units, units, packed=packed)
+        times = _of_layer(case, dtype, "forward+backward", arguments)
+        name = str(dtype).removeprefix("torch.")
+        print(f"RESULT: {case.name} {name}: {_line(times)}", flush=True)
+        if arguments.device == "cpu" or time.monotonic() - began > arguments.seconds:
+            break
+    return 0
+
+
+def _of_layer(case: RnnCase, dtype: torch.dtype, passes: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds by who ran: cuDNN through PyTorch's module, and each backend that can."""
+    device = arguments.device
+    case = case.shrunk(*SMALL) if device == "cpu" else case
+    bout = Bout(case, passes, dtype, device, arguments.seed)
+    runs = {"cudnn": (bout.module, None)}
+    runs.update({name: (bout.ours(), name) for name in backends(device)})
+    times = {}
+    for name, (module, backend) in runs.items():
+        if backend and refusals(Subject(case, backend, dtype, device)):
+            continue
+        compute = bout.computation(module)
+        try:
+            with mmfast.use_backend(backend):
+                # lengths of a packed sequence come from the host, which no graph takes
+                times[name] = _seconds(lambda *x, run=compute: run(x), bout.sets[:2], device, graph=not case.packed)
+        except Exception as error:  # the others are measured
+            print(f"{case.name} by {name}: {type(error).__name__}: {error}", flush=True)
+    return times
+
+
+def _ours(times: dict[str, float]) -> list[float]:
+    return [t for name, t in times.items() if name != "cudnn"]
+
+
+def _line(times: dict[str, float]) -> str:
+    return ", ".join(f"{name} {1e6 * t:.1f} us" for name, t in times.items()) or "nothing ran"
+
+
+def _print_row(name: str, times: Sequence[dict[str, float]], aims: Sequence[str]) -> None:
+    for what, found, aim in zip(PASSES, times, aims, strict=True):
+        print(f"RESULT: {name} {what}: {_line(found)}{f' ({aim})' * bool(aim)}", flush=True)
 
 
 class Line(NamedTuple):
@@ -209,8 +364,8 @@ def _times(layer: ConvTransposeCase, arguments: argparse.Namespace) -> dict[str,
     return times
 
 
-def _seconds(module: Callable, sets: list[Inputs], device: str) -> float:
-    """Of one call; on a GPU the median of replays of a graph of all sets, without the host's part."""
+def _seconds(module: Callable, sets: list[Inputs], device: str, graph: bool = True) -> float:
+    """Of one call; on a GPU the median of replays of a graph of all sets, without the host's part, or of calls."""
     if device == "cpu":
         began = time.perf_counter()
         module(*sets[0])
@@ -221,30 +376,41 @@ def _seconds(module: Callable, sets: list[Inputs], device: str) -> float:
         for _ in range(3):
             module(*sets[0])
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for inputs in sets:
-            module(*inputs)
+    replay = functools.partial(_call_all, module, sets)
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            replay()
+        replay = captured.replay
     found = []
     for _ in range(20):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         found.append(begin.elapsed_time(end) / 1e3 / len(sets))
     return statistics.median(found)
 
 
+def _call_all(module: Callable, sets: list[Inputs]) -> None:
+    for inputs in sets:
+        module(*inputs)
+
+
+PARTS = {part.__name__: part for part in (small, graph, losses, recurrent, cudnn, decoders)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["small", "graph", "decoders"])
+    parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=30.0, help="after so many cudnn begins no further row")
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         torch.set_num_threads(1)
-    return {"small": small, "graph": graph, "decoders": decoders}[arguments.part](arguments)
+    return PARTS[arguments.part](arguments)
 
 
 if __name__ == "__main__":

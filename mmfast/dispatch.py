@@ -172,11 +172,20 @@ def _is_converted() -> bool:
 
 
 def _constants(facts: tuple) -> tuple:
-    """The facts without symbols: a size that is symbolic in the graph becomes a constant that the graph guards on."""
-    return tuple(
-        _constants(fact) if isinstance(fact, tuple) else operator.index(fact) if type(fact) is int else fact
-        for fact in facts
-    )
+    """The facts without symbols: a number that is symbolic in the graph becomes a constant that the graph guards on."""
+    return tuple(map(_constant, facts))
+
+
+def _constant(fact: Any) -> Any:
+    if isinstance(fact, tuple):
+        return _constants(fact)
+    if type(fact) is bool:
+        return True if fact else False  # noqa: SIM210 (bool(fact), and below float(fact), would stay symbols)
+    if type(fact) is int:
+        return operator.index(fact)
+    if type(fact) is float:
+        return float.fromhex(fact.hex())
+    return fact
 
 
 def _select_while_tracing(name: str, case: tuple, requested: str | None) -> str:

@@ -31,6 +31,12 @@ def collect() -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """The commit that this package was built from; its version where it was built from an archive without history."""
+    recorded = Path(__file__).with_name("commit")
+    return recorded.read_text().strip() if recorded.exists() else __version__
+
+
 def main(as_json: bool = False) -> int:
     """Prints the report, as JSON or as tables. Returns the exit code."""
     report = collect()
@@ -67,6 +73,7 @@ def _machine() -> dict[str, Any]:
 def _software() -> dict[str, Any]:
     return {
         "mmfast": __version__,
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA that torch was built for": torch.version.cuda or "none",

@@ -867,6 +867,21 @@ def test_compiled_fullgraph(outcome, same) -> None:
         same(outcome(compiled, x), outcome(theirs, x))
 
 
+def test_compiled_with_every_number_symbolic(outcome, same) -> None:
+    """dynamic=True makes symbols of floats, too: of zoneout and of a negative slope."""
+    up = torch.nn.Sequential(torch.nn.ConvTranspose1d(4, 3, 2, 2), torch.nn.LeakyReLU(0.2))
+    theirs = torch.nn.ModuleList([torch.nn.GRU(6, 4), up])
+    ours = mmfast.accelerate(copy.deepcopy(theirs))
+
+    def of(layers):
+        return lambda x: layers[1](layers[0](x)[0].permute(1, 2, 0))
+
+    compiled = torch.compile(of(ours), backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (2, 3):
+        x = torch.randn(5, batch, 6)
+        same(outcome(compiled, x), outcome(of(theirs), x))
+
+
 def test_compiled_by_inductor(same) -> None:
     """Where `torch` serves, aten is traced, so that Inductor may fuse around it."""
     theirs = Decoder().eval()

@@ -151,7 +151,8 @@ EPILOGUES = [
 @pytest.mark.parametrize(("norm", "activation"), EPILOGUES, ids=["-".join(pair) for pair in EPILOGUES])
 @pytest.mark.parametrize("layer", ["k4s2"])
 def test_numerics(seed, name, device, dtype, layer, norm, activation, layout):
-    check_numerics(seed, name, device, dtype, layer, Epilogue(norm, 1e-5, activation, 0.2), LAYOUTS[layout])
+    # eps is large enough to be seen beside a variance of hundreds
+    check_numerics(seed, name, device, dtype, layer, Epilogue(norm, 0.5, activation, 0.2), LAYOUTS[layout])
 
 
 @by_backend
@@ -455,6 +456,43 @@ def test_offsets_of_triton_past_2_to_31():
             probe[(1,)](out, i_tile, positions, channels, n, WIDE=wide)
             sample, start = divmod(i_tile * 128, positions)
             assert out.tolist() == [sample * positions * channels, start, n // positions]
+
+
+@triton.jit
+def probe_norm(out, i_set, i_tile, batch, positions, channel, C: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
+    o_channel = channel + tl.arange(0, 1)
+    base, offsets, mask = triton_kernels._set_tile(
+        i_set + tl.program_id(0),
+        i_tile + tl.program_id(0),
+        o_channel,
+        o_channel < C,
+        batch,
+        positions,
+        C,
+        LAST,
+        WIDE,
+        128,
+        1,
+    )
+    tl.store(out + tl.arange(0, 128)[:, None], base + offsets.to(tl.int64), mask=mask)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="its kernel is run by Triton's interpreter, in a process of its own")
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_norm_offsets_of_triton_past_2_to_31(last):
+    """A tile of a set's rows, far behind the first ones and across the end of a sample, of small samples and large."""
+    channels, channel = 512, 300
+    for positions, wide in ((2**20 + 3, False), (2**22, True)):
+        i_set, batch, i_tile = 2, 5, 3 * positions // 128
+        out = torch.zeros(128, 1, dtype=torch.int64)
+        probe_norm[(1,)](out, i_set, i_tile, batch, positions, channel, C=channels, LAST=last, WIDE=wide)
+        rows = i_tile * 128 + torch.arange(128)
+        pixel, plane = (channels, 1) if last else (1, positions)
+        expected = (
+            (i_set * batch + rows // positions) * positions * channels + rows % positions * pixel + channel * plane
+        )
+        assert int(expected.min()) > 2**31
+        assert torch.equal(out[:, 0], expected)
 
 
 def test_refusals_of_cuda_are_sentences():

@@ -27,9 +27,13 @@ def test_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-5000:]
     summary = (tmp_path / "summary.txt").read_text()
     assert done.stdout == summary
-    for part in ("machine", "correct", "numerics", "decoders", "speed", "tests"):
+    for part in ("machine", "correct", "numerics", "losses", "recurrent", "decoders", "tests", "cudnn", "speed"):
         assert f"{part}: ok, " in summary
     assert "adversarial by cuda: " in summary
+    assert re.search(r"cuda: \d+ launches forward \+ backward of 150 tensors", summary)
+    assert re.search(r"table-GRU-T256-B64-I512-H512 forward\+backward: cudnn [\d.]+ us, cuda", summary)
+    assert "x padded (aim 1.05)" in summary
+    assert (tmp_path / "parts" / "cudnn.txt").read_text().startswith("==== cudnn: ok")
     assert re.search(r"64>3: [\d.]+ us, [\d.]+ x floor", summary)
     assert "geometric mean" in summary
     assert "every part passed" in summary
@@ -42,12 +46,12 @@ def test_on_a_cpu(tmp_path):
 def test_a_part_that_fails_is_in_the_summary(tmp_path):
     """With no python to be found every part fails; the script goes on, tells of each and returns their number."""
     done = run(tmp_path, PYTHON="no-such-python")
-    assert done.returncode == 6
+    assert done.returncode == 9
     assert "correct: FAILED (127)" in done.stdout
-    assert "6 parts failed" in done.stdout
+    assert "9 parts failed" in done.stdout
 
 
 def test_no_time_left(tmp_path):
     done = run(tmp_path, GPU_CHECK_SECONDS="0")
-    assert done.returncode == 6
+    assert done.returncode == 9
     assert "numerics: not run, no time left" in done.stdout

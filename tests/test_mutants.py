@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from mmfast.validate.mutants import ADVERSARIAL_MODES, MUTANTS, RNN_MODES, trial
+from mmfast.validate.mutants import ADVERSARIAL_MODES, CONVOLUTION_MODES, MUTANTS, RNN_MODES, trial
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [(op, mutant) for op, mutants in MUTANTS.items() for mutant in mutants]
 
 
-RIGHT = {"adversarial": ADVERSARIAL_MODES, "rnn": RNN_MODES}
+RIGHT = {"adversarial": ADVERSARIAL_MODES, "conv_transpose": CONVOLUTION_MODES, "rnn": RNN_MODES}
 
 
 @pytest.mark.parametrize(("op", "mutant"), CASES, ids=[f"{op}-{mutant.name}".replace(" ", "_") for op, mutant in CASES])

@@ -13,6 +13,7 @@ import pytest
 
 import mmfast
 from mmfast import config, info, native
+from mmfast.bench.report import environment
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "mmfast").rglob("*.py"))
@@ -109,6 +110,13 @@ def test_a_library_that_does_not_load_is_diagnosed_with_what_mends_it(monkeypatc
     monkeypatch.setattr(native, "_load", lambda name="_C": (None, reason))
     assert info.main() == 0
     assert error.split()[0] in capsys.readouterr().out
+
+
+def test_the_commit_is_that_of_the_build_wherever_one_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(info, "__file__", str(tmp_path / "info.py"))
+    assert info.commit() == mmfast.__version__
+    (tmp_path / "commit").write_text("0123abc-dirty\n")
+    assert info.commit() == info.collect()["software"]["commit"] == environment("cpu")["commit"] == "0123abc-dirty"
 
 
 def test_info_fits_100_columns():

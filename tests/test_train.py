@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import functools
 import os
 import random
 import signal
@@ -296,6 +297,27 @@ def test_a_signal_stops_after_the_step_and_saves(tmp_path, settings, dataset, mo
     assert checkpoint.load(tmp_path)["training"]["step"] == 6
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 7
     assert signal.getsignal(number) is before
+
+
+# torch's own, raised inside its tracer
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_run_compiles_a_length_once(tmp_path, settings, dataset, monkeypatch):
+    """Steps after the first of their lengths, and of as many spoken rows, compile nothing."""
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    step, stats, graphs = Step.__call__, torch._dynamo.utils.counters["stats"], {}
+
+    def counted(self, batch, *rest):
+        before = stats["unique_graphs"]
+        losses = step(self, batch, *rest)
+        shape = batch.text.shape[1], batch.speech.shape[1], int((batch.speech_lengths > 0).sum())
+        graphs.setdefault(shape, []).append(stats["unique_graphs"] - before)
+        return losses
+
+    monkeypatch.setattr(Step, "__call__", counted)
+    trained(tmp_path, replace(settings, compile=True, steps=24), dataset)
+    later = [n for _, *others in graphs.values() for n in others]
+    assert not any(later), graphs
+    assert len(later) >= 8 and sum(first > 0 for first, *_ in graphs.values()) > 1
 
 
 # ---- what must not be lost

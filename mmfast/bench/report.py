@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import math
 import platform
 import statistics
-import subprocess
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import __version__, table
+from ..info import commit
 from .contenders import AGAIN, CHANNELS_LAST, COMPILED, EAGER, OURS
 from .measure import Row
 
@@ -54,19 +53,6 @@ def environment(device: str) -> dict[str, Any]:
         "mmfast": __version__,
         "commit": commit(),
     }
-
-
-@functools.cache
-def commit() -> str:
-    """The commit of the checkout that the current folder is in; the version where it is in none."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        if not any((folder / "csrc" / "mmfast.h").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
-            return __version__
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        return found.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return __version__
 
 
 def lines(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:

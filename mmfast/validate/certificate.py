@@ -215,9 +215,10 @@ def _figures(figures: dict[str, float]) -> str:
 
 
 _STYLE = """
-body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #1b1b1b; }
+body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 100em; padding: 0 1em; color: #1b1b1b; }
 table { border-collapse: collapse; margin: 1em 0; }
-th, td { padding: .15em .7em; text-align: left; border-bottom: 1px solid #ddd; }
+th, td { padding: .15em .7em; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap; }
+td:last-child { white-space: normal; min-width: 6em; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; } .fail { color: #b30000; font-weight: bold; }
 code { background: #f4f4f4; padding: .1em .3em; } .h { display: inline-block; margin: 0 1.2em 1em 0; }
 .h p { margin: 0; font-size: 12px; } .pass { color: #00664d; }

@@ -55,6 +55,13 @@ def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, action="append", help="check this dtype (all)")
     add("--device", choices=("cpu", "cuda"), help="(a GPU where torch sees one)")
     add("--full", action="store_true", help="all cases, larger, with more seeds")
+    add(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        metavar="S",
+        help=f"by default, begin nothing more after S ({SECONDS:g})",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of weights and data (0)")
     add("--out", type=Path, metavar="FILE", action="append", help="write the certificate: .md, .json or .html")
     add("--json", type=Path, metavar="FILE", help="the same as --out FILE.json")
@@ -196,7 +203,7 @@ def _fill(certificate: Certificate, args: argparse.Namespace, tasks: Sequence[Ta
     try:
         with Progress(*columns, console=bar_console, transient=True, disable=not bar_console.is_terminal) as progress:
             bar = progress.add_task("", total=len(tasks))
-            seconds = math.inf if args.full or args.cases or args.model else SECONDS
+            seconds = math.inf if args.full or args.cases or args.model else args.seconds
             running = schedule.outcomes(
                 tasks, seconds, _processes(args, tasks), lambda labels: progress.update(bar, description=_shown(labels))
             )

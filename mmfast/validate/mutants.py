@@ -23,11 +23,13 @@ from ..numerics import ENOUGH, Errors
 from ..ops.adversarial import equations
 from ..ops.adversarial.backends import OP as ADVERSARIAL
 from ..ops.adversarial.equations import MODES, Inputs, Term, Terms
+from ..ops.conv_transpose.equations import Epilogue, Geometry
+from ..ops.conv_transpose.op import conv_transpose
 from ..ops.rnn import equations as rnn_equations
 from ..ops.rnn.backends import OP as RNN
 from ..ops.rnn.equations import GATES, Layer
 
-__all__ = ["ADVERSARIAL_MODES", "MUTANTS", "PATTERNS", "RNN_MODES", "Mutant", "trial"]
+__all__ = ["ADVERSARIAL_MODES", "CONVOLUTION_MODES", "MUTANTS", "PATTERNS", "RNN_MODES", "Mutant", "trial"]
 
 
 class AdversarialCall(NamedTuple):
@@ -54,7 +56,16 @@ class RnnCall(NamedTuple):
     cotangent: Tensor
 
 
-#: From a call's arguments to the kernel's (values, gradients): of the adversarial op (K,), of the rnn op y.
+class ConvolutionCall(NamedTuple):
+    """The arguments of one forward and backward of a transposed convolution; tensors: as the op's, of one dtype."""
+
+    tensors: tuple[Tensor | None, ...]
+    geometry: Geometry
+    epilogue: Epilogue
+    cotangent: Tensor
+
+
+#: From a call's arguments to the kernel's (values, gradients): of the adversarial op (K,), of the others the output.
 Kernel = Callable[[Any], tuple[Tensor, list[Tensor]]]
 
 
@@ -249,20 +260,148 @@ _RNN = [
     ),
 ]
 
+
+class _Shape(NamedTuple):
+    channels: tuple[int, int]
+    groups: int
+    bias: bool
+    epilogue: Epilogue
+
+
+#: Layers that mutants are planted in, all 2-d with kernel 4 and stride 2. No activation has a kink, across which
+#: rounding would carry a right kernel's gradient, too.
+_SHAPES = {
+    "dense": _Shape((16, 16), 1, False, Epilogue("batch", 1e-2, "silu")),
+    "depthwise": _Shape((16, 16), 16, True, Epilogue("none", activation="tanh")),
+    "few": _Shape((16, 3), 1, False, Epilogue("instance", 1e-2, "sigmoid")),
+}
+CONVOLUTION_MODES = tuple(_SHAPES)
+_NORMED = ("dense", "few")
+
+
+def _convolution(
+    name: str,
+    index: int,
+    change: Callable[[Tensor], Tensor],
+    modes: tuple[str, ...] = CONVOLUTION_MODES,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16),
+) -> Mutant:
+    """A kernel that computes the right thing from a wrong tensor, the index-th."""
+
+    def changed(call: ConvolutionCall) -> ConvolutionCall:
+        tensors = list(call.tensors)
+        tensors[index] = change(tensors[index])  # type: ignore[arg-type]
+        return call._replace(tensors=tuple(tensors))
+
+    return Mutant(name, lambda kernel: lambda call: kernel(changed(call)), modes, dtypes)
+
+
+def _epilogue(name: str, change: Callable[[Epilogue], Epilogue], modes: tuple[str, ...]) -> Mutant:
+    return Mutant(name, lambda kernel: lambda call: kernel(call._replace(epilogue=change(call.epilogue))), modes)
+
+
+_CONVOLUTION = [
+    _convolution("a tap dropped", 1, lambda w: w.index_fill(3, torch.tensor([1]), 0)),
+    _convolution("taps mirrored", 1, lambda w: w.flip(3)),
+    _convolution("phases shifted", 1, lambda w: w.roll(1, 3)),
+    _convolution("neighbouring input channel", 1, lambda w: w.roll(1, 0)),
+    _convolution("neighbouring output channel", 1, lambda w: w.roll(1, 1), _NORMED),
+    _convolution("last input channel left out", 1, lambda w: w.index_fill(0, torch.tensor([len(w) - 1]), 0)),
+    _convolution("weight rounded to bfloat16", 1, lambda w: w.bfloat16().to(w.dtype), dtypes=(torch.float32,)),
+    _convolution("input shifted by a position", 0, lambda x: x.roll(1, 3)),
+    _convolution("a border's positions left out", 0, lambda x: x.index_fill(3, torch.tensor([x.shape[3] - 1]), 0)),
+    _convolution("last sample stale", 0, lambda x: torch.cat([x[:-1], x[-2:-1]])),
+    _convolution("bias dropped", 2, torch.zeros_like, ("depthwise",)),
+    _convolution("bias of the next channel", 2, lambda b: b.roll(1), ("depthwise",)),
+    _convolution("norm's weight ignored", 3, torch.ones_like, _NORMED),
+    _convolution("norm's bias ignored", 4, torch.zeros_like, _NORMED),
+    _convolution("norm's bias of the next channel", 4, lambda b: b.roll(1), _NORMED),
+    # over 1152 and 144 positions
+    _convolution("variance of a sample", 3, lambda w: w * (1 - 1 / 1152) ** 0.5, ("dense",), (torch.float32,)),
+    _convolution("variance of a sample's sample", 3, lambda w: w * (1 - 1 / 144) ** 0.5, ("few",), (torch.float32,)),
+    _epilogue("eps twice as large", lambda e: e._replace(eps=2 * e.eps), _NORMED),
+    _epilogue("activation forgotten", lambda e: e._replace(activation="none"), CONVOLUTION_MODES),
+    _epilogue("a sample's moments, not the batch's", lambda e: e._replace(norm="instance"), ("dense",)),
+    _epilogue("the batch's moments, not a sample's", lambda e: e._replace(norm="batch"), ("few",)),
+    *(
+        Mutant(f"{what} {name}", plant(_on_values(change)), CONVOLUTION_MODES)
+        for what, plant in (("output", _values), ("gradients", _gradients))
+        for name, change in PATTERNS.items()
+        if name != "last element stale"
+    ),
+]
+
 #: An op's mutants.
-MUTANTS: dict[str, list[Mutant]] = {"adversarial": _ADVERSARIAL, "rnn": _RNN}
+MUTANTS: dict[str, list[Mutant]] = {"adversarial": _ADVERSARIAL, "conv_transpose": _CONVOLUTION, "rnn": _RNN}
 
 
 def trial(op: str, seed: int, dtype: torch.dtype, mode: str, mutant: Mutant | None = None) -> list[str]:
     """What the numerics rule says of an op's kernel on inputs drawn from `seed`, in sentences; [] if it passes.
 
-    op: "adversarial" or "rnn". mode: one of its modes. mutant: None for the right kernel, which is the CPU kernel, or
-    PyTorch's formula where there is no native library.
+    op: a key of MUTANTS. mode: one of its modes. mutant: None for the right kernel, which is the CPU kernel (of a
+    convolution of 16 bits the CUDA kernel in the emulator), or PyTorch's formula where there is no native library.
     """
-    kernels: dict[str, Kernel] = {"adversarial": _adversarial_kernel, "rnn": _rnn_kernel}
-    kernel = kernels[op]
-    run = {"adversarial": _adversarial_trial, "rnn": _rnn_trial}[op]
+    runs: dict[str, tuple[Callable[..., list[str]], Kernel]] = {
+        "adversarial": (_adversarial_trial, _adversarial_kernel),
+        "conv_transpose": (_convolution_trial, _convolution_kernel),
+        "rnn": (_rnn_trial, _rnn_kernel),
+    }
+    run, kernel = runs[op]
     return run(seed, dtype, mode, mutant.plant(kernel) if mutant else kernel)
+
+
+def _convolution_kernel(call: ConvolutionCall) -> tuple[Tensor, list[Tensor]]:
+    on_cpu = call.cotangent.dtype in (torch.float32, torch.float64)
+    backend = "cpu" if on_cpu else "cuda"
+    return _convolved(call, "torch" if native.load_error("_C" if on_cpu else "_emulator") else backend)
+
+
+def _convolved(call: ConvolutionCall, backend: str) -> tuple[Tensor, list[Tensor]]:
+    leaves = [None if a is None else a.detach().requires_grad_() for a in call.tensors]
+    out = conv_transpose(tuple(leaves), call.geometry, call.epilogue, backend)[0]  # type: ignore[arg-type]
+    some = [a for a in leaves if a is not None]
+    return out.detach(), list(torch.autograd.grad(out, some, call.cotangent))
+
+
+@functools.lru_cache(maxsize=16)
+def _draw_convolution(seed: int, dtype: torch.dtype, mode: str) -> tuple[ConvolutionCall, tuple, tuple]:
+    """A layer, and what float64 and PyTorch's operators make of it."""
+    generator = torch.Generator().manual_seed(seed)
+    (cin, cout), groups, has_bias, epilogue = _SHAPES[mode]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    # of a norm's layer so small that eps counts
+    scale = 0.02 if epilogue.normalizes else 0.3
+    x, weight = normal(8, cin, 6, 6), (normal(cin, cout // groups, 4, 4) * scale).to(dtype)
+    bias = normal(cout) if has_bias else None
+    norm = (normal(cout).abs() + 0.5, normal(cout)) if epilogue.normalizes else (None, None)
+    geometry = Geometry((2, 2), (1, 1), (0, 0), (1, 1), groups, (0, 0, 0, 0))
+    call = ConvolutionCall((x, weight, bias, *norm, None, None), geometry, epilogue, normal(8, cout, 12, 12))
+    wide = call._replace(
+        tensors=tuple(None if a is None else a.double() for a in call.tensors), cotangent=call.cotangent.double()
+    )
+    return call, _convolved(wide, "torch"), _convolved(call, "torch")
+
+
+def _convolution_trial(seed: int, dtype: torch.dtype, mode: str, kernel: Kernel) -> list[str]:
+    """Of the output, dx and dweight."""
+    errors = {name: Errors(name) for name in ("out", "dx", "dweight")}
+    try:
+        for draw in range(seed, seed + ENOUGH):
+            call, reference, yardstick = _draw_convolution(draw, dtype, mode)
+            out, gradients = kernel(call)
+            for name, *of in zip(
+                errors, (out, *gradients), (yardstick[0], *yardstick[1]), (reference[0], *reference[1]), strict=False
+            ):
+                errors[name].add(*of)
+            # dweight has too few values for the rule, and has been summed over many
+            if errors["out"].enough and errors["dx"].enough:
+                break
+    except AssertionError as error:
+        return [str(error)]
+    return [f"{name}: {failure}" for name, pool in errors.items() if pool.enough for failure in pool.compare().failures]
 
 
 def _rnn_kernel(call: RnnCall) -> tuple[Tensor, list[Tensor]]:
