@@ -21,7 +21,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
 endif()
 find_package(OpenMP COMPONENTS CXX)
 foreach(isa IN LISTS MMFAST_SANITIZED_ISAS)
-    add_executable(cpu_rnn_sanitized_${isa} csrc/sanitize/cpu_rnn.cpp csrc/cpu/rnn.cpp csrc/cpu/product.cpp)
+    add_executable(cpu_rnn_sanitized_${isa} csrc/sanitize/cpu_rnn.cpp csrc/cpu/rnn.cpp csrc/cpu/rnn_cell.cpp
+                       csrc/cpu/product.cpp)
     target_include_directories(cpu_rnn_sanitized_${isa} PRIVATE csrc)
     target_compile_definitions(cpu_rnn_sanitized_${isa} PRIVATE MMFAST_ISA=${isa})
     target_compile_options(cpu_rnn_sanitized_${isa} PRIVATE
