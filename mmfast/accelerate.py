@@ -79,7 +79,8 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         if theirs := _THEIRS.get(type_before_parametrizations(module)):
             _become(module, theirs)
-            module.__dict__.pop("backend", None)
+            for name in ("backend", "_asked", "_left"):
+                module.__dict__.pop(name, None)
             if isinstance(module, torch.nn.RNNBase):
                 _renew_flat_weights(module)
     return model

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,9 @@ BACKENDS = ("torch", "cpu", "triton", "cuda")
 # one choice is compiled again under another.
 _forced: list[str | None] = [None]
 
+
+#: The answers that layers note (`Op.leaves`) hold as long as this object is the same.
+EPOCH = [object()]
 
 # What mmfast.explain installs, for as long as it runs a model, to hear of every choice.
 _listeners: list[Callable[[Op, Any, str | None], None]] = []
@@ -106,13 +109,15 @@ class Op:
         facts: what a function sees of its arguments at once. They determine the case together with autocast, under
         which, as while tracing, the case is made anew.
         """
-        if _listeners or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling() or _is_converted():
+        if each_call_chooses():
             return self.select(make_case(*facts), explicit)
         key = (facts, explicit or _forced[0] or config.BACKEND, torch.get_num_threads())
         try:
             return self._chosen[key]
         except KeyError:
-            chosen = self._chosen[key] = self.select(make_case(*facts), explicit)
+            chosen = self.select(make_case(*facts), explicit)
+            if not _is_converted():
+                self._chosen[key] = chosen
             return chosen
         except TypeError:  # a list among the facts is no key
             return self.select(make_case(*facts), explicit)
@@ -126,9 +131,15 @@ class Op:
             chosen = self._chosen[key] = self._choose(case, requested).backend
         return chosen
 
+    def leaves(self, cases: Iterable[Any]) -> bool:
+        """Whether PyTorch serves all of these, where no layer and no function asks for a backend."""
+        requested = _forced[0] or config.BACKEND
+        return requested == "torch" or (requested is None and all(self._select(x, None) == "torch" for x in cases))
+
     def forget(self) -> None:
         """Makes the op choose anew, for after the preference table has changed."""
         self._chosen.clear()
+        EPOCH[0] = object()
 
     def explain(self, case: Any, explicit: str | None = None) -> Choice:
         """The choice for `case`, with its reasons. Raises as `select` does."""
@@ -160,6 +171,16 @@ class Op:
         if refusals:
             raise RuntimeError(f"backend {requested!r} was asked for {self.name}, but: " + "; ".join(refusals))
         return Choice(requested, f"backend {requested!r} was asked for", {})
+
+
+def each_call_chooses() -> bool:
+    """Whether no earlier choice tells the next: somebody listens, autocast is on, or a tracer runs."""
+    return (
+        torch.compiler.is_compiling()
+        or bool(_listeners)
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _is_converted() -> bool:
@@ -209,10 +230,12 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     before = _forced[0]
     _forced[0] = None if name is None else check_backend(name)
+    EPOCH[0] = object()
     try:
         yield
     finally:
         _forced[0] = before
+        EPOCH[0] = object()
 
 
 def asked(call: Callable[[], Any]) -> list[tuple[Op, Any]]:
@@ -223,6 +246,7 @@ def asked(call: Callable[[], Any]) -> list[tuple[Op, Any]]:
         choices[op.name, case] = op, case
 
     _listeners.append(listen)
+    EPOCH[0] = object()
     try:
         call()
     finally:

@@ -59,8 +59,13 @@ def machine(device: str) -> str:
 
 
 def key(op: str, case: Any, threads: int) -> str:
-    """The row's name for a named tuple of static facts: `rnn(device=cpu, ..., threads=2)`."""
+    """The row's name for a named tuple of static facts: `rnn(device=cpu, ..., threads=2)`.
+
+    The sizes of one call, which `case.of_call` names where there are such, are no part of it.
+    """
     facts = {**case._asdict(), "threads": threads}
+    for name in getattr(case, "of_call", ()):
+        del facts[name]
     return f"{op}({', '.join(f'{name}={value}' for name, value in facts.items())})"
 
 

@@ -468,6 +468,40 @@ def test_errors_are_pytorchs():
             )
 
 
+def test_a_layer_that_pytorch_serves_asks_anew_when_the_choice_may_change(monkeypatch):
+    calls = []
+    forward = type(OP.backends["cpu"]).forward
+    monkeypatch.setattr(
+        OP.backends["cpu"], "forward", lambda *args: calls.append(1) or forward(OP.backends["cpu"], *args)
+    )
+    torch.manual_seed(0)
+    model = mmfast.nn.Sequential(mmfast.nn.ConvTranspose2d(4, 8, 4, 2, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+    x, small = torch.randn(8, 4, 32, 32), torch.randn(2, 4, 8, 8)
+
+    def served(x, times):
+        calls.clear()
+        for _ in range(2):
+            model(x)
+        return len(calls) == 2 * times
+
+    assert served(x, 1) and served(small, 0) and served(x, 1)
+    model.eval()
+    assert served(x, 0)
+    with mmfast.use_backend("cpu"):
+        assert served(x, 1)
+    assert served(x, 0)
+    model[0].backend = "cpu"
+    assert served(x, 1)
+    model[0].backend = None
+    assert served(x, 0)
+    model.train()
+    assert served(x, 1)
+    model[2] = torch.nn.Softplus()
+    assert served(x, 0)
+    model[2] = torch.nn.ReLU()
+    assert served(x, 1)
+
+
 def test_preference():
     plain = Case("cpu", torch.float32, 64, 32, (4, 4), (2, 2), (1, 1), (0, 0), (1, 1), 1)
     assert OP.explain(plain).backend == "torch"
@@ -475,7 +509,14 @@ def test_preference():
     apart = plain._replace(kernel_size=(2, 2), padding=(0, 0))
     assert OP.explain(apart).backend == "cpu"
     assert OP.explain(apart._replace(contiguous=False)).backend == "torch"
-    assert OP.explain(plain._replace(norm="batch", activation="relu")).backend == "cpu"
+    normalized = plain._replace(norm="batch", activation="relu")
+    assert OP.explain(normalized).backend == "cpu"
+    assert OP.explain(normalized._replace(small=True)).backend == "torch"
+    last = OP.explain(normalized._replace(contiguous=False)).backend
+    assert last == ("torch" if native.isa() == "avx512" else "cpu")
+    projection = plain._replace(stride=(1, 1), padding=(0, 0))
+    assert OP.explain(projection).backend == "cpu"
+    assert OP.explain(projection._replace(spread=True)).backend == "torch"
     assert OP.explain(plain._replace(groups=32)).backend == "torch"
     assert OP.explain(plain._replace(groups=64, out_channels=64)).backend == "torch"
     depthwise = Case("cpu", torch.float32, 64, 64, (4,), (2,), (1,), (0,), (1,), 64)
@@ -568,7 +609,9 @@ def test_sequential_is_fused_and_the_same(seed, training, layout, monkeypatch):
         results = []
         for model in (theirs, ours):
             leaf = x.clone().requires_grad_()
-            out = model(leaf)
+            # left to choose, so small a model is PyTorch's
+            with mmfast.use_backend("cpu"):
+                out = model(leaf)
             dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
             results.append([out, *torch.autograd.grad(out, [leaf, *model.parameters()], dout)])
         for a, b in zip(*results, strict=True):
@@ -579,7 +622,13 @@ def test_sequential_is_fused_and_the_same(seed, training, layout, monkeypatch):
     assert type(restored) is torch.nn.Sequential and type(restored[3]) is torch.nn.Sequential
 
 
-def test_sequential_calls_each_module_where_somebody_listens(monkeypatch):
+@pytest.fixture
+def on_cpu():
+    with mmfast.use_backend("cpu"):
+        yield
+
+
+def test_sequential_calls_each_module_where_somebody_listens(monkeypatch, on_cpu):
     model = mmfast.accelerate(generator_of(torch.nn, norm=False))
     x = torch.randn(2, 4, 2, 2)
     calls = watched_calls(monkeypatch)

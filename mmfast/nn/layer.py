@@ -13,6 +13,10 @@ class Layer:
     #: The backend of this layer's calls: "torch", "cpu", "triton", "cuda", or None: mmfast chooses. Not in state_dict.
     backend: str | None = None
 
+    #: dispatch.EPOCH when the layer asked whether PyTorch's own serves it, and when it was so, in `_left`
+    _asked: object = None
+    _left: object = None
+
     def static_case(self) -> tuple[Op, Any]:
         """The op, and the case as far as the layer alone tells: the dtype and device of its parameters, not packed."""
         raise NotImplementedError

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .. import functional as F
-from ..dispatch import Op
+from ..dispatch import EPOCH, Op, each_call_chooses
 from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
 _CONVOLUTIONS: dict[type, tuple[int, Any, type, type]] = {
@@ -48,8 +49,18 @@ class Sequential(torch.nn.Sequential):
     replaced on the instance, a tracer), for unbatched input, and in a compiled graph, where the compiler fuses.
     """
 
+    #: (dispatch.EPOCH, training, the modules) when nothing was found to be faster as one op, for inputs on a CPU
+    _left: tuple[object, bool, list[Any]] | None = None
+    _asked: tuple[object, bool, list[Any]] | None = None
+
     def forward(self, input: Any) -> Any:
         modules: list[Any] = list(self._modules.values())
+        if not is_compiling() and type(input) is Tensor and input.is_cpu:
+            now = (EPOCH[0], self.training, modules)
+            if self._left == now:
+                return super().forward(input)
+            if self._asked != now and not each_call_chooses():
+                self._asked, self._left = now, now if self._is_left(modules) else None
         position = 0
         while position < len(modules):
             count = self._fused_from(modules, position, input)
@@ -64,6 +75,17 @@ class Sequential(torch.nn.Sequential):
         if row is None or not isinstance(input, Tensor) or input.dim() != row[0] + 2 or _somebody_listens():
             return 0
         return _chain_from(modules, position, row)
+
+    def _is_left(self, modules: list[Any]) -> bool:
+        """Whether PyTorch serves every transposed convolution with what follows it."""
+        for position, conv in enumerate(modules):
+            row = _CONVOLUTIONS.get(type_before_parametrizations(conv))
+            count = 1 if row is None else _chain_from(modules, position, row)
+            # of what someone listens to now, and perhaps not later, nothing is known
+            following = modules[position + 1 : position + count]
+            if count == 0 or (following and not (conv.backend is None and conv.is_left(**_epilogue(following)))):
+                return False
+        return True
 
     def static_cases(self) -> dict[str, tuple[Op, Any]]:
         """For each transposed convolution that is one op with what follows it, by its name: that op and its case."""

@@ -39,7 +39,8 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 class Case(NamedTuple):
     """The static facts a choice depends on; one entry per spatial dimension in the tuples.
 
-    contiguous: the input is; gradients: they may be asked for.
+    contiguous: the input is; gradients: they may be asked for. `of_call`, known in eager only:
+    spread: the input has more than one position; small: the output has few elements.
     """
 
     device: str
@@ -58,6 +59,12 @@ class Case(NamedTuple):
     negative_slope: float = 0.01
     contiguous: bool = True
     gradients: bool = True
+    spread: bool = False
+    small: bool = False
+
+    @property
+    def of_call(self) -> tuple[str, ...]:
+        return ("spread", "small")
 
 
 def moments_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -148,7 +155,7 @@ def prefers_products(case: Case) -> str:
         return "depthwise in 1-d"
     if case.groups != 1 or case.crop:
         return ""
-    if _is_projection(case):
+    if _is_projection(case) and not case.spread:
         # 100 to 512, k4 s1, batch 32, at one position: forward 3.4 to 1.5 ms, both gradients 9.3 to 2.7 ms
         return "a projection of one position"
     if _has_few_outputs(case):
@@ -200,9 +207,15 @@ class Cpu(Backend):
     def reluctance(self, case: Case) -> str:
         if native.available() and prefers_products(case):
             return ""
-        # 128 to 64, k4 s2 p1, at 16 x 16, batch 32, with batch norm and ReLU: forward + backward 92 to 75 ms
         measured = case.norm == "batch" and case.activation in ("relu", "leaky_relu") and case.dtype == torch.float32
-        return "" if measured else "for this layer nothing was measured faster than PyTorch"
+        if not measured:
+            return "for this layer nothing was measured faster than PyTorch"
+        # 128 to 64, k4 s2 p1, at 16 x 16, batch 32, with batch norm and ReLU: forward + backward 92 to 75 ms (AVX2),
+        # 75 to 72 ms (AVX-512), but channels last 64 to 65 ms (AVX-512)
+        if native.isa() == "avx512" and not case.contiguous:
+            return "batch norm in channels_last was measured slower than PyTorch's with AVX-512"
+        # 64 to 32, at 8 x 8, batch 8: 1.9 to 2.3 ms; 28 outputs, 2 x 44, k6 s4, batch 1: 0.9 to 1.4 ms (AVX-512)
+        return "so small an output was measured slower than PyTorch's" if case.small else ""
 
     def forward(
         self,
