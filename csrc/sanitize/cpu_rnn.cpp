@@ -13,7 +13,8 @@ namespace MMFAST_ISA {
 bool run_layer() {
     mmfast_rnn_layer layer{};
     layer.dtype = int(pick(0, 3)), layer.mode = int(pick(0, 3)), layer.directions = int(pick(1, 2));
-    layer.steps = pick(g_short < 0 ? 1 : 2, 6), layer.batch = pick(1, 9), layer.hidden = pick(1, 70), layer.threads = int(pick(1, 4));
+    layer.steps = pick(g_short < 0 ? 1 : 2, 6), layer.batch = pick(1, 9), layer.hidden = pick(1, 70),
+    layer.threads = int(pick(1, 4));
     const bool lstm = layer.mode == MMFAST_LSTM, gru = layer.mode == MMFAST_GRU;
     if (lstm && pick(0, 1)) layer.proj = pick(1, 40);
     const int64_t D = layer.directions, T = layer.steps, B = layer.batch, H = layer.hidden;
