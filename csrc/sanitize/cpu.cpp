@@ -62,9 +62,10 @@ int main(int argument_count, char** arguments) {
                      {"adversarial", run_adversarial}};
     const bool is_short = argument_count > 1 && !strcmp(arguments[1], "short");
     const int calls = argument_count > 1 ? atoi(arguments[1]) : 100;
+    int unseen = 0;
     for (const auto& op : ops) {
         for (unsigned seed = 1; is_short && seed <= 3; ++seed)
-            if (!all_short_buffers_are_seen(op.name, op.run, seed)) return 1;
+            unseen += !all_short_buffers_are_seen(op.name, op.run, seed);
         for (int i = 0; i < calls; ++i)
             if (!op.run()) {
                 printf("%s, call %d: an output is not finite, or the kernel refused\n", op.name, i);
@@ -72,5 +73,5 @@ int main(int argument_count, char** arguments) {
             }
     }
     printf("passed: %d calls of each op\n", calls);
-    return 0;
+    return unseen ? 1 : 0;
 }

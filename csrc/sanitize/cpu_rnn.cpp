@@ -95,8 +95,10 @@ bool run_cell() {
         args.w_hh = buffers.input(rows * args.hidden);
         args.b_ih = buffers.maybe(rows), args.b_hh = buffers.maybe(rows);
     }
-    args.h0 = buffers.maybe(state);
-    args.c0 = buffers.maybe(state);
+    // without h0, W_hh is not looked at; with the product given, GRU's h0 alone is
+    const bool looked_at = !args.gx || args.mode == MMFAST_GRU;
+    args.h0 = g_short < 0 ? buffers.maybe(state) : looked_at ? buffers.input(state) : nullptr;
+    args.c0 = args.mode == MMFAST_LSTM ? buffers.maybe(state) : nullptr;
     args.h = buffers.output(state), args.c = args.mode == MMFAST_LSTM ? buffers.output(state) : args.h;
     return rnn_cell(args) == MMFAST_OK && buffers.all_written();
 }
