@@ -122,6 +122,10 @@ class Op:
         except TypeError:  # a list among the facts is no key
             return self.select(make_case(*facts), explicit)
 
+    def known(self, facts: tuple, explicit: str | None = None) -> str | None:
+        """What `select_by` chose for hashable facts before, if it did: for who knows that nothing else decides."""
+        return self._chosen.get((facts, explicit or _forced[0] or config.BACKEND, torch.get_num_threads()))
+
     def _select(self, case: Any, requested: str | None) -> str:
         if requested is None and _is_converted():
             requested = "torch"
@@ -262,6 +266,11 @@ def needs_formula(tensors: Sequence[torch.Tensor]) -> bool:
         return True
     forward_ad = torch.autograd.forward_ad
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def is_transforming() -> bool:
+    """Whether a torch.func transform or forward-mode AD is entered at all, as `needs_formula` asks of tensors."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_watched() -> bool:

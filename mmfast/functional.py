@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .dispatch import autocasts, is_plain, needs_formula
+from .dispatch import autocasts, is_plain, is_transforming, needs_formula
 from .ops.adversarial.losses import (
     adversarial_discriminator_loss,
     adversarial_generator_loss,
@@ -36,8 +36,9 @@ from .ops.conv_transpose.equations import ACTIVATIONS as CONV_TRANSPOSE_ACTIVATI
 from .ops.conv_transpose.equations import Epilogue as ConvTransposeEpilogue
 from .ops.conv_transpose.equations import Geometry as ConvTransposeGeometry
 from .ops.conv_transpose.op import conv_transpose as conv_transpose_op
+from .ops.rnn import cell as one_step
 from .ops.rnn import equations as rnn_equations
-from .ops.rnn.backends import FEW, MANY, SHORT, VAST, fits_cell
+from .ops.rnn.backends import BRIEF, FEW, LARGE, LONG, MANY, SHORT, VAST
 from .ops.rnn.backends import OP as RNN
 from .ops.rnn.backends import Case as RnnCase
 from .ops.rnn.equations import GATES
@@ -234,15 +235,18 @@ def _recurrent(
     if states is not None:
         _check_states(states, shapes)
     options = _checked_options(options, input, batch)
-    formula = needs_formula([input, *(states or ()), *(weight for layer in weights for weight in layer)])
-    transformed = formula or torch.compiler.is_compiling()
-    kind = (options.bidirectional, batch_sizes is not None, options.lengths is not None, transformed)
+    seen = not torch.compiler.is_compiling()
+    formula = seen and is_transforming()
+    formula = formula and needs_formula([input, *(states or ()), *(weight for layer in weights for weight in layer)])
     # a graph is not compiled anew for another batch
-    width, steps = batch * sizes.hidden_size, _steps(input, options)
-    many = transformed or (batch > FEW and width > MANY)
-    short, vast = not transformed and steps <= SHORT[mode], not transformed and steps * width >= VAST
+    seen = seen and not formula
+    kind = (options.bidirectional, batch_sizes is not None, options.lengths is not None, not seen)
+    hidden, steps, gradients = sizes.hidden_size, _steps(input, options), torch.is_grad_enabled()
+    many = not seen or (batch * hidden > MANY and (batch > FEW or hidden > LARGE)) or (gradients and steps <= BRIEF)
+    short, vast = seen and steps <= SHORT[mode], seen and steps * batch * hidden >= VAST
+    probed = seen and gradients and steps >= LONG and input.requires_grad and input.is_leaf
     extras = (options.reset_mask is not None, options.zoneout > 0, options.recurrent_dropout > 0)
-    facts = (input.device, input.dtype, mode, *sizes, *kind, torch.is_grad_enabled(), many, short, vast, *extras)
+    facts = (input.device, input.dtype, mode, *sizes, *kind, gradients, many, short, vast, probed, *extras)
     chosen = RNN.select_by(facts, _rnn_case, backend)
     if chosen != "torch":
         one: Any = rnn_equations.sequence if formula else partial(rnn_sequence, backend=chosen)
@@ -262,8 +266,8 @@ _packed_outside_graphs = _disable_dynamo(_recurrent)
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> RnnCase:
     dtype = _compute_dtype(device.type, dtype)
-    *kind, gradients, many, short, vast, resets, zoneout, recurrent_dropout = rest
-    facts = (autocasts(device.type), gradients, many, short, vast, False, resets, zoneout, recurrent_dropout)
+    *kind, gradients, many, short, vast, probed, resets, zoneout, recurrent_dropout = rest
+    facts = (autocasts(device.type), gradients, many, short, vast, probed, False, resets, zoneout, recurrent_dropout)
     return RnnCase._make((device.type, dtype, mode, *kind, *facts))
 
 
@@ -560,16 +564,20 @@ def _cell(
     """The state after one step, (h, c), without c h twice; None where it is for PyTorch to compute or to refuse."""
     gradients = torch.is_grad_enabled()
     facts = (input.device, input.dtype, mode, input.shape[-1], weights[1].shape[1], gradients)
+    if not (gradients or torch.compiler.is_compiling()):
+        found = one_step.at_once(mode, facts, input, h, c, *weights, backend)
+        if found is not None:
+            return found
     chosen = RNN.select_by(facts, _cell_case, backend)
     if chosen == "torch":
         return None
     if chosen == "cpu" and not gradients:
         tensors = [x for x in (input, h, c, *weights) if x is not None]
         if is_plain(tensors) and not needs_formula(tensors):
-            return RNN.backends["cpu"].cell(mode, input, h, c, *weights)
+            return one_step.step(mode, input, h, c, *weights)
     given = [weight for weight in weights if weight is not None]
     states = [state for state in (h, c) if state is not None]
-    if not fits_cell(mode, input, h, c, *weights) and not torch._C._is_any_autocast_enabled():
+    if not one_step.fits(mode, input, h, c, *weights) and not torch._C._is_any_autocast_enabled():
         return None
     # the state after a sequence of one step
     first = [state.unsqueeze(0) for state in states] or None

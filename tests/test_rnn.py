@@ -15,6 +15,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import mmfast
 from mmfast import native, numerics
+from mmfast.bench.cases import GATES as GATES_OF_CASES
+from mmfast.bench.cases import RnnCase
+from mmfast.bench.measure import peak_memory
+from mmfast.dispatch import asked
 from mmfast.ops.rnn import equations
 from mmfast.ops.rnn.backends import OP, native_layer, sizes_of
 from mmfast.ops.rnn.equations import GATES, MODES, Layer
@@ -523,7 +527,7 @@ LAYERS = {"RNN": {}, "GRU": {}, "LSTM": {}, "GRU-bi-L2": {"bidirectional": True,
 
 def layer_of(label: str, nn=mmfast.nn, **options):
     torch.manual_seed(5)
-    return getattr(nn, label.partition("-")[0])(4, 6, **LAYERS[label], **options)
+    return getattr(nn, label.partition("-")[0])(4, 6, **LAYERS.get(label, {}), **options)
 
 
 @pytest.mark.parametrize("label", LAYERS)
@@ -802,37 +806,66 @@ def test_cells_refuse_as_torch_does(name):
             ours(x, hx)
 
 
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_cells_with_weights_elsewhere(name):
+    """Never a kernel with the address of another device's memory, also where the choice was made before."""
+    with torch.no_grad():
+        getattr(mmfast.nn, name)(5, 6, backend="cpu")(torch.randn(1, 5))
+        with pytest.raises(RuntimeError):
+            getattr(mmfast.nn, name)(5, 6, device="meta", backend="cpu")(torch.randn(1, 5)).sum().item()
+
+
 # ---- graphs
 
 
-@pytest.mark.parametrize("label", LAYERS)
-def test_compile(label):
+GRAPHS = [*LAYERS, "RNNCell", "GRUCell", "LSTMCell"]
+
+
+def graph_inputs(label: str, kind: str, steps: int, batch: int) -> dict[str, Tensor]:
+    if "Cell" in label:
+        return {"input": torch.randn(batch, 4)}
+    x = {"input": torch.randn(steps, batch, 4)}
+    return x if kind == "padded" else {**x, "lengths": torch.arange(batch) % steps + 1}
+
+
+def per_graph(function):
+    """A Cell has no lengths."""
+    pairs = [(label, kind) for label in GRAPHS for kind in ("padded", "lengths") if kind == "padded" or label in LAYERS]
+    return pytest.mark.parametrize(("label", "kind"), pairs)(function)
+
+
+@per_graph
+def test_compile(label, kind):
     """One graph, compiled once more when T and B change, and never again."""
     torch._dynamo.reset()
     module = layer_of(label)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, backend=counter, fullgraph=True)
     for steps, batch in ((5, 3), (9, 7), (4, 2), (11, 6)):
-        x = torch.randn(steps, batch, 4)
+        inputs = graph_inputs(label, kind, steps, batch)
         outcomes = []
         for function in (compiled, module):
-            leaf = x.clone().requires_grad_()
-            y, hx = function(leaf)
-            outcomes.append((y, hx, torch.autograd.grad(y.square().sum(), leaf)))
+            leaf = inputs["input"].clone().requires_grad_()
+            y = function(**{**inputs, "input": leaf})
+            first = y[0] if isinstance(y, tuple) else y
+            outcomes.append((y, torch.autograd.grad(first.square().sum(), leaf)))
         torch.testing.assert_close(*outcomes)
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("label", LAYERS)
-def test_export(label):
+@per_graph
+def test_export(label, kind):
     module = layer_of(label)
     steps, batch = torch.export.Dim("steps", min=2), torch.export.Dim("batch", min=2)
-    shapes = {"input": {0: steps, 1: batch}}
-    program = torch.export.export(module, (torch.randn(5, 3, 4),), dynamic_shapes=shapes)
+    shapes = {"input": {0: batch} if "Cell" in label else {0: steps, 1: batch}}
+    if kind == "lengths":
+        shapes["lengths"] = {0: batch}
+    program = torch.export.export(module, (), graph_inputs(label, kind, 5, 3), dynamic_shapes=shapes)
     nodes = [node for node in program.graph.nodes if node.op == "call_function" and "mmfast" in str(node.target)]
-    assert len(nodes) == module.num_layers
-    x = torch.randn(8, 6, 4)
-    torch.testing.assert_close(program.module()(x), module(x))
+    if "Cell" not in label:
+        assert len(nodes) == module.num_layers
+    other = graph_inputs(label, kind, 8, 6)
+    torch.testing.assert_close(program.module()(**other), module(**other))
 
 
 @pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM"])
@@ -851,6 +884,46 @@ def test_opcheck(mode):
         torch.library.opcheck(
             backward_op, (*given, x, weights, *states, y, gates, cell, *columns, need, "cpu"), test_utils=tests
         )
+
+
+# ---- memory and preference
+
+
+@pytest.mark.parametrize("mode", GATES_OF_CASES)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_peak_memory(mode, packed):
+    """Forward + backward: at most 1.05 times PyTorch's; here a third to three quarters."""
+    case = RnnCase("memory", mode, 256, 32, 64, 128, packed=packed)
+    (x,) = case.inputs(torch.Generator().manual_seed(0), torch.float32, "cpu")
+    least = []
+    for nn in (mmfast.nn, torch.nn):
+        module, leaf = case.build(nn), x.clone().requires_grad_()
+        module.backend = "cpu"
+
+        def train(module=module, leaf=leaf):
+            y = case.run(module, leaf)
+            return torch.autograd.grad(y, [leaf, *module.parameters()], torch.ones_like(y))
+
+        train()
+        peaks = [peak_memory(train, "cpu") for _ in range(3)]
+        if None in peaks:
+            pytest.skip("this system does not tell a process's peak memory")
+        least.append(min(peaks))
+    ours, theirs = least
+    assert 0 < ours <= 1.05 * theirs
+
+
+def test_a_penalty_of_an_lstm_is_not_left_to_torch(monkeypatch):
+    """oneDNN's LSTM differentiated twice is a loop over operators; a leaf that needs a gradient announces it."""
+    monkeypatch.setattr(native, "isa", lambda: "avx512")
+    module = mmfast.nn.LSTM(16, 64)
+    leaf = torch.randn(64, 16, 16, requires_grad=True)
+    chosen = [
+        OP.explain(case).backend
+        for x in (leaf.detach(), leaf, leaf * 1)
+        for _, case in asked(functools.partial(module, x))
+    ]
+    assert chosen == ["torch", "cpu", "torch"]
 
 
 # ---- processes

@@ -26,6 +26,9 @@ STEP = "training step"
 
 OPS = ("rnn", "conv_transpose", "adversarial")
 
+#: the probability of cases with zoneout; in evaluation it is a mean, with the same numbers for every contender
+ZONEOUT = 0.1
+
 
 @dataclass(frozen=True)
 class Work:
@@ -49,19 +52,26 @@ class RnnCase:
     bidirectional: bool = False
     packed: bool = False
     shortest: float = 0.5
+    #: what PyTorch's layers lack, which its contender does around them: "lengths", "resets", "zoneout" (its mean)
+    extra: str = ""
 
     op = "rnn"
 
     @property
     def name(self) -> str:
         extra = f"-L{self.layers}" * (self.layers > 1) + "-bi" * self.bidirectional + "-packed" * self.packed
+        extra += f"-{self.extra}" * bool(self.extra)
         size = f"T{self.steps}-B{self.batch}" if self.steps else f"cell-B{self.batch}"
         return f"{self.model}-{self.mode}-{size}-I{self.input_size}-H{self.hidden_size}{extra}"
 
     def build(self, nn: Any) -> torch.nn.Module:
         if not self.steps:
             return getattr(nn, self.mode + "Cell")(self.input_size, self.hidden_size)
-        return getattr(nn, self.mode)(self.input_size, self.hidden_size, self.layers, bidirectional=self.bidirectional)
+        layer = getattr(nn, self.mode)(self.input_size, self.hidden_size, self.layers, bidirectional=self.bidirectional)
+        if self.extra == "zoneout" and hasattr(layer, "zoneout"):
+            layer.zoneout = ZONEOUT
+            layer.eval()
+        return layer
 
     def lengths(self) -> Tensor:
         """(batch,) int64, descending."""
@@ -97,16 +107,53 @@ class RnnCase:
         if self.packed:
             y, last = module(torch.nn.utils.rnn.pack_padded_sequence(x, self.lengths()), hx)
             y = y.data
+        elif self.extra:
+            y, last = self._with_extra(module, x, hx)
         else:
             y, last = module(x, hx)
         return {"output": y, **(dict(zip(("h_n", "c_n"), last, strict=True)) if self.mode == "LSTM" else {"h_n": last})}
+
+    def resets(self) -> Tensor:
+        """(steps, batch) bool: where an episode begins, one step in 20."""
+        return torch.rand(self.steps, self.batch, generator=torch.Generator().manual_seed(3)) < 0.05
+
+    def _with_extra(self, module: Any, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        ours = hasattr(module, "zoneout")
+        if self.extra == "lengths" and ours:
+            return module(x, hx, lengths=self.lengths())
+        if self.extra == "lengths":
+            packed, last = module(torch.nn.utils.rnn.pack_padded_sequence(x, self.lengths()), hx)
+            return torch.nn.utils.rnn.pad_packed_sequence(packed, total_length=self.steps)[0], last
+        if ours:
+            return module(x, hx, reset_mask=self.resets().to(x.device)) if self.extra == "resets" else module(x, hx)
+        return self._step_by_step(module, x, hx)
+
+    def _step_by_step(self, module: Any, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        """Resets and zoneout of one layer in one direction with what PyTorch has: the layer, one step at a time."""
+        resets = self.resets().to(x.device)
+        if hx is None:
+            zeros = x.new_zeros(1, self.batch, self.hidden_size)
+            hx = (zeros, zeros) if self.mode == "LSTM" else zeros
+        outputs = []
+        for t in range(self.steps):
+            if self.extra == "resets":
+                keep = (~resets[t, :, None]).to(x.dtype)
+                hx = tuple(state * keep for state in hx) if self.mode == "LSTM" else hx * keep
+            h_before = hx[0] if self.mode == "LSTM" else hx
+            _, hx = module(x[t : t + 1], hx)
+            if self.extra == "zoneout":
+                h = torch.lerp(hx[0] if self.mode == "LSTM" else hx, h_before, ZONEOUT)
+                hx = (h, hx[1]) if self.mode == "LSTM" else h
+            outputs.append(hx[0] if self.mode == "LSTM" else hx)
+        return torch.cat(outputs), hx
 
     def run(self, module: torch.nn.Module, x: Tensor, *state: Tensor) -> Tensor:
         """The tensor whose gradient is taken."""
         return next(iter(self.outputs(module, x, *state).values()))
 
     def work(self, dtype: torch.dtype) -> Work:
-        rows = int(self.lengths().sum()) if self.packed else max(self.steps, 1) * self.batch
+        ragged = self.packed or self.extra == "lengths"
+        rows = int(self.lengths().sum()) if ragged else max(self.steps, 1) * self.batch
         gates, directions, flops, words = GATES[self.mode], 1 + self.bidirectional, 0.0, 0.0
         width = self.input_size
         for _ in range(self.layers):
@@ -271,6 +318,10 @@ def _rnn_cases() -> Iterator[RnnCase]:
         yield RnnCase("cell", mode, 0, 1, 128, 128)
     # EnCodec's SLSTM: 75 frames a second of 512 channels, two layers
     yield RnnCase("encodec", "LSTM", 75, 8, 512, 512, layers=2)
+    # what PyTorch's layers lack: mmfast train's speech encoder on padded input, episodes of recurrent agents, zoneout
+    yield RnnCase("speech", "GRU", 60, 32, 80, 128, bidirectional=True, extra="lengths")
+    yield RnnCase("agent", "LSTM", 64, 16, 128, 128, extra="resets")
+    yield RnnCase("regularised", "GRU", 64, 16, 128, 128, extra="zoneout")
 
 
 def _conv_transpose_cases() -> Iterator[ConvTransposeCase]:

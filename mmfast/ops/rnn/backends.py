@@ -42,12 +42,15 @@ class Case(NamedTuple):
     autocast: bool = False
     #: whether grad mode is on
     gradients: bool = True
-    #: batch > FEW and batch * hidden_size > MANY, where the batch may be looked at: in eager
+    #: batch > FEW or hidden_size > LARGE, and batch * hidden_size > MANY, or training at most BRIEF steps, where batch
+    #: and steps may be looked at: in eager
     many: bool = True
     #: at most SHORT steps, where the steps may be looked at: in eager
     short: bool = False
     #: steps * batch * hidden_size >= VAST, likewise
     vast: bool = False
+    #: x is a leaf that requires a gradient, over at least LONG steps: mostly a penalty's, which differentiates twice
+    probed: bool = False
     cell: bool = False
     resets: bool = False
     zoneout: bool = False
@@ -64,10 +67,14 @@ class Case(NamedTuple):
 FEW, MANY = 4, 512
 #: Elements of an LSTM's output from which on oneDNN's workspace leaves the cache.
 VAST = 1 << 20
+#: Steps from which on an LSTM trains here at no less than 0.98 of oneDNN's speed for batch * hidden_size > MANY.
+LONG = 64
 #: Hidden size up to which an LSTM trains here as fast as in oneDNN: 0.94 to 0.98 of its speed at 1024.
 LARGE = 512
 #: Steps up to which PyTorch's loop takes less time than a call of the op, which takes about 150 us with its backward.
 SHORT = {"RNN_TANH": 6, "RNN_RELU": 6, "GRU": 2, "LSTM": 2}
+#: Steps up to which oneDNN's LSTM trains in less time than a call of the op takes.
+BRIEF = 12
 
 
 class Sizes(NamedTuple):
@@ -196,7 +203,7 @@ class Walker(Backend):
 
 
 class Cpu(Walker):
-    """csrc/cpu/rnn.cpp"""
+    """csrc/cpu/rnn.cpp, rnn_cell.cpp"""
 
     name = "cpu"
 
@@ -215,6 +222,7 @@ class Cpu(Walker):
             training, few or batch * H <= 512        1.0 to 1.25        1.0 to 1.1
             training, above, H a multiple of 16      0.9 to 1.03        1.0 to 1.15, at H = 1024 0.94 to 0.98
             training, steps * batch * H >= 2^20      1.06 to 1.27       the same
+            gradient penalty, T128 B16 H128          2.4 to 2.7         2.4
             training, above, H = 73, 79, 98, 294     0.96 to 1.0        0.94 to 1.0
             inference, few or batch * H <= 512       1.16 to 1.5        1.0 to 1.3
             inference, above                         0.87 to 1.02       0.94 to 1.2
@@ -234,8 +242,9 @@ class Cpu(Walker):
             return ""
         if not case.gradients:
             return f"PyTorch's LSTM without gradients, oneDNN's, was measured faster for batch * hidden_size > {MANY}"
-        if native.isa() == "avx512" and not case.vast:
-            return f"PyTorch's LSTM, oneDNN's, was measured faster with AVX-512 for batch * hidden_size > {MANY}"
+        if native.isa() == "avx512" and not (case.vast or case.probed):
+            size = f"batch * hidden_size > {MANY} or at most {BRIEF} steps"
+            return f"PyTorch's LSTM, oneDNN's, was measured faster with AVX-512 for {size}"
         if case.hidden_size > LARGE:
             return f"PyTorch's LSTM, oneDNN's, was measured faster for hidden sizes above {LARGE}"
         if case.hidden_size % 16:
@@ -253,31 +262,6 @@ class Cpu(Walker):
         row, alive = native_layer(layer, sizes, parts, h0, c0)
         native.cpu_rnn_backward(row, saved, given, results)
         del alive
-
-    def cell(
-        self,
-        mode: str,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None,
-        b_hh: Tensor | None,
-    ) -> tuple[Tensor, Tensor] | None:
-        """(h, c) after one step, without gradients, of an RNN or GRU h twice; None where sizes or dtypes do not fit."""
-        if not fits_cell(mode, x, h0, c0, w_ih, w_hh, b_ih, b_hh):
-            return None
-        (batch, inputs), hidden, dtype = x.shape, w_hh.shape[1], x.dtype
-        gx = gh = None
-        if batch > FEW_ROWS or (dtype is not torch.float32 and dtype is not torch.float64):
-            gx = product(x, w_ih.t(), b_ih)
-            gh = product(x.new_zeros(batch, hidden) if h0 is None else h0, w_hh.t(), b_hh)
-        dense = h0 is not None and h0.is_contiguous()
-        h = torch.empty_like(h0) if dense else x.new_empty((batch, hidden))  # type: ignore[arg-type]
-        c = torch.empty_like(h) if mode == "LSTM" else h
-        native.cpu_rnn_cell(MODES[mode], (batch, inputs, hidden), (gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0), h, c)
-        return h, c
 
 
 def _beyond_the_gpu_kernels(case: Case) -> list[str]:
@@ -466,36 +450,6 @@ class Triton(Walker, GpuBackend):
         with portable.on_device(saved[0]):
             kernels = portable.kernels(__package__)[0]
             kernels.backward(layer, shape, parts, _dense(h0), _dense(c0), saved, given, (dgates, dm, *others))
-
-
-#: Rows up to which a Cell's products are made by its kernel: a call of torch.mm takes longer.
-FEW_ROWS = 2
-
-
-def fits_cell(
-    mode: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-) -> bool:
-    """Whether a Cell's tensors are of one dtype and of the sizes that its equations demand."""
-    # numbers of elements where they tell as much: a shape takes three times as long to be had
-    (batch, inputs), (rows, hidden), dtype = x.shape, w_hh.shape, x.dtype
-    if rows != GATES[mode] * hidden or w_ih.shape != (rows, inputs):
-        return False
-    if w_ih.dtype is not dtype or w_hh.dtype is not dtype or (b_ih is None) is not (b_hh is None):
-        return False
-    for bias in (b_ih, b_hh):
-        if bias is not None and (bias.numel() != rows or bias.dtype is not dtype or bias.dim() != 1):
-            return False
-    for state in (h0, c0):
-        if state is not None and (state.shape != (batch, hidden) or state.dtype is not dtype):
-            return False
-    return True
 
 
 def native_layer(

@@ -1,0 +1,89 @@
+"""A Cell's step on a CPU without gradients, which takes a few microseconds: each tensor is asked once for each fact."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...dispatch import is_watched
+from ..product import product
+from .backends import OP
+from .equations import GATES, MODES
+
+#: h', and an LSTM's c', else h' again
+State = tuple[Tensor, Tensor]
+
+#: Rows up to which the products are made by the kernel: a call of torch.mm takes longer.
+FEW_ROWS = 2
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def at_once(
+    mode: str,
+    facts: tuple,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    backend: str | None,
+) -> State | None:
+    """`step` where it is known to serve a call with these facts and nothing would miss it; else None."""
+    if OP.known(facts, backend) != "cpu" or is_watched() or torch._C._is_any_autocast_enabled():
+        return None
+    if not _PLAIN.issuperset(map(type, (x, h0, c0, w_ih, w_hh, b_ih, b_hh))):
+        return None
+    return step(mode, x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+
+
+def step(
+    mode: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> State | None:
+    """The state after one step, without gradients; None where sizes, dtypes or devices do not fit."""
+    if not fits(mode, x, h0, c0, w_ih, w_hh, b_ih, b_hh):
+        return None
+    (batch, inputs), hidden, dtype = x.shape, w_hh.shape[1], x.dtype
+    gx = gh = None
+    if batch > FEW_ROWS or (dtype is not torch.float32 and dtype is not torch.float64):
+        gx = product(x, w_ih.t(), b_ih)
+        gh = product(x.new_zeros(batch, hidden) if h0 is None else h0, w_hh.t(), b_hh)
+    dense = h0 is not None and h0.is_contiguous()
+    h = torch.empty_like(h0) if dense else x.new_empty((batch, hidden))  # type: ignore[arg-type]
+    c = torch.empty_like(h) if mode == "LSTM" else h
+    native.cpu_rnn_cell(MODES[mode], (batch, inputs, hidden), (gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0), h, c)
+    return h, c
+
+
+def fits(
+    mode: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> bool:
+    """Whether a Cell's tensors are of one dtype and kind of device, and of the sizes that its equations demand."""
+    (batch, inputs), (rows, hidden) = x.shape, w_hh.shape
+    if rows != GATES[mode] * hidden or (b_ih is None) is not (b_hh is None):
+        return False
+    dtype, on_cpu = x.dtype, x.is_cpu
+    state, bias = (batch, hidden), (rows,)
+    for tensor, shape in ((w_hh, None), (w_ih, (rows, inputs)), (h0, state), (c0, state), (b_ih, bias), (b_hh, bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype is not dtype or tensor.is_cpu is not on_cpu or (shape and tensor.shape != shape):
+            return False
+    return True
