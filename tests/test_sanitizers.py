@@ -19,10 +19,10 @@ adversarial 3 0 3 2:-1:1:0.01:4100 0:-1:0:0.01:33
 adversarial 1 0 1 0:1:0:1:0 1:1:0:1:4099
 rnn_step 7 2 150
 rnn_walk 0 1 30
-rnn_walk 7 2 30
+rnn_walk 7 2 20
 convolution 0 1 60
 convolution 7 2 60
-norm 7 2 60
+norm 7 2 20
 """
 # each buffer in turn is an element too short, which the sanitizer must see
 SHORT = "".join(f"{op} short {seed}\n" for op in ("rnn_step", "rnn_walk", "convolution", "norm") for seed in (1, 2))
