@@ -2,8 +2,12 @@
 // a read or write past one is seen. Outputs start as NaN.
 #pragma once
 
+#include <fcntl.h>
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <memory>
 #include <random>
@@ -23,6 +27,12 @@ inline int64_t pick(int64_t least, int64_t most) {
     return std::uniform_int_distribution<int64_t>(least, most)(g_random);
 }
 
+// The number of buffers made so far, and of the one that is made an element too short; -1: of none.
+inline int64_t g_made = 0, g_short = -1;
+
+// 0 where every buffer is to be used to its end, which rows past a length, cut off or not given are not.
+inline int64_t pick_ragged(int64_t most) { return g_short < 0 ? pick(0, most) : 0; }
+
 // Buffers of one dtype, freed together.
 class Buffers {
   public:
@@ -30,6 +40,7 @@ class Buffers {
 
     void* made(int64_t elements, bool random) {
         const size_t each = dtype_ == MMFAST_FLOAT64 ? 8 : dtype_ == MMFAST_FLOAT32 ? 4 : 2;
+        if (elements > 0 && g_made++ == g_short) --elements;
         blocks_.emplace_back(new char[size_t(elements) * each], elements, !random);
         for (int64_t i = 0; i < elements; ++i)
             set(blocks_.back().data.get(), i,
@@ -39,6 +50,15 @@ class Buffers {
     const void* input(int64_t elements) { return made(elements, true); }
     void* output(int64_t elements) { return made(elements, false); }
     const void* maybe(int64_t elements) { return pick(0, 1) ? input(elements) : nullptr; }
+    // One that a short one would not be seen of: this call does not look at it, or, scratch of the emulated kernels, at
+    // memory of the emulator's own in its place.
+    void* unseen(int64_t elements) {
+        const int64_t counted = g_made;
+        g_made = INT32_MIN;
+        void* made = this->made(elements, true);
+        g_made = counted;
+        return made;
+    }
 
     // what the caller of a layer with lengths zeroes itself
     void zero(void* p, int64_t elements) const {
@@ -94,6 +114,32 @@ class Buffers {
     int dtype_;
     std::vector<Block> blocks_;
 };
+
+// Whether each buffer of run(), drawn from `seed`, is seen to be an element too short when it is; each in a process of
+// its own, which AddressSanitizer ends.
+inline bool all_short_buffers_are_seen(const char* name, bool (*run)(), unsigned seed) {
+    constexpr int kNoSuchBuffer = 3, kSeen = 1;
+    for (int64_t k = 0;; ++k) {
+        fflush(stdout);
+        const pid_t child = fork();
+        if (child == 0) {
+            dup2(open("/dev/null", O_WRONLY), STDERR_FILENO);
+            g_random.seed(seed), g_made = 0, g_short = k;
+            const bool passed = run();
+            _exit(g_made <= k ? kNoSuchBuffer : passed ? 0 : 2);
+        }
+        int status = 0;
+        waitpid(child, &status, 0);
+        const int code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+        if (code == kNoSuchBuffer) {
+            printf("seen: %s, %d buffers\n", name, int(k));
+            return k > 0;
+        }
+        if (code == kSeen) continue;
+        printf("%s, seed %u: buffer %d was an element too short, and nobody saw it (%d)\n", name, seed, int(k), code);
+        return false;
+    }
+}
 
 }  // namespace sanitize
 }  // namespace mmfast

@@ -1,12 +1,14 @@
 // Runs the CUDA kernels under AddressSanitizer and UBSan on cases from files, one case a line:
 //
 //     adversarial DTYPE MEAN ORDER PHI:SIGN:SHIFT:WEIGHT:SIZE ...
-//     rnn ORDER SEED COUNT
+//     rnn_step | rnn_walk | convolution | norm ORDER SEED COUNT
+//     rnn_step | rnn_walk | convolution | norm short SEED
 //
 // with DTYPE and PHI as numbers of mmfast.h. Every buffer is a heap block of exactly its size. Logits are random, and
-// values and gradients are compared with the formula in double; of recurrent steps, COUNT are drawn from SEED, and
-// outputs must be written. "overflow" as a line writes past a block, to show that the sanitizer is awake. Prints one
-// line a case; exits with 1 at the first that fails.
+// values and gradients are compared with the formula in double; of the other ops, COUNT calls are drawn from SEED, and
+// outputs must be written; with "short" each buffer of one call in turn is an element too short, which must be seen.
+// "overflow" as a line writes past a block, to show that the sanitizer is awake. Prints one line a case; exits with 1
+// at the first that fails.
 #include "sanitize/emulated.h"
 
 #include <math.h>
@@ -23,6 +25,7 @@
 
 #include "cuda/device.h"
 #include "emulator/machine.h"
+#include "sanitize/buffers.h"
 
 // fibers leave frames behind on purpose
 extern "C" const char* __asan_default_options() { return "detect_stack_use_after_return=0:detect_leaks=0"; }
@@ -159,13 +162,21 @@ bool run_adversarial(std::istringstream& line) {
     }
 }
 
-bool run_rnn(std::istringstream& line) {
-    unsigned long order;
+bool run_random(std::istringstream& line, const char* name, bool (*run)()) {
+    std::string order;
     unsigned seed;
     int count;
-    if (!(line >> order >> seed >> count)) return false;
-    mmfast::emulator::set_order(order);
-    return run_rnn_steps(seed, count);
+    if (!(line >> order >> seed)) return false;
+    if (order == "short") return mmfast::sanitize::all_short_buffers_are_seen(name, run, seed);
+    if (!(line >> count)) return false;
+    mmfast::emulator::set_order(std::stoul(order));
+    mmfast::sanitize::g_random.seed(seed);
+    for (int i = 0; i < count; ++i)
+        if (!run()) {
+            printf("call %d: an output is not finite, or refused: %s\n", i, mmfast_last_error());
+            return false;
+        }
+    return true;
 }
 
 // What a kernel does that writes past the memory that it was given.
@@ -185,7 +196,10 @@ bool run_case(const std::string& text) {
     std::string op;
     line >> op;
     if (op == "adversarial") return run_adversarial(line);
-    if (op == "rnn") return run_rnn(line);
+    if (op == "rnn_step") return run_random(line, "rnn_step", run_emulated_rnn_step);
+    if (op == "rnn_walk") return run_random(line, "rnn_walk", run_emulated_rnn_walk);
+    if (op == "convolution") return run_random(line, "convolution", run_emulated_convolution);
+    if (op == "norm") return run_random(line, "norm", run_emulated_norm);
     if (op == "overflow") return overflow();
     return false;
 }

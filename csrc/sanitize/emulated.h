@@ -1,5 +1,8 @@
 // The ops whose emulated kernels csrc/sanitize/emulated.cpp runs on random cases.
 #pragma once
 
-// Both passes of `count` random steps; whether every output was written and none is infinite or NaN.
-bool run_rnn_steps(unsigned seed, int count);
+// Each runs forward and backward of one random call; whether every output was written and none is infinite or NaN.
+bool run_emulated_rnn_step();
+bool run_emulated_rnn_walk();
+bool run_emulated_convolution();
+bool run_emulated_norm();

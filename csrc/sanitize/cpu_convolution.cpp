@@ -1,0 +1,65 @@
+// Random transposed convolutions, norms and activations for the CPU kernels.
+#include <algorithm>
+
+#include "sanitize/cpu.h"
+#include "sanitize/normalization.h"
+
+using namespace mmfast::sanitize;
+
+namespace mmfast {
+namespace MMFAST_ISA {
+namespace {
+
+mmfast_conv_transpose_args any_layer() {
+    mmfast_conv_transpose_args args{};
+    args.dtype = int32_t(pick(0, 1)), args.y_channels_last = int32_t(pick(0, 1)), args.threads = int32_t(pick(1, 3));
+    args.batch = pick(1, 3), args.in_channels = pick(1, 20);
+    draw_window(args);
+    args.activation = int32_t(pick(0, 6)), args.negative_slope = 0.2;
+    return args;
+}
+
+template <typename Kernel>
+bool forward_and_backward(mmfast_conv_transpose_args args, int64_t weights, const Kernel& forward,
+                          const Kernel& backward, bool has_dweight) {
+    const int64_t x = args.batch * args.in_channels * product_of(args.in_size);
+    const int64_t y = args.batch * args.out_channels * product_of(args.out_size);
+    Buffers buffers(args.dtype);
+    args.x = buffers.input(x), args.weight = buffers.input(weights), args.bias = buffers.maybe(args.out_channels);
+    args.y = buffers.output(y);
+    if (forward(args) != MMFAST_OK || !buffers.all_written()) return false;
+    args.y = buffers.made(y, true);
+    args.x_channels_last = 0;
+    args.dx = buffers.output(x);
+    if (has_dweight) args.dweight = buffers.output(args.batch * weights);
+    return backward(args) == MMFAST_OK && buffers.all_written();
+}
+
+}  // namespace
+
+bool run_phases() {
+    mmfast_conv_transpose_args args = any_layer();
+    args.out_channels = pick(1, 20), args.x_channels_last = int32_t(pick(0, 1));
+    const int64_t weights = args.in_channels * args.out_channels * product_of(args.kernel);
+    return forward_and_backward(args, weights, phases_forward, phases_backward, false);
+}
+
+bool run_depthwise() {
+    mmfast_conv_transpose_args args = any_layer();
+    args.out_channels = args.in_channels;
+    return forward_and_backward(args, args.in_channels * product_of(args.kernel), depthwise_forward, depthwise_backward,
+                                true);
+}
+
+bool run_normalization() {
+    return run_norm(
+               int(pick(0, 3)), [](const mmfast_normalize_args* args) { return normalize_forward(*args); },
+               [](const mmfast_normalize_args* args) { return normalize_backward(*args); },
+               [](const mmfast_normalize_args*) { return int64_t(0); }) &&
+           run_activation(
+               int(pick(0, 3)), [](const mmfast_activation_args* args) { return activation_forward(*args); },
+               [](const mmfast_activation_args* args) { return activation_backward(*args); });
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast
