@@ -305,7 +305,8 @@ int mmfast_cpu_rnn_backward(const mmfast_rnn_backward_args* args);
 // float32, float16, bfloat16. gates may be gx; gates and cell are 0 past a length.
 int mmfast_cuda_rnn_forward(const mmfast_rnn_forward_args* args);
 int mmfast_cuda_rnn_backward(const mmfast_rnn_backward_args* args);
-// How many of the walks' blocks the current device runs at once; 0 where it or they cannot.
+// How many of the walks' blocks, or clusters of blocks that share W_hh, the current device runs at once; 0 where it or
+// they cannot.
 int mmfast_cuda_rnn_resident(int32_t dtype, int32_t mode, int64_t hidden);
 
 // One step forward of a Cell: h and c of the equations above without extras, from products that the caller has made or

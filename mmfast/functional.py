@@ -36,11 +36,13 @@ from .ops.conv_transpose.equations import ACTIVATIONS as CONV_TRANSPOSE_ACTIVATI
 from .ops.conv_transpose.equations import Epilogue as ConvTransposeEpilogue
 from .ops.conv_transpose.equations import Geometry as ConvTransposeGeometry
 from .ops.conv_transpose.op import conv_transpose as conv_transpose_op
+from .ops.library import needs_gradient
 from .ops.rnn import cell as one_step
 from .ops.rnn import equations as rnn_equations
 from .ops.rnn.backends import BRIEF, FEW, LARGE, LONG, MANY, SHORT, VAST
 from .ops.rnn.backends import OP as RNN
 from .ops.rnn.backends import Case as RnnCase
+from .ops.rnn.cudnn import StockLayers
 from .ops.rnn.equations import GATES
 from .ops.rnn.equations import Layer as RnnLayer
 from .ops.rnn.op import sequence as rnn_sequence
@@ -436,6 +438,36 @@ def _recurrent_of_torch(
 ) -> tuple[Tensor, ...]:
     if options.lengths is not None:
         return _lengths_of_torch(mode, input, states, weights, options)
+    tensors = [input, *states, *(weight for layer in weights for weight in layer)]
+    if _is_cudnns(input, options) and is_plain(tensors) and not needs_formula(tensors) and needs_gradient(tensors):
+        return _recurrent_of_cudnn(mode, input, states, weights, options)
+    return _recurrent_of_aten(mode, input, states, weights, options)
+
+
+def _is_cudnns(input: Tensor, options: _Options) -> bool:
+    """Whether cuDNN serves PyTorch's layers, and no mask of its own dropout is in the way of a formula."""
+    return input.is_cuda and torch.backends.cudnn.enabled and not (options.dropout and options.training)
+
+
+def _recurrent_of_cudnn(
+    mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: _Options
+) -> tuple[Tensor, ...]:
+    # nothing is dropped: in training mode for the workspace that a backward needs
+    options, count = options._replace(dropout=0.0, training=True), len(states)
+
+    def run(function: Callable[..., tuple[Tensor, ...]], x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        flat = iter(rest[count:])
+        parts = [tuple(next(flat) for _ in layer) for layer in weights]
+        return function(mode, x, rest[:count], parts, options)
+
+    formula = partial(_recurrent_by_layers, rnn_equations.sequence)
+    flat = [weight for layer in weights for weight in layer]
+    return StockLayers.apply(partial(run, _recurrent_of_aten), partial(run, formula), input, *states, *flat)
+
+
+def _recurrent_of_aten(
+    mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: _Options
+) -> tuple[Tensor, ...]:
     function = getattr(torch._VF, mode.lower())
     flat = [weight for layer in weights for weight in layer]
     biases = len(weights[0]) > 3

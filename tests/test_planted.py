@@ -91,6 +91,13 @@ def recurrent() -> Iterator[Trial]:
         yield functools.partial(numerics.assert_pooled, functools.partial(by_the_rule, dtype), first_seed=SEED)
 
 
+def clusters() -> Iterator[Trial]:
+    """Units that leave a block's free, and that do not."""
+    for mode, hidden in (("GRU", 70), ("LSTM", 128), ("RNN_TANH", 150)):
+        problem = draw(mode, (6, 3, 3, hidden), 2, seed=SEED, kind="lengths", extras=("resets",))
+        yield functools.partial(hold_to_formula, walk, problem)
+
+
 def by_the_rule(dtype, seed):
     problem = draw("GRU", (4, 15, 5, 40), 2, seed=seed, dtype=dtype)
     return triples(problem, dtype, of=walk, rival=of_torch)
@@ -112,7 +119,9 @@ def streamed(problem) -> None:
 TRIALS = {
     "conv_transpose.cu": convolutions,
     "normalize.cu": norms,
+    "rnn_walk.h": recurrent,
     "rnn_resident.cu": recurrent,
+    "rnn_cluster.cu": clusters,
     "rnn_gates.h": recurrent,
     "rnn.cu": recurrent,
     "conv_transpose": triton_convolutions,
@@ -127,6 +136,7 @@ REPORTS = {
     "unwritten shared memory": r"which no thread has written",
     "an element out of bounds": r"which has \d+ elements|uses element \d+ of|past its end|before its begin",
     "an output not written": r"was not written",
+    "a cluster's barrier or store": r"deadlock|no wait for its barrier|of its cluster|not initialised|all have arrived",
 }
 
 

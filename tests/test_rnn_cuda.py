@@ -90,6 +90,20 @@ def test_the_formula(walk, close, mode, kind, extras, directions):
         close(draw(mode, (5, 17, 3, hidden), directions, seed=2, kind=kind, extras=extras, states=states, bias=states))
 
 
+#: hidden sizes of float32 that a cluster of blocks shares: it leaves units free in one block, and whole blocks
+SHARED = {"RNN_TANH": (150, 256), "RNN_RELU": (131, 200), "GRU": (70, 129), "LSTM": (67, 160)}
+
+
+@per_mode
+@per_kind
+@pytest.mark.parametrize("extras", [(), ("resets",)], ids=["plain", "resets"])
+def test_the_formula_of_clusters(close, mode, kind, extras):
+    """The same of W_hh on several chips, 9 and 3 rows."""
+    one, two = SHARED[mode]
+    close(draw(mode, (6, 9, 3, one), 2, seed=2, kind=kind, extras=extras))
+    close(draw(mode, (3, 3, 2, two), 1, seed=3, kind=kind, extras=extras, states=False, bias=False))
+
+
 @per_mode
 @pytest.mark.parametrize("shape", [(1, 1, 2, 1), (3, 0, 2, 5), (2, 3, 1, 129), (64, 2, 3, 8)], ids=str)
 def test_shapes(walk, close, mode, shape):
@@ -118,18 +132,23 @@ def test_numerics(walk, device, cuda, mode, dtype, kind, seed):
 FULL = [(mode, dtype, 120) for mode in MODES for dtype in (torch.float16, torch.bfloat16)]
 FULL += [(mode, torch.bfloat16, 250) for mode in ("RNN_TANH", "RNN_RELU")]
 FULL += [("GRU", torch.float32, 64), ("LSTM", torch.float32, 64), ("RNN_TANH", torch.float32, 124)]
+#: of a cluster
+SPREAD = [("LSTM", torch.bfloat16, 140), ("LSTM", torch.float16, 500), ("LSTM", torch.float32, 250)]
+SPREAD += [("GRU", torch.float16, 250), ("GRU", torch.bfloat16, 512), ("GRU", torch.float32, 128)]
+SPREAD += [("RNN_RELU", torch.float16, 300), ("RNN_TANH", torch.bfloat16, 512), ("RNN_TANH", torch.float32, 256)]
 
 
 @pytest.mark.parametrize(
     ("mode", "dtype", "hidden"),
-    FULL,
+    FULL + SPREAD,
     ids=lambda value: name_of(value) if isinstance(value, torch.dtype) else str(value),
 )
-def test_numerics_of_full_blocks(device, cuda, mode, dtype, hidden, seed):
-    """64, 128 and 256 units, aligned or not, W_hh on chip; two blocks of sequences, resets."""
+def test_numerics_of_full_chips(device, cuda, mode, dtype, hidden, seed):
+    """Blocks and clusters as large as they are, units aligned or not; resets."""
+    shape = (3, 5, 280, hidden) if (mode, dtype, hidden) in SPREAD else (5, 9, 96, hidden)
 
     def one(draw_seed):
-        problem = draw(mode, (5, 9, 4, hidden), 2, seed=draw_seed, kind="lengths", dtype=dtype, extras=("resets",))
+        problem = draw(mode, shape, 2, seed=draw_seed, kind="lengths", dtype=dtype, extras=("resets",))
         return triples(
             problem,
             dtype,
@@ -149,9 +168,10 @@ def test_many_steps(device, cuda, mode, seed):
 
 
 @per_mode
-def test_one_launch(mode):
+@pytest.mark.parametrize("hidden", [33, 260], ids=["block", "cluster"])
+def test_one_launch(mode, hidden):
     """A pass: all sequences, all steps and both directions."""
-    problem = draw(mode, (5, 20, 3, 33), 2, kind="packed").to(torch.bfloat16)
+    problem = draw(mode, (3, 10, 3, hidden), 2, kind="packed").to(torch.bfloat16)
     inputs = [a.requires_grad_() for a in problem.tensors]
     before = native.emulator_launches()
     states = (*problem.states, None)[:2]
@@ -162,29 +182,35 @@ def test_one_launch(mode):
 
 
 @pytest.mark.parametrize(
-    ("mode", "dtype", "units"),
+    ("mode", "dtype", "block", "cluster"),
     [
-        ("LSTM", torch.bfloat16, 128),
-        ("GRU", torch.float16, 128),
-        ("RNN_RELU", torch.bfloat16, 256),
-        ("LSTM", torch.float32, 64),
-        ("RNN_TANH", torch.float32, 128),
+        ("LSTM", torch.bfloat16, 128, 512),
+        ("GRU", torch.float16, 128, 512),
+        ("RNN_RELU", torch.bfloat16, 256, 512),
+        ("LSTM", torch.float32, 64, 256),
+        ("GRU", torch.float32, 64, 256),
+        ("RNN_TANH", torch.float32, 128, 256),
     ],
 )
-def test_what_fits_on_chip(mode, dtype, units):
-    x = torch.empty(1, dtype=dtype)
-    assert native.cuda_rnn_resident(x, MODES[mode], units) > 0
-    assert native.cuda_rnn_resident(x, MODES[mode], units + 1) == 0
+def test_what_fits_on_chip(mode, dtype, block, cluster):
+    """Many blocks run at once, of clusters fewer; there are none of a cluster that the device lacks."""
+    at_once = functools.partial(native.cuda_rnn_resident, torch.empty(1, dtype=dtype), MODES[mode])
+    assert at_once(block) >= 132
+    assert 7 <= at_once(block + 1) <= 33
+    assert at_once(cluster) >= 7
+    assert at_once(cluster + 1) == 0
 
 
 @per_mode
 def test_tf32(cuda, mode, monkeypatch):
     """Where PyTorch's setting allows it, operands are rounded to 11 bits; results differ, by so much."""
-    problem = draw(mode, (4, 3, 3, 40), 2, seed=8)
-    full = results(cuda, problem.to(torch.float32))["y"]
-    monkeypatch.setattr(OP.backends["cuda"], "rounds", lambda _: True)
-    rounded = results(cuda, problem.to(torch.float32))["y"]
-    assert 0 < (full - rounded).abs().max() < 4e-3
+    for hidden in (40, 131):
+        problem = draw(mode, (4, 3, 3, hidden), 2, seed=8)
+        monkeypatch.setattr(OP.backends["cuda"], "rounds", lambda _: False)
+        full = results(cuda, problem.to(torch.float32))["y"]
+        monkeypatch.setattr(OP.backends["cuda"], "rounds", lambda _: True)
+        rounded = results(cuda, problem.to(torch.float32))["y"]
+        assert 0 < (full - rounded).abs().max() < 4e-3
 
 
 def test_pytorchs_setting_of_precision(monkeypatch):
@@ -240,8 +266,9 @@ def test_cells(label, dtype, batch, bias, outcome, same):
 
 
 @per_mode
-def test_thread_order_does_not_change_a_bit(cuda, mode, seed):
-    problem = draw(mode, (6, 5, 4, 20), 2, seed=6, kind="packed", extras=("resets",)).to(torch.float32)
+@pytest.mark.parametrize("hidden", [20, 140], ids=["block", "cluster"])
+def test_thread_order_does_not_change_a_bit(cuda, mode, hidden, seed):
+    problem = draw(mode, (4, 5, 4, hidden), 2, seed=6, kind="packed", extras=("resets",)).to(torch.float32)
     first = results(cuda, problem)
     for order in (0, 1, 2, seed):
         native.emulator_order(order)

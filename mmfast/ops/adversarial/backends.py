@@ -189,7 +189,20 @@ def _alike(x: Tensor, other: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return x.contiguous(), other.contiguous()
 
 
-class Cuda(GpuBackend):
+class Kernels(GpuBackend):
+    """What the kernels for a GPU share: they are given the means of the logits that terms compare with."""
+
+    def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
+        raise NotImplementedError
+
+    def with_centres(self, inputs: Inputs) -> Inputs:
+        if not inputs.peers or inputs.centres is not None:
+            return inputs
+        terms = Terms([Term(equations.IDENTITY, 1, 0)] * len(inputs.logits))
+        return inputs._replace(centres=self.forward(terms, True, Inputs(inputs.logits), True)[1])
+
+
+class Cuda(Kernels):
     """csrc/cuda/adversarial.cu, on a CUDA device; on CPU tensors in the emulator."""
 
     name = "cuda"
@@ -215,7 +228,7 @@ class Cuda(GpuBackend):
         return [g for g in gradients if g is not None]
 
 
-class Triton(GpuBackend):
+class Triton(Kernels):
     """triton_kernels.py, on a CUDA device; on CPU tensors in Triton's interpreter."""
 
     name = "triton"
@@ -228,15 +241,13 @@ class Triton(GpuBackend):
         return refusals + unreduced(case)
 
     def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
-        inputs, kernels = dense(inputs), portable.kernels(__package__)[0]
-        if inputs.peers and inputs.centres is None and kernels.is_grouped(len(terms), inputs.logits[0]):
-            means = self.forward(
-                Terms([Term(equations.IDENTITY, 1, 0)] * len(terms)), True, Inputs(inputs.logits), True
-            )
-            inputs = inputs._replace(centres=means[1])
+        inputs = self.with_centres(dense(inputs))
         outputs = empty_outputs(inputs, values_wanted)
         with portable.on_device(outputs[0]):
-            kernels.forward(terms, mean, inputs, *outputs)
+            total, values, state = outputs
+            portable.kernels(__package__)[0].forward(
+                terms, mean, inputs, total, values, None if state is None else state[0]
+            )
         return outputs
 
     def backward(

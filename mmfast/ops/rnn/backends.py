@@ -272,10 +272,10 @@ def _beyond_the_gpu_kernels(case: Case) -> list[str]:
 
 
 class Cuda(Walker, GpuBackend):
-    """csrc/cuda/rnn_resident.cu and rnn.cu, on a CUDA device; on CPU tensors in the emulator.
+    """csrc/cuda/rnn_resident.cu, rnn_cluster.cu and rnn.cu, on a CUDA device; on CPU tensors in the emulator.
 
-    Where W_hh fits into a block, a layer's walk is one launch. Elsewhere a step is one of torch's products and one
-    launch, so a Cell, a layer of one step, is two products and one launch.
+    Where W_hh fits into a block, or a cluster of blocks can share it, a layer's walk is one launch. Elsewhere a step is
+    one of torch's products and one launch, so a Cell, a layer of one step, is two products and one launch.
     """
 
     name = "cuda"
@@ -291,7 +291,7 @@ class Cuda(Walker, GpuBackend):
         return x.is_cuda and portable.uses_tf32()
 
     def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
-        if _fits_a_block(layer, sizes, gx):
+        if _fits_on_chip(layer, sizes, gx):
             row, alive = _device_layer(layer, sizes, parts, h0, c0)
             kept = kept if GATES[layer.mode] > 1 else (None, None)
             native.cuda_rnn_forward(row, self.rounds(gx), gx, kept, results)
@@ -321,7 +321,7 @@ class Cuda(Walker, GpuBackend):
                 cn[d].copy_(c)
 
     def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results) -> None:
-        if _fits_a_block(layer, sizes, saved[0]):
+        if _fits_on_chip(layer, sizes, saved[0]):
             row, alive = _device_layer(layer, sizes, parts, h0, c0)
             native.cuda_rnn_backward(row, self.rounds(saved[0]), saved, given, results)
             del alive
@@ -366,8 +366,8 @@ class Cuda(Walker, GpuBackend):
                     wanted[d].copy_(found)
 
 
-def _fits_a_block(layer: Layer, sizes: Sizes, x: Tensor) -> bool:
-    """Whether a kernel walks whole sequences with W_hh on one block's chip. One step is not worth bringing it there."""
+def _fits_on_chip(layer: Layer, sizes: Sizes, x: Tensor) -> bool:
+    """Whether a kernel walks whole sequences with W_hh on chip. One step is not worth bringing it there."""
     return sizes.steps > 1 and native.cuda_rnn_resident(x, MODES[layer.mode], sizes.hidden) > 0
 
 

@@ -1,0 +1,1 @@
+#include "cuda/rnn_cluster.cu"
