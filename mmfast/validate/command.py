@@ -36,9 +36,21 @@ class Effort:
 
 
 #: real widths for what runs as fast as in training, small ones for what is interpreted or emulated
-_DEFAULT = {"native": Effort(8, 24, 512, 64), "GPU": Effort(8, 24, 512, 64), "PyTorch": Effort(4, 8, 64, 1)}
-_FULL = {"native": Effort(16, 64, 1024, 4096), "GPU": Effort(64, 256, 1024, 4096), "PyTorch": Effort(8, 24, 512, 1)}
-_SLOW, _SLOW_FULL = Effort(2, 5, 20, 8), Effort(3, 9, 36, 256)
+_DEFAULT = {
+    "native": Effort(8, 24, 512, 64),
+    "GPU": Effort(8, 24, 512, 64),
+    "PyTorch": Effort(4, 8, 64, 1),
+    "emulated": Effort(2, 5, 20, 8),
+    "interpreted": Effort(2, 5, 20, 8),
+}
+#: a draw takes milliseconds native or emulated, and up to a second interpreted, whatever the number of its values
+_FULL = {
+    "native": Effort(16, 64, 1024, 256),
+    "GPU": Effort(64, 256, 1024, 4096),
+    "PyTorch": Effort(8, 24, 512, 1),
+    "emulated": Effort(3, 9, 36, 256),
+    "interpreted": Effort(3, 4, 28, 32),
+}
 _TINY = Effort(2, 3, 4, 1)
 
 #: by default, after so many seconds nothing more is begun of what something was checked of
@@ -54,7 +66,7 @@ def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=BACKENDS, action="append", help="check this backend (all that can run here)")
     add("--dtype", choices=DTYPES, action="append", help="check this dtype (all)")
     add("--device", choices=("cpu", "cuda"), help="(a GPU where torch sees one)")
-    add("--full", action="store_true", help="all cases, larger, with more seeds")
+    add("--full", action="store_true", help="all cases, larger, with more seeds (about 30 minutes on 2 CPU cores)")
     add(
         "--seconds",
         type=float,
@@ -251,8 +263,7 @@ def _checks(args: argparse.Namespace, chosen: Sequence[Any]) -> Iterator[Check]:
     for case in chosen:
         for backend in Op.registry[case.op].backends:
             how = checks.HOW[device, backend]
-            slow = how in ("interpreted", "emulated")
-            effort = (_SLOW_FULL if args.full else _SLOW) if slow else (_FULL if args.full else _DEFAULT)[how]
+            effort = (_FULL if args.full else _DEFAULT)[how]
             small = case.shrunk(effort.batch, effort.length, effort.width)
             for dtype in DTYPES:
                 if backend in (args.backend or BACKENDS) and dtype in (args.dtype or DTYPES):
