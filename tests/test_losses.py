@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 import mmfast
 from mmfast import native, nn
+from mmfast.ops import portable
 from mmfast.ops.adversarial.equations import MODES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["torch", "cpu", "cuda"]
+GPU_BACKENDS = ["triton"] if INTERPRETED else ["cuda"]
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() and not INTERPRETED else ["cpu"]
 
 # more than one chunk of a kernel's
@@ -123,20 +125,48 @@ def test_second_order_of_modes_that_compare(seed, mode, backend):
     assert torch.autograd.gradgradcheck(out, logits)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="counts the emulator's launches")
-@pytest.mark.parametrize("count", [1, 5, 150])
-@pytest.mark.parametrize("mode", MODES)
-def test_launches_of_a_list(seed, mode, count):
+@pytest.fixture
+def launches(monkeypatch):
+    """How many kernels the emulator, or in its interpreter Triton, has launched."""
+    if not INTERPRETED:
+        return native.emulator_launches
+    launched = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return self.kernel[grid]
+
+    for name in [name for name in vars(triton_kernels()) if name.endswith("_kernel")]:
+        monkeypatch.setattr(triton_kernels(), name, Counted(getattr(triton_kernels(), name)))
+    return lambda: len(launched)
+
+
+def triton_kernels():
+    return portable.kernels("mmfast.ops.adversarial")[0]
+
+
+# a program takes the interpreter milliseconds
+LISTS = [(mode, count) for mode in MODES for count in ([1, 9] if INTERPRETED else [1, 5, 150])]
+LISTS += [("lsgan", 40)] * INTERPRETED
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize(("mode", "count"), LISTS)
+def test_launches_of_a_list(seed, mode, count, backend, launches):
     """At most two launches forward and one backward, whatever the list's length; its value is the formula's."""
     real, fake = (
         [x.requires_grad_() for x in draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(count)])]
         for s in (seed, seed + 1)
     )
-    counts = [native.emulator_launches()]
-    loss = nn.AdversarialLoss(mode, across="mean", backend="cuda").discriminator(real, fake)
-    counts.append(native.emulator_launches())
+    counts = [launches()]
+    loss = nn.AdversarialLoss(mode, across="mean", backend=backend).discriminator(real, fake)
+    counts.append(launches())
     found = gradients(loss, [*real, *fake])
-    counts.append(native.emulator_launches())
+    counts.append(launches())
     assert counts[1] - counts[0] == 2
     assert counts[2] - counts[1] == 1
     expected = mean_of(PUBLISHED[mode][0])(real, fake)
@@ -144,10 +174,39 @@ def test_launches_of_a_list(seed, mode, count):
     torch.testing.assert_close(found, gradients(expected, [*real, *fake]))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="counts the emulator's launches")
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize("mode", ["hinge", "relativistic-average"])
-def test_a_long_list_while_its_stream_is_captured(seed, mode, monkeypatch):
+def test_a_long_list_while_its_stream_is_captured(seed, mode, backend, launches, monkeypatch):
     """Then no table is copied from the host: in groups, each of as many launches, with the same result."""
+    # 140 terms, 64 a group, or 18 terms, 16 a group
+    count, groups = (9, 2) if INTERPRETED else (70, 3)
+    real, fake = (
+        [x.requires_grad_() for x in draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(count)])]
+        for s in (seed, seed + 1)
+    )
+    loss = nn.AdversarialLoss(mode, backend=backend)
+    expected = loss.discriminator(real, fake)
+    at_once = gradients(expected, [*real, *fake])
+    # Triton's means are a forward of their own
+    forward = 2 * groups * (1 + (INTERPRETED and mode == "relativistic-average"))
+    if INTERPRETED:
+        monkeypatch.setattr(triton_kernels(), "is_captured", lambda x: True)
+    else:
+        _capture(monkeypatch)
+    before = launches()
+    found = loss.discriminator(real, fake)
+    after = launches()
+    repeated = gradients(found, [*real, *fake])
+    if INTERPRETED:
+        # one after the other its groups are added up, and for means it multiplies by 1 / n: of a list it does neither
+        torch.testing.assert_close([found, *repeated], [expected, *at_once])
+    else:
+        assert torch.equal(found, expected)
+        assert all(map(torch.equal, repeated, at_once))
+    assert (after - before, launches() - after) == (forward, groups)
+
+
+def _capture(monkeypatch):
     emulator = native.library("_emulator")
 
     class Capturing:
@@ -156,32 +215,21 @@ def test_a_long_list_while_its_stream_is_captured(seed, mode, monkeypatch):
             found = getattr(emulator, name)
             return (lambda *arguments: found(*arguments[:-1], 1)) if name.startswith("cuda_") else found
 
+    monkeypatch.setattr(native, "library", lambda name="_C": Capturing() if name == "_emulator" else None)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_launches_of_feature_matching(seed, backend, launches):
     real, fake = (
-        [x.requires_grad_() for x in draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(70)])]
+        draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(20 if INTERPRETED else 100)])
         for s in (seed, seed + 1)
     )
-    loss = nn.AdversarialLoss(mode, backend="cuda")
-    expected = loss.discriminator(real, fake)
-    at_once = gradients(expected, [*real, *fake])
-    monkeypatch.setattr(native, "library", lambda name="_C": Capturing() if name == "_emulator" else None)
-    before = native.emulator_launches()
-    found = loss.discriminator(real, fake)
-    after = native.emulator_launches()
-    assert torch.equal(found, expected)
-    assert all(map(torch.equal, gradients(found, [*real, *fake]), at_once))
-    # 140 terms, 64 a group
-    assert (after - before, native.emulator_launches() - after) == (6, 3)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="counts the emulator's launches")
-def test_launches_of_feature_matching(seed):
-    real, fake = (draw(s, torch.float32, [(2, 1 + 7 * k % 50) for k in range(100)]) for s in (seed, seed + 1))
     fake = [x.requires_grad_() for x in fake]
-    before = native.emulator_launches()
-    loss = nn.FeatureMatchingLoss(backend="cuda")(real, fake)
-    after = native.emulator_launches()
+    before = launches()
+    loss = nn.FeatureMatchingLoss(backend=backend)(real, fake)
+    after = launches()
     found = gradients(loss, fake)
-    assert (after - before, native.emulator_launches() - after) == (2, 1)
+    assert (after - before, launches() - after) == (2, 1)
     torch.testing.assert_close(found, gradients(FEATURES["dac"](real, fake), fake))
 
 
