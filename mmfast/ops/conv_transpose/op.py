@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import is_plain
-from ..library import below_autograd, define, needs_gradient
+from ..library import below_autograd, define, needs_gradient, nodes_of, will_run
 from . import equations
 from .backends import OP, empty_output, keeps_result, moments_dtype, moments_shape
 from .equations import Epilogue, Geometry
@@ -72,6 +72,10 @@ class ConvTranspose(torch.autograd.Function):
         if dout is None:
             return *unused, *(None,) * 7
         mask = list(ctx.needs_input_grad[4:9])
+        if ctx.direct and torch.is_grad_enabled():
+            # a gradient penalty asks for x's alone
+            given = ctx.saved_tensors[: 7 if ctx.epilogue.norm == "given" else 5]
+            mask = [could and will_run(node) for could, node in zip(mask, nodes_of(ctx, given), strict=False)]
         if ctx.direct and not torch.is_grad_enabled():
             arguments = (*ctx.saved_tensors, ctx.geometry, ctx.epilogue, mask)
             gradients = OP.backends[ctx.backend].backward(dout, *arguments)
