@@ -618,10 +618,13 @@ def test_no_reduction(seed):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_of_nested_lists(seed, backend):
     real, fake = nested(seed), nested(seed + 1)
+    for x in joined(fake):
+        x.requires_grad_()
     loss = nn.AdversarialLoss("lsgan", 0.3, backend=backend)
     out, values = loss.discriminator(real, fake, return_values=True)
+    assert out.requires_grad and not values.requires_grad
     expected = [
-        [0.3 * (r - 1).square().mean(), 0.3 * f.square().mean()]
+        [0.3 * (r - 1).square().mean(), 0.3 * f.detach().square().mean()]
         for r, f in zip(joined(real), joined(fake), strict=True)
     ]
     torch.testing.assert_close(values, torch.tensor(expected), rtol=1e-5, atol=0)
@@ -923,6 +926,45 @@ def test_autocast_computes_in_float32(seed, mode):
         out = nn.AdversarialLoss(mode).discriminator(real, fake)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, nn.AdversarialLoss(mode).discriminator(real.float(), fake.float()))
+
+
+@pytest.mark.parametrize("mode", ["non-saturating", "relativistic", "relativistic-average"])
+def test_logits_of_two_dtypes(seed, mode):
+    real, fake = (
+        x.requires_grad_() for x in (*draw(seed, torch.bfloat16, [(9,)]), *draw(seed + 1, torch.float32, [(9,)]))
+    )
+    out, expected = nn.AdversarialLoss(mode).discriminator(real, fake), PUBLISHED[mode][0](real.float(), fake)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(gradients(out, [real, fake]), gradients(expected, [real, fake]))
+
+
+INF, NAN = float("inf"), float("nan")
+COMPARING = {
+    **{mode: PUBLISHED[mode][0] for mode in MODES if MODES[mode].pairing},
+    # binary cross entropy multiplies infinity by 0
+    "relativistic-average": lambda r, f: F.softplus(f.mean() - r).mean() + F.softplus(f - r.mean()).mean(),
+    "l1": lambda r, f: F.l1_loss(f, r),
+    "l2": lambda r, f: F.mse_loss(f, r),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", COMPARING)
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+def test_extreme_logits_that_are_compared(name, backend):
+    """1e4, infinities and NaN on both sides: PyTorch's stable formula, in value and gradients."""
+    for one in (1e4, INF, NAN, 0.0):
+        for other in (-1e4, INF, -INF, 1.0):
+            real, fake = (torch.tensor([x, 0.5], requires_grad=True) for x in (one, other))
+            if name in MODES:
+                out = nn.AdversarialLoss(name, backend=backend).discriminator(real, fake)
+            else:
+                out = nn.FeatureMatchingLoss(name, detach=False, backend=backend)(real, fake)
+            expected = COMPARING[name](real, fake)
+            torch.testing.assert_close(out, expected, equal_nan=True)
+            found, by_torch = gradients(out, [real, fake]), gradients(expected, [real, fake])
+            torch.testing.assert_close(found, by_torch, equal_nan=True)
 
 
 ERRORS = {

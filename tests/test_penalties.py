@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mmfast
 from mmfast import functional as F
 from mmfast import nn
+from mmfast.ops.adversarial.equations import MODES
 from mmfast.ops.conv_transpose import op as conv_transpose
 from mmfast.ops.rnn import op as rnn
 
@@ -65,7 +66,7 @@ def ours(name: str, net, real: Tensor, fake: Tensor, seed: int, **options) -> Te
         x = (fake if name == "r2" else real).detach().requires_grad_()
         function = {"r1": F.r1_penalty, "r2": F.r2_penalty}.get(name, F.zero_centered_penalty)
         return function(net(x), x, 3 if name == "zero-centred" else 6, **options)
-    options["generator"] = torch.Generator().manual_seed(seed)
+    options["generator"] = None if seed is None else torch.Generator().manual_seed(seed)
     if name == "dragan":
         return F.dragan_penalty(net, real, 3, **options)
     if name == "max":
@@ -225,8 +226,42 @@ def test_what_a_penalty_refuses(seed):
         F.wgan_penalty(net, real, fake, norm="frobenius")
     with pytest.raises(ValueError, match=r"real has shape \(5, 3, 8, 8\) and fake \(4, 3, 8, 8\)"):
         F.max_gradient_penalty(net, real, fake[:4])
+    with pytest.raises(ValueError, match="logits is an empty list"):
+        F.r1_penalty([], real.requires_grad_())
     with pytest.raises(TypeError, match="logits holds a str"):
         F.r1_penalty(["logit"], real.requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["wgan", "max"])
+def test_samples_of_two_dtypes(name, seed):
+    """Under autocast the generator's samples have another dtype than the real ones."""
+    net, (real, fake) = critic(seed, torch.float32), images(seed, torch.float32)
+    fake = fake.bfloat16()
+    torch.testing.assert_close(ours(name, net, real, fake, seed), published(name, net, real, fake, seed))
+    bytes_of = [x.clamp(0, 1).mul(255).byte() for x in (real, fake)]
+    expected = ours(name, net, *(x.float() for x in bytes_of), seed)
+    torch.testing.assert_close(ours(name, net, *bytes_of, seed), expected)
+
+
+def test_nothing_is_read_on_the_host():
+    """Tensors of the meta device have no values: an .item() of one raises."""
+    with torch.device("meta"):
+        net, weight = torch.nn.Linear(4, 1), torch.nn.Linear(4, 4).weight
+        lecam, balancer = nn.LeCam(discriminators=2), nn.LossBalancer({"a": 1.0, "b": 2.0})
+        real, fake = ([torch.ones(3, 4, requires_grad=True) for _ in range(2)] for _ in range(2))
+    with pytest.raises(RuntimeError, match="meta"):
+        real[0].sum().item()
+    losses = [lecam(real, fake), F.feature_matching([real], [fake], relative=True, across="mean")]
+    for mode in MODES:
+        losses.append(F.adversarial_discriminator_loss(real, fake, mode, return_values=True)[0])
+        losses.append(F.adversarial_generator_loss(fake, real, mode))
+    losses += [ours(name, net, real[0], fake[0], None) for name in PENALTIES]
+    for loss in losses:
+        loss.backward()
+    out = real[0] @ weight
+    adversarial = out.sum() * F.adaptive_weight(out.mean(), out.sum(), weight)
+    balancer.backward({"a": out.mean(), "b": adversarial}, out)
+    assert weight.grad.shape == (4, 4)
 
 
 def test_adaptive_weight_is_vqgan_s(seed):
