@@ -1,5 +1,6 @@
 """The adversarial losses' modes and presets, feature matching and LeCam against transcriptions of their formulas."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -775,6 +776,26 @@ def test_lecam(seed, backend):
     module.eval()(real, fake)
     assert torch.equal(module.real_mean, before)
     assert list(module.state_dict()) == ["real_mean", "fake_mean", "seen"]
+
+
+@pytest.mark.parametrize("backend", ["torch", BACKENDS[-1]])
+def test_lecam_resumed_copied_compiled_and_exported(seed, backend):
+    """The means go on where they were, also as buffers that a compiled or exported graph writes."""
+
+    def step(k: int) -> list[list[Tensor]]:
+        return [draw(seed + 10 * k + side, torch.float32, [(6, 5), (6, 3)]) for side in range(2)]
+
+    module = nn.LeCam(0.3, 0.5, discriminators=2, backend=backend)
+    module(*step(0))
+    resumed = nn.LeCam(0.3, 0.5, discriminators=2, backend=backend)
+    resumed.load_state_dict(module.state_dict())
+    exported = torch.export.export(copy.deepcopy(module), tuple(step(0))).module()
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+    for k in (1, 2):
+        expected = module(*step(k))
+        for other in (resumed, exported, compiled):
+            torch.testing.assert_close(other(*step(k)), expected)
+    assert torch.equal(resumed.real_mean, module.real_mean)
 
 
 class Everything(torch.nn.Module):
