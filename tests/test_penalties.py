@@ -218,6 +218,20 @@ def test_a_gradient_scaler_keeps_float16_from_underflowing(seed):
     torch.testing.assert_close(gradient, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("layer", ["RNN", "GRU", "ConvTranspose2d"])
+def test_a_gradient_scaler_with_our_layers(layer, seed):
+    net, (real, fake) = critic_of(layer, nn).float(), images(seed, torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    exact = ours("wgan", net, real, fake, seed)
+    with torch.autocast("cpu", torch.float16):
+        value = ours("wgan", net, real, fake, seed, scaler=scaler)
+    torch.testing.assert_close(value, exact, rtol=0.01, atol=0)
+    weights = [p for name, p in net.named_parameters() if "weight" in name]
+    found, expected = autograd.grad(scaler.scale(value), weights), autograd.grad(exact, weights)
+    for ours_of, theirs in zip(found, expected, strict=True):
+        assert (ours_of / 512 - theirs).norm() < 0.02 * theirs.norm()
+
+
 def test_what_a_penalty_refuses(seed):
     net, (real, fake) = critic(seed), images(seed)
     with pytest.raises(RuntimeError, match="the inputs do not require grad"):
