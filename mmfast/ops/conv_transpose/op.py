@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import is_plain
-from ..library import below_autograd, define, needs_gradient
+from ..library import below_autograd, define, needs_gradient, nodes_of, will_run
 from . import equations
 from .backends import OP, empty_output, keeps_result, moments_dtype, moments_shape, results_of
 from .equations import Epilogue, Geometry
@@ -71,6 +71,10 @@ class ConvTranspose(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dy: Tensor | None = None, *_: Any):
         mask = list(ctx.needs_input_grad[4:9])
+        if ctx.direct and torch.is_grad_enabled():
+            # a gradient penalty asks for x's alone
+            given = ctx.saved_tensors[: 7 if ctx.epilogue.norm == "given" else 5]
+            mask = [could and will_run(node) for could, node in zip(mask, nodes_of(ctx, given), strict=False)]
         gradients: list[Tensor | None] = [None] * 5
         if dout is None:
             pass
