@@ -361,6 +361,9 @@ def test_gradcheck(seed, served, dtype, mode):
     def total(*logits: Tensor) -> Tensor:
         return loss(Terms(terms), True, Inputs(logits), served.name)[0]
 
+    # a gradient to be differentiated is the one that is not
+    once, again = (torch.autograd.grad(total(*logits), logits, create_graph=create) for create in (False, True))
+    torch.testing.assert_close([g.detach() for g in again], list(once))
     assert torch.autograd.gradcheck(total, logits, fast_mode=False)
     assert torch.autograd.gradgradcheck(total, logits, fast_mode=False)
 

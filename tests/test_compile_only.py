@@ -85,52 +85,55 @@ def _readable(name: str) -> str:
 # ---- Triton
 
 TRITON = {
+    "adversarial.measure": adversarial.measure_kernel,
     "adversarial.forward": adversarial.forward_kernel,
     "adversarial.backward": adversarial.backward_kernel,
     "adversarial.finish": adversarial.finish_kernel,
 }
-# lists of four tensors
-K = 4
-TYPES = {
-    **dict.fromkeys(("sums", "slope_sums", "values", "out_slopes", "slopes", "centres"), "*fp32"),
-    "running_total": "*fp64",
-    **dict.fromkeys(("sizes", "per_weights"), ("i32",) * K),
-    **dict.fromkeys(("signs", "shifts", "tilts", "scales", "slope_scales", "factors", "counts"), ("fp32",) * K),
-    "weights": ("*fp32",) * K,
-}
-LISTED = ("logits", "others", "dlogits", "dothers")
 PLAIN = {
-    "PHIS": (0, 1, 2, 3),
-    "PEERS": (0, 1, 2, 3),
-    "NEEDED": (1,) * K,
-    **dict.fromkeys(("OTHERS", "WEIGHTS", "CENTRES", "SLOPES"), False),
-    "FIRST": True,
-    "VALUES": True,
-    "K": K,
+    "PHIS": (0,),
+    **dict.fromkeys(("OTHERS", "WEIGHTS", "CENTRES", "SLOPES", "MEASURED"), False),
+    **dict.fromkeys(("FIRST", "VALUES", "ALIGNED"), True),
+    "SPAN": 0,
     "BLOCK": adversarial.BLOCK,
 }
+# by value are lists of four tensors, by table of up to 512
 FORMS = {
     "plain": PLAIN,
-    "pairs": {**PLAIN, "PHIS": (4, 5, 6, 8), "NEEDED": (3,) * K, "OTHERS": True},
-    "averages": {**PLAIN, "PHIS": (0, 1, 2, 7), "PEERS": (1, 0, 3, 2), "CENTRES": True, "SLOPES": True},
+    "table": {**PLAIN, "SPAN": 512},
+    "pairs": {**PLAIN, "PHIS": (4,), "OTHERS": True},
+    "mixed": {**PLAIN, "PHIS": (0, 1, 2, 7), "WEIGHTS": True},
+    "averages": {**PLAIN, "CENTRES": True, "SLOPES": True, "MEASURED": True, "SPAN": 512},
+    "averages-by-value": {**PLAIN, "PHIS": (1,), "CENTRES": True, "SLOPES": True, "MEASURED": True},
 }
 
 
 def _source(name: str, dtype: str, form: str) -> ASTSource:
-    """The kernel with pointers aligned to 16 bytes, as the just-in-time compiler finds those of torch's allocator."""
+    """The kernel as the just-in-time compiler makes it for tensors of torch's allocator."""
     kernel = TRITON[name]
+    count = 1 if FORMS[form]["SPAN"] else 4
+    types = {
+        **dict.fromkeys(("raw_sums", "sums", "slope_sums", "values", "slopes", "centres"), "*fp32"),
+        "running_total": "*fp64",
+        "counter": "*i32",
+        "table": "*i64",
+        "real_table": "*fp64",
+        "count": "i32",
+        "pointers": tuple((f"*{kind}",) * count for kind in (dtype, dtype, "fp32", dtype, dtype)),
+        "integers": (("i32",) * count,) * len(adversarial.INTEGERS),
+        "reals": (("fp32",) * count,) * len(adversarial.REALS),
+    }
     signature, constants, aligned = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in FORMS[form]:
             signature[argument] = "constexpr"
             constants[argument] = FORMS[form][argument]
             continue
-        kind = TYPES.get(argument, (f"*{dtype}",) * K if argument in LISTED else f"*{dtype}")
-        signature[argument] = kind
-        if isinstance(kind, str):
+        signature[argument] = types.get(argument, f"*{dtype}")
+        if str(signature[argument]).startswith("*"):
             aligned[(i,)] = [["tt.divisibility", 16]]
-        elif kind[0].startswith("*"):
-            aligned.update({(i, k): [["tt.divisibility", 16]] for k in range(K)})
+        elif argument == "pointers":
+            aligned.update({(i, j, k): [["tt.divisibility", 16]] for j in range(5) for k in range(count)})
     return ASTSource(kernel, signature, constants, aligned)
 
 
@@ -146,7 +149,9 @@ def compiled(tmp_path: pathlib.Path, source: ASTSource, capability: int, label: 
 
 CASES = [(name, dtype, 90, "plain") for name in TRITON for dtype in ("fp32", "fp16", "bf16")]
 CASES += [(name, "bf16", capability, "plain") for name in TRITON for capability in (80, 100)]
-CASES += [(name, "bf16", 90, form) for name in list(TRITON)[:2] for form in ("pairs", "averages")]
+CASES += [(name, "bf16", 90, form) for name in list(TRITON)[1:3] for form in ("pairs", "mixed", "averages-by-value")]
+CASES += [(name, "fp32", 90, "table") for name in TRITON]
+CASES += [("adversarial.forward", "bf16", capability, "averages") for capability in (80, 90, 100)]
 
 
 @pytest.mark.parametrize(

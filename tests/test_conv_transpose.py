@@ -242,6 +242,10 @@ def test_slopes_are_as_precise_as_their_dtype(seed, activation):
     u = torch.randn(100, dtype=torch.float64).requires_grad_()
     (expected,) = torch.autograd.grad(equations.activate(u, activation, 0.2).sum(), u)
     torch.testing.assert_close(equations.activation_slope(u, activation, 0.2), expected, rtol=1e-12, atol=1e-12)
+    of_value = equations.slope_of_value(equations.activate(u, activation, 0.2), activation, 0.2)
+    assert (of_value is None) == (activation in ("none", "silu", "gelu"))
+    if of_value is not None:
+        torch.testing.assert_close(of_value, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

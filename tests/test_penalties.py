@@ -8,6 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mmfast
 from mmfast import functional as F
 from mmfast import nn
+from mmfast.ops.adversarial.equations import MODES
+from mmfast.ops.conv_transpose import op as conv_transpose
+from mmfast.ops.rnn import op as rnn
 
 
 def critic(seed: int, dtype=torch.float64) -> torch.nn.Module:
@@ -63,7 +66,7 @@ def ours(name: str, net, real: Tensor, fake: Tensor, seed: int, **options) -> Te
         x = (fake if name == "r2" else real).detach().requires_grad_()
         function = {"r1": F.r1_penalty, "r2": F.r2_penalty}.get(name, F.zero_centered_penalty)
         return function(net(x), x, 3 if name == "zero-centred" else 6, **options)
-    options["generator"] = torch.Generator().manual_seed(seed)
+    options["generator"] = None if seed is None else torch.Generator().manual_seed(seed)
     if name == "dragan":
         return F.dragan_penalty(net, real, 3, **options)
     if name == "max":
@@ -137,24 +140,60 @@ def test_logits_of_several_scales_and_several_inputs(seed):
     torch.testing.assert_close(value, torch.cat(gradients, 1).square().sum(1).mean())
 
 
-@pytest.mark.parametrize("layer", ["GRU", "LSTM", "ConvTranspose2d"])
-def test_penalties_go_through_our_layers(layer, seed):
-    torch.manual_seed(seed)
-    real, fake = images(seed)
+class Recurrent(torch.nn.Module):
+    """A critic of sequences."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer, self.head = layer, torch.nn.Linear(7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x.flatten(2))[0][:, -1])
+
+
+def critic_of(layer: str, modules) -> torch.nn.Module:
+    made = getattr(modules, layer)
     if layer == "ConvTranspose2d":
-        net = nn.Sequential(nn.ConvTranspose2d(3, 4, 4, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(1024, 1)).double()
-        twin = net
+        layers = made(3, 4, 4, 2, 1), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(1024, 1)
+        return torch.nn.Sequential(*layers).double()
+    return Recurrent(made(64, 7, batch_first=True)).double()
+
+
+@pytest.mark.parametrize("layer", ["RNN", "GRU", "LSTM", "ConvTranspose2d"])
+def test_penalties_go_through_our_layers(layer, seed):
+    """With the values and the weights' gradients of PyTorch's."""
+    torch.manual_seed(seed)
+    net, twin = critic_of(layer, nn), critic_of(layer, torch.nn)
+    twin.load_state_dict(net.state_dict())
+    real, fake = images(seed)
+    for name in ("r1", "wgan", "dragan"):
+        with mmfast.use_backend("cpu"):
+            value = ours(name, net, real, fake, seed)
+            found = autograd.grad(value, net.parameters(), allow_unused=True, materialize_grads=True)
+        expected = published(name, twin, real, fake, seed)
+        torch.testing.assert_close(value, expected)
+        by_torch = autograd.grad(expected, twin.parameters(), allow_unused=True, materialize_grads=True)
+        torch.testing.assert_close(found, by_torch)
+
+
+@pytest.mark.parametrize("layer", ["GRU", "ConvTranspose2d"])
+def test_the_inner_pass_computes_no_weight_gradient_of_our_layers(layer, seed, monkeypatch):
+    asked = []
+    if layer == "GRU":
+        needed = rnn._needed
+        # a layer of this size would not ask
+        monkeypatch.setattr(rnn, "ASKED", 0)
+        monkeypatch.setattr(rnn, "_needed", lambda *arguments: asked.append(needed(*arguments)) or asked[-1])
     else:
-        real, fake = real.flatten(2), fake.flatten(2)
-        rnn, head = getattr(nn, layer)(64, 7, batch_first=True).double(), nn.Linear(7, 1).double()
-        stock = getattr(torch.nn, layer)(64, 7, batch_first=True).double()
-        stock.load_state_dict(rnn.state_dict())
-        net, twin = (lambda x, r=r: head(r(x)[0][:, -1]) for r in (rnn, stock))
-    x = real.requires_grad_()
-    torch.testing.assert_close(F.r1_penalty(net(x), x), 5 * (input_gradient(twin, x) ** 2).sum(1).mean())
-    real = real.detach()
-    value = F.wgan_penalty(net, real, fake, generator=torch.Generator().manual_seed(seed))
-    assert value.requires_grad and value.isfinite()
+        backward = conv_transpose.backward_op
+        monkeypatch.setattr(conv_transpose, "backward_op", lambda *args: asked.append(args[-2]) or backward(*args))
+    net, (real, fake) = critic_of(layer, nn), images(seed)
+    with mmfast.use_backend("cpu"):
+        value = ours("wgan", net, real, fake, seed)
+        assert len(asked) == 1
+        assert [bool(wanted) for wanted in asked[0]] == [True] + [False] * (len(asked[0]) - 1)
+        value.backward()
+    assert all(p.grad is not None for name, p in net.named_parameters() if "weight" in name)
 
 
 def test_a_gradient_scaler_keeps_float16_from_underflowing(seed):
@@ -179,6 +218,20 @@ def test_a_gradient_scaler_keeps_float16_from_underflowing(seed):
     torch.testing.assert_close(gradient, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("layer", ["RNN", "GRU", "ConvTranspose2d"])
+def test_a_gradient_scaler_with_our_layers(layer, seed):
+    net, (real, fake) = critic_of(layer, nn).float(), images(seed, torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    exact = ours("wgan", net, real, fake, seed)
+    with torch.autocast("cpu", torch.float16):
+        value = ours("wgan", net, real, fake, seed, scaler=scaler)
+    torch.testing.assert_close(value, exact, rtol=0.01, atol=0)
+    weights = [p for name, p in net.named_parameters() if "weight" in name]
+    found, expected = autograd.grad(scaler.scale(value), weights), autograd.grad(exact, weights)
+    for ours_of, theirs in zip(found, expected, strict=True):
+        assert (ours_of / 512 - theirs).norm() < 0.02 * theirs.norm()
+
+
 def test_what_a_penalty_refuses(seed):
     net, (real, fake) = critic(seed), images(seed)
     with pytest.raises(RuntimeError, match="the inputs do not require grad"):
@@ -187,8 +240,42 @@ def test_what_a_penalty_refuses(seed):
         F.wgan_penalty(net, real, fake, norm="frobenius")
     with pytest.raises(ValueError, match=r"real has shape \(5, 3, 8, 8\) and fake \(4, 3, 8, 8\)"):
         F.max_gradient_penalty(net, real, fake[:4])
+    with pytest.raises(ValueError, match="logits is an empty list"):
+        F.r1_penalty([], real.requires_grad_())
     with pytest.raises(TypeError, match="logits holds a str"):
         F.r1_penalty(["logit"], real.requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["wgan", "max"])
+def test_samples_of_two_dtypes(name, seed):
+    """Under autocast the generator's samples have another dtype than the real ones."""
+    net, (real, fake) = critic(seed, torch.float32), images(seed, torch.float32)
+    fake = fake.bfloat16()
+    torch.testing.assert_close(ours(name, net, real, fake, seed), published(name, net, real, fake, seed))
+    bytes_of = [x.clamp(0, 1).mul(255).byte() for x in (real, fake)]
+    expected = ours(name, net, *(x.float() for x in bytes_of), seed)
+    torch.testing.assert_close(ours(name, net, *bytes_of, seed), expected)
+
+
+def test_nothing_is_read_on_the_host():
+    """Tensors of the meta device have no values: an .item() of one raises."""
+    with torch.device("meta"):
+        net, weight = torch.nn.Linear(4, 1), torch.nn.Linear(4, 4).weight
+        lecam, balancer = nn.LeCam(discriminators=2), nn.LossBalancer({"a": 1.0, "b": 2.0})
+        real, fake = ([torch.ones(3, 4, requires_grad=True) for _ in range(2)] for _ in range(2))
+    with pytest.raises(RuntimeError, match="meta"):
+        real[0].sum().item()
+    losses = [lecam(real, fake), F.feature_matching([real], [fake], relative=True, across="mean")]
+    for mode in MODES:
+        losses.append(F.adversarial_discriminator_loss(real, fake, mode, return_values=True)[0])
+        losses.append(F.adversarial_generator_loss(fake, real, mode))
+    losses += [ours(name, net, real[0], fake[0], None) for name in PENALTIES]
+    for loss in losses:
+        loss.backward()
+    out = real[0] @ weight
+    adversarial = out.sum() * F.adaptive_weight(out.mean(), out.sum(), weight)
+    balancer.backward({"a": out.mean(), "b": adversarial}, out)
+    assert weight.grad.shape == (4, 4)
 
 
 def test_adaptive_weight_is_vqgan_s(seed):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import functional as F
 from ..dispatch import Op
 from ..ops.adversarial.backends import OP, Case
-from ..ops.adversarial.losses import Logits, Smoothing, batch_means, mode_of, smoothed
+from ..ops.adversarial.losses import Logits, Smoothing, batch_means, discriminator_recipe
 from .layer import Layer
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -20,7 +20,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "hifigan": {"mode": "lsgan"},
     "dac": {"mode": "lsgan"},
     "audiocraft": {"mode": "hinge", "across": "mean"},
-    "encodec": {"mode": "hinge", "across": "mean"},
+    "encodec": {"mode": "hinge2", "across": "mean"},
     "vqgan": {"mode": "hinge", "scale": 0.5, "generator_scale": 1.0},
     "monai": {"mode": "leaky-lsgan", "across": "mean"},
     "stylegan2": {"mode": "non-saturating"},
@@ -66,7 +66,7 @@ class AdversarialLoss(Layer, torch.nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        smoothed(mode, mode_of(mode), smoothing)  # for its errors
+        discriminator_recipe(1, mode, scale, smoothing, reduction, across)  # for its errors
         self.mode = mode
         self.scale = scale
         self.generator_scale = scale if generator_scale is None else generator_scale
@@ -91,21 +91,22 @@ class AdversarialLoss(Layer, torch.nn.Module):
         "hifigan" (Kong et al., arXiv:2010.05646): least squares, summed over all discriminators; feature matching by
             `FeatureMatchingLoss.preset("hifigan")`; `mel * 45`.
         "dac" (Kumar et al., arXiv:2306.06546): the same; `FeatureMatchingLoss.preset("dac")`, doubled in its settings.
-        "audiocraft" (its settings for EnCodec): hinge, the mean over the discriminators of one adversary;
-            `FeatureMatchingLoss.preset("audiocraft")`; all balanced by `LossBalancer`.
-        "encodec" (Défossez et al., arXiv:2210.13438, equations 1 and 3): the same hinge, with generator -mean, and
-            the paper's relative `FeatureMatchingLoss.preset("encodec")`.
+        "audiocraft" (Copet et al., arXiv:2306.05284; its settings for EnCodec): hinge, with generator -mean, the mean
+            over the discriminators of one adversary; `FeatureMatchingLoss.preset("audiocraft")`; all balanced by
+            `LossBalancer`.
+        "encodec" (Défossez et al., arXiv:2210.13438, section 3.4): the same for the discriminator; the paper's
+            generator is relu(1 - x), its feature matching the relative `FeatureMatchingLoss.preset("encodec")`.
         "vqgan" (Esser et al., arXiv:2012.09841): hinge, the discriminator's loss is halved; the generator's is weighted
             by `mmfast.functional.adaptive_weight`.
-        "monai" (MONAI's PatchAdversarialLoss with its defaults): least squares after LeakyReLU(0.05), the mean over the
-            discriminators; the sum of its two calls, for real and fake.
+        "monai" (PatchAdversarialLoss with its defaults; Pinaya et al., arXiv:2307.15208): least squares after
+            LeakyReLU(0.05), the mean over the discriminators; the sum of its two calls, for real and fake.
         "stylegan2" (Karras et al., arXiv:1912.04958): `mmfast.functional.r1_penalty(..., every=16)`.
         "r3gan" (Huang et al., arXiv:2501.05441): relativistic pairs; `r1_penalty` and `r2_penalty` in each step; the
             generator's step needs the real logits: `criterion.generator(fake_logits, real_logits)`.
         "biggan", "studiogan" (Brock et al., arXiv:1809.11096; StudioGAN's settings for it): hinge.
-        "mimicry" (torch-mimicry's ns losses): its generator takes log(sigmoid + 1e-8), which differs below -15, where
-            its gradient vanishes; this one is exact.
-        "torchgan" (its minimax losses, nonsaturating): label smoothing by `smoothing=`.
+        "mimicry" (torch-mimicry's ns losses; Lee and Town, arXiv:2005.02494): its generator takes log(sigmoid + 1e-8),
+            which differs below -15, where its gradient vanishes; this one is exact.
+        "torchgan" (its minimax losses, nonsaturating; Pal and Das, arXiv:1909.03410): label smoothing by `smoothing=`.
         """
         return cls(**_preset("AdversarialLoss", _PRESETS, name, options))
 

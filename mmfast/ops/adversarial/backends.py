@@ -189,20 +189,7 @@ def _alike(x: Tensor, other: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return x.contiguous(), other.contiguous()
 
 
-class Kernels(GpuBackend):
-    """What the kernels for a GPU share: they are given the means of the logits that terms compare with."""
-
-    def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
-        raise NotImplementedError
-
-    def with_centres(self, inputs: Inputs) -> Inputs:
-        if not inputs.peers or inputs.centres is not None:
-            return inputs
-        terms = Terms([Term(equations.IDENTITY, 1, 0)] * len(inputs.logits))
-        return inputs._replace(centres=self.forward(terms, True, Inputs(inputs.logits), True)[1])
-
-
-class Cuda(Kernels):
+class Cuda(GpuBackend):
     """csrc/cuda/adversarial.cu, on a CUDA device; on CPU tensors in the emulator."""
 
     name = "cuda"
@@ -228,7 +215,7 @@ class Cuda(Kernels):
         return [g for g in gradients if g is not None]
 
 
-class Triton(Kernels):
+class Triton(GpuBackend):
     """triton_kernels.py, on a CUDA device; on CPU tensors in Triton's interpreter."""
 
     name = "triton"
@@ -241,13 +228,15 @@ class Triton(Kernels):
         return refusals + unreduced(case)
 
     def forward(self, terms: Terms, mean: bool, inputs: Inputs, values_wanted: bool) -> Outputs:
-        inputs = self.with_centres(dense(inputs))
+        inputs, kernels = dense(inputs), portable.kernels(__package__)[0]
+        if inputs.peers and inputs.centres is None and kernels.is_grouped(len(terms), inputs.logits[0]):
+            means = self.forward(
+                Terms([Term(equations.IDENTITY, 1, 0)] * len(terms)), True, Inputs(inputs.logits), True
+            )
+            inputs = inputs._replace(centres=means[1])
         outputs = empty_outputs(inputs, values_wanted)
         with portable.on_device(outputs[0]):
-            total, values, state = outputs
-            portable.kernels(__package__)[0].forward(
-                terms, mean, inputs, total, values, None if state is None else state[0]
-            )
+            kernels.forward(terms, mean, inputs, *outputs)
         return outputs
 
     def backward(

@@ -52,7 +52,7 @@ def adversarial_discriminator_loss(
     across: over the discriminators: "sum" or "mean".
     real_weight, fake_weight: (B,) each, a weight for each sample, the first dimension of all logits, or None; with
         reduction "mean" the sum is still divided by the number of elements. Weights get no gradient. Relativistic
-        pairs have the real sample's weight.
+        pairs have one weight, `real_weight`.
     return_values: also return the detached value of each part of the loss, on the device: (K, 2) for real and fake of K
         discriminators, (K,) for relativistic pairs; they add up to the loss.
     process_group: over whose ranks the means of a relativistic average are averaged (torch.distributed); None: each
@@ -62,11 +62,12 @@ def adversarial_discriminator_loss(
         (loss, values).
     Differentiable to any order in eager.
     Raises ValueError for an unknown mode, reduction or backend, an empty list, lists of different lengths or pairs of
-        different shapes; RuntimeError for logits that are not floating point or not on one device.
+        different shapes; RuntimeError for logits that are not floating point or not on one device; TypeError for a
+        scale or smoothing that is a tensor.
     """
     plain = real_weight is None and fake_weight is None and not return_values and process_group is None
     if plain and are_direct(real_logits, fake_logits):
-        recipe = _remembered(_discriminator_recipe, 1, mode, scale, smoothing, reduction, across)
+        recipe = _remembered(discriminator_recipe, 1, mode, scale, smoothing, reduction, across)
         few = _few(recipe, real_logits, backend)
         if few and (recipe.pairing != "pairs" or real_logits.shape == fake_logits.shape):
             return loss_of_few(few, real_logits, fake_logits)
@@ -75,7 +76,7 @@ def adversarial_discriminator_loss(
         raise ValueError(
             f"real_logits has {len(real)} tensors and fake_logits {len(fake)}; expected one of each per discriminator"
         )
-    recipe = _remembered(_discriminator_recipe, len(real), mode, scale, smoothing, reduction, across)
+    recipe = _remembered(discriminator_recipe, len(real), mode, scale, smoothing, reduction, across)
     # real and fake of one discriminator side by side, so that terms are added in the order a user would add them
     logits = [x for pair in zip(real, fake, strict=True) for x in pair]
     weights = real_weight, fake_weight
@@ -257,6 +258,8 @@ def feature_matching(
     if relative and distance != "l1":
         raise ValueError("relative distances are of distance='l1'; got distance='l2'")
     shares = _shares(fake_maps, across)
+    if across == "mean" and _shares(real_maps, across) != shares:
+        raise ValueError("real_maps and fake_maps are nested differently; expected one nesting for across='mean'")
     if weights is not None:
         if len(weights) != len(fake):
             raise ValueError(f"weights has {len(weights)} numbers for {len(fake)} maps; expected one for each")
@@ -287,7 +290,10 @@ def _remembered(make: Callable[..., Recipe], *options: Any) -> Recipe:
     if torch.compiler.is_compiling():
         return make(*options)
     key = (make, *options)
-    recipe = _recipes.get(key)
+    try:
+        recipe = _recipes.get(key)
+    except TypeError:  # of a list, as smoothing may be, there is no hash
+        return make(*options)
     if recipe is None:
         if len(_recipes) > 1000:  # a scale that changes from step to step fills no memory
             _recipes.clear()
@@ -295,15 +301,13 @@ def _remembered(make: Callable[..., Recipe], *options: Any) -> Recipe:
     return recipe
 
 
-def _discriminator_recipe(
+def discriminator_recipe(
     count: int, mode: str, scale: float, smoothing: Smoothing, reduction: str, across: str
 ) -> Recipe:
     chosen = mode_of(mode)
+    terms = _smoothed_terms(mode, chosen, smoothing)
     if chosen.pairing == "pairs":
-        if smoothing:
-            raise _cannot_smooth(mode)
-        return _recipe([chosen.real], count, scale, reduction, across, "pairs")
-    terms = smoothed(mode, chosen, smoothing)
+        terms = terms[:1]
     return _recipe(terms, count, scale, reduction, across, chosen.pairing)
 
 
@@ -319,7 +323,7 @@ def _matching_recipe(
     chosen = mode_of(mode)
     if chosen.pairing:
         raise ValueError(f"mode {mode!r} compares real with fake; expected a mode that is not relativistic")
-    real, fake = smoothed(mode, chosen, smoothing)
+    real, fake = _smoothed_terms(mode, chosen, smoothing)
     terms = [
         _scaled(real, 1 / 2),
         _scaled(fake, 1 / 3),
@@ -343,11 +347,13 @@ def _lecam_recipe(count: int, _: str, scale: float, __: float, reduction: str, a
 
 
 def _feature_recipe(shares: tuple[float, ...], distance: str, scale: float) -> Recipe:
+    _check_number("scale", scale)
     phi = equations.ABS if distance == "l1" else SQUARE
     return Recipe(Terms(Term(phi, 1, 0, share * scale) for share in shares))
 
 
 def _recipe(terms: Sequence[Term], count: int, scale: float, reduction: str, across: str, pairing: str) -> Recipe:
+    _check_number("scale", scale)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; accepted: 'mean', 'sum', 'none'")
     if across not in ("sum", "mean"):
@@ -359,6 +365,12 @@ def _recipe(terms: Sequence[Term], count: int, scale: float, reduction: str, acr
     return Recipe(scaled, mean, reduction != "none", pairing, len(terms), few)
 
 
+def _check_number(name: str, option: Any) -> None:
+    """TypeError for a tensor: it would get no gradient, and a change of it in place would not be seen."""
+    if isinstance(option, Tensor):
+        raise TypeError(f"{name} is a tensor; expected a number (a tensor may multiply the loss)")
+
+
 def mode_of(mode: str) -> Mode:
     """The mode of this name; ValueError for an unknown one."""
     if mode not in MODES:
@@ -366,9 +378,11 @@ def mode_of(mode: str) -> Mode:
     return MODES[mode]
 
 
-def smoothed(name: str, mode: Mode, smoothing: Smoothing) -> list[Term]:
+def _smoothed_terms(name: str, mode: Mode, smoothing: Smoothing) -> list[Term]:
     """The discriminator's terms with smoothed labels; ValueError where the mode has none."""
-    real, fake = smoothing if isinstance(smoothing, tuple) else (smoothing, 0.0)
+    real, fake = smoothing if isinstance(smoothing, (tuple, list)) else (smoothing, 0.0)
+    _check_number("smoothing", real)
+    _check_number("smoothing", fake)
     if not real and not fake:
         return [mode.real, mode.fake]
     if mode.pairing:
@@ -380,7 +394,7 @@ def _smoothed(name: str, term: Term, below: float) -> Term:
     """The term with its target lowered by `below`."""
     if term.phi == SOFTPLUS:
         # cross entropy with the target t: t * softplus(-x) + (1 - t) * softplus(x)
-        return term._replace(phi=TILTED, tilt=-abs(below)) if below else term
+        return term._replace(phi=TILTED, tilt=term.sign * below) if below else term
     if term.phi in (SQUARE, LEAKY_SQUARE):
         return term._replace(shift=term.shift + below)
     raise _cannot_smooth(name)
@@ -467,6 +481,8 @@ def _adversarial(
 ) -> Any:
     logits = _alike(logits)
     if recipe.pairing == "pairs":
+        if weights[1] is not None:
+            raise ValueError("a pair of logits has one weight, its real sample's; expected real_weight alone")
         others, logits = logits[1::2], logits[::2]
         _check_pairs(logits, others, "tensor of logits")
         inputs = Inputs(logits, others, _element_weights(logits, weights[:1]))
@@ -475,6 +491,10 @@ def _adversarial(
         inputs = Inputs(logits, (), _element_weights(logits, weights), None, peers)
     else:
         if centres is not None:
+            if centres.device != logits[0].device:
+                raise RuntimeError(
+                    f"the means are on {centres.device} and the logits on {logits[0].device}; expected one device"
+                )
             centres = centres.to(equations.values_dtype(logits[0].dtype))
         inputs = Inputs(logits, (), _element_weights(logits, weights), centres)
     return _evaluate(recipe, inputs, return_values, group, backend)
@@ -538,6 +558,8 @@ def _case(device: torch.device, dtype: torch.dtype, reduced: bool) -> Case:
 def _evaluate(recipe: Recipe, inputs: Inputs, return_values: bool, group: Any, backend: str | None) -> Any:
     chosen = _select(inputs.logits[0], recipe.reduced, backend)
     if not recipe.reduced:
+        if group is not None and recipe.pairing == "means":
+            raise ValueError("process_group is served for the reductions 'mean' and 'sum'; got reduction='none'")
         losses = equations.elements(recipe.terms, inputs)
         return (losses, _values([loss.sum() for loss in losses], recipe)) if return_values else losses
     if group is not None and not is_eager((*inputs.logits, *inputs.others)):

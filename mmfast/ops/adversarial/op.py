@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...dispatch import is_plain
+from ...dispatch import is_plain, needs_formula
 from ..library import below_autograd, define
 from . import equations
 from .backends import OP, Outputs, empty_outputs
@@ -84,6 +84,8 @@ class _Call:
 def means_of(terms: Terms, tensors: Sequence[Tensor], backend: str) -> Tensor:
     """(K,): the value of each of K terms, the mean over its tensor; tensors that require no grad."""
     inputs = Inputs(tensors)
+    if needs_formula(tensors):
+        return torch.stack(equations.values(terms, True, inputs)).to(equations.values_dtype(tensors[0].dtype))
     if not is_plain(tensors):
         return forward_op(*_arguments(inputs), *columns_of(terms), True, backend)[1]
     return OP.backends[backend].forward(terms, True, inputs, True)[1]
@@ -236,6 +238,8 @@ _apply, _apply_few = _direct(AdversarialLoss), _direct(LossOfFew)
 
 def _second_order(ctx: Any, dtotal: Tensor) -> Sequence[Tensor | None]:
     call, needed = ctx.call, ctx.needs_input_grad[1:]
+    if call.group is not None and call.peers:
+        raise RuntimeError("a loss whose means are averaged over a process_group is differentiable once")
     inputs, state = _saved(ctx.saved_tensors, call)
     rest = (*columns_of(call.terms), call.mean, call.backend.name)
     return _placed(backward_op(dtotal, state, list(needed), *_arguments(inputs), *rest), needed)

@@ -15,10 +15,13 @@ Lazy regularisation (Karras et al., arXiv:1912.04958, section 3): add the penalt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...dispatch import autocasts
 
 Logits = Any  # a tensor, or a list, nested to any depth, of tensors
 Inputs = Tensor | Sequence[Tensor]
@@ -44,7 +47,8 @@ def zero_centered_penalty(
         in float32, so that it does not underflow. The penalty itself is not scaled; scale it with the rest of the loss.
     Returns the penalty, a tensor without dimensions in float32 (float64 for float64 inputs).
     Differentiable to any order in eager.
-    Raises RuntimeError for inputs that do not require grad or that the logits do not depend on.
+    Raises RuntimeError for inputs that do not require grad or that the logits do not depend on, ValueError for an empty
+        list.
     Source: Mescheder et al., arXiv:1801.04406; Roth et al., arXiv:1705.09367.
     """
     squares, batch = _squares(_input_gradients(logits, inputs, scaler))
@@ -101,7 +105,7 @@ def wgan_penalty(
     `critic(x).sum()` at `x = a * real + (1 - a) * fake`, a uniform in [0, 1), one for each sample.
 
     critic: from samples (B, ...) to logits, as `zero_centered_penalty` takes them.
-    real, fake: (B, ...), of one shape; both are detached.
+    real, fake: (B, ...), of one shape; both are detached. x has the wider of their dtypes.
     norm: "sample", or "batch": one norm of the gradients of the whole batch, as torchgan takes it.
     generator: draws a; None: torch's own.
     All else: `zero_centered_penalty`. ValueError for another norm or for shapes that differ.
@@ -171,6 +175,10 @@ def _input_gradients(logits: Logits, inputs: Inputs, scaler: torch.amp.GradScale
     """The gradient of the sum of all logits with respect to each input, in float32 or float64."""
     outputs = list(tensors_of("logits", logits))
     sources = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    if not outputs or not sources:
+        raise ValueError(
+            f"{'inputs' if outputs else 'logits'} is an empty list; expected a tensor or a list of tensors"
+        )
     if not all(x.requires_grad for x in sources):
         raise RuntimeError("the inputs do not require grad; call requires_grad_() on them before the discriminator")
     scale = None
@@ -178,15 +186,20 @@ def _input_gradients(logits: Logits, inputs: Inputs, scaler: torch.amp.GradScale
         scale = scaler.scale(torch.ones((), device=outputs[0].device)).clamp(max=_LARGEST_SCALE)
     ones = [torch.ones_like(y) if scale is None else scale.to(y.dtype).expand_as(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, sources, ones, create_graph=True)
-    with torch.autocast(sources[0].device.type, enabled=False):
+    with _no_autocast(sources[0].device):
         gradients = tuple(g.float() if g.dtype.itemsize == 2 else g for g in gradients)
         return list(gradients if scale is None else (g / scale for g in gradients))
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """torch.autocast refuses devices that know none, such as meta."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
 
 
 def _squares(gradients: list[Tensor]) -> tuple[Tensor, int]:
     """The squared norm of each sample's gradient (B,), and B."""
     batch = len(gradients[0])
-    with torch.autocast(gradients[0].device.type, enabled=False):
+    with _no_autocast(gradients[0].device):
         parts = [g.square().sum(tuple(range(1, g.ndim))) if g.ndim > 1 else g.square() for g in gradients]
         total = parts[0]
         for part in parts[1:]:
@@ -196,7 +209,7 @@ def _squares(gradients: list[Tensor]) -> tuple[Tensor, int]:
 
 def _norms(critic: Critic, x: Tensor, scaler: torch.amp.GradScaler | None, whole_batch: bool) -> Tensor:
     (gradient,) = _input_gradients(critic(x), x, scaler)
-    with torch.autocast(gradient.device.type, enabled=False):
+    with _no_autocast(gradient.device):
         # torch's own choice of a subgradient: 0 where the norm is 0
         return torch.linalg.vector_norm(
             gradient if whole_batch else gradient.flatten(1), dim=None if whole_batch else 1
@@ -206,7 +219,11 @@ def _norms(critic: Critic, x: Tensor, scaler: torch.amp.GradScaler | None, whole
 def _between(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> Tensor:
     if real.shape != fake.shape:
         raise ValueError(f"real has shape {tuple(real.shape)} and fake {tuple(fake.shape)}; expected one shape")
-    real, fake = real.detach(), fake.detach()
+    # as in a * real + (1 - a) * fake, with generated samples in autocast's dtype, or images of integers
+    dtype = torch.promote_types(real.dtype, fake.dtype)
+    if not dtype.is_floating_point:
+        dtype = torch.get_default_dtype()
+    real, fake = real.detach().to(dtype), fake.detach().to(dtype)
     a = _uniform(real, (len(real),) + (1,) * (real.ndim - 1), generator)
     return torch.lerp(fake, real, a).requires_grad_()
 

@@ -77,6 +77,13 @@ def keeps_result(epilogue: Epilogue) -> bool:
     return epilogue.normalizes or epilogue.activation in ("silu", "gelu")
 
 
+def results_of(saved: Tensor, epilogue: Epilogue) -> tuple[Tensor | None, Tensor | None]:
+    """(the convolution's own result, out): the one of them that the backward is given as `saved`, if any."""
+    if keeps_result(epilogue):
+        return saved, None
+    return None, None if epilogue.activation == "none" else saved
+
+
 def moments_shape(shape: Sequence[int], epilogue: Epilogue) -> Sequence[int]:
     """The shape of mean and var for an output of `shape`."""
     if not epilogue.measures:
@@ -137,7 +144,8 @@ class Torch(TorchBackend):
         mask: Sequence[bool],
     ) -> list[Tensor | None]:
         parameters = (bias, norm_weight, norm_bias, mean, var)
-        return equations.backward(dout, x, weight, *parameters, geometry, epilogue, mask)
+        results = results_of(saved, epilogue)
+        return equations.backward(dout, x, weight, *parameters, geometry, epilogue, mask, *results)
 
 
 def prefers_products(case: Case) -> str:

@@ -123,6 +123,18 @@ def activation_slope(u: Tensor, activation: str, negative_slope: float) -> Tenso
     return torch.ones_like(u)
 
 
+def slope_of_value(out: Tensor, activation: str, negative_slope: float) -> Tensor | None:
+    """activation'(u) of out = activation(u), itself differentiable; None where out does not tell it."""
+    if activation == "tanh":
+        return 1 - out.square()
+    if activation == "sigmoid":
+        return out * (1 - out)
+    # of a falling slope out does not tell on which side of 0 it was
+    if activation == "relu" or (activation == "leaky_relu" and negative_slope >= 0):
+        return activation_slope(out, activation, negative_slope)
+    return None
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -172,24 +184,33 @@ def backward(
     geometry: Geometry,
     epilogue: Epilogue,
     mask: Sequence[bool],
+    y: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> list[Tensor | None]:
     """dout times the gradients with respect to x, weight, bias, norm_weight, norm_bias, as a differentiable formula.
 
     mask: for each of the five whether it is asked for; None stands for those that are not. mean and var are read for
-    norm "given" only: elsewhere they are functions of x, weight and bias.
+    norm "given" only: elsewhere they are functions of x, weight and bias. y, out: `forward`'s, differentiable, where
+    they are known: each may spare the convolution.
     """
-    y = convolve(x, weight, bias, geometry)
     dnorm_weight = dnorm_bias = None
-    if not epilogue.normalizes:
-        dy = dout * activation_slope(y, epilogue.activation, epilogue.negative_slope)
+    activation = epilogue.activation, epilogue.negative_slope
+    if not epilogue.normalizes and epilogue.activation == "none":
+        dy = dout
+    elif not epilogue.normalizes:
+        slope = None if out is None else slope_of_value(out, *activation)
+        if slope is None:
+            slope = activation_slope(convolve(x, weight, bias, geometry) if y is None else y, *activation)
+        dy = dout * slope
     else:
+        y = convolve(x, weight, bias, geometry) if y is None else y
         wide = _wide(y)
         if epilogue.measures:
             mean, var = moments(wide, epilogue.norm)
         assert var is not None
         normalized = _normalized(wide, mean, var, epilogue.eps)
         u = _argument(normalized, norm_weight, norm_bias)
-        du = dout * activation_slope(u, epilogue.activation, epilogue.negative_slope)
+        du = dout * activation_slope(u, *activation)
         every = [0, *range(2, y.dim())]
         dnorm_weight, dnorm_bias = (du * normalized).sum(every), du.sum(every)
         dnormalized = du if norm_weight is None else du * _spread(norm_weight, du)
@@ -198,5 +219,5 @@ def backward(
             along = (dnormalized * normalized).mean(dims, keepdim=True)
             dnormalized = dnormalized - dnormalized.mean(dims, keepdim=True) - normalized * along
         dy = dnormalized * _spread((var + epilogue.eps).rsqrt(), y)
-    gradients = [*convolve_backward(dy.to(y.dtype), x, weight, geometry, mask[:3]), dnorm_weight, dnorm_bias]
+    gradients = [*convolve_backward(dy.to(x.dtype), x, weight, geometry, mask[:3]), dnorm_weight, dnorm_bias]
     return [gradient if asked else None for gradient, asked in zip(gradients, mask, strict=True)]

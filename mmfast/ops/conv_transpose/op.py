@@ -7,7 +7,8 @@
         str backend) -> Tensor[]: dx, dweight, dbias, dnorm_weight, dnorm_bias, empty where mask does not ask
 
 What the tensors are: backends.py. mean and var, given or computed, carry no gradient. Any order of differentiation in
-eager: where a gradient of the backward is needed, it is equations.backward.
+eager: where a gradient of the backward is needed, it is equations.backward, of y or out as the forward left them, so y
+is differentiable too.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ...dispatch import is_plain
-from ..library import below_autograd, define, needs_gradient
+from ..library import below_autograd, define, needs_gradient, nodes_of, will_run
 from . import equations
-from .backends import OP, empty_output, keeps_result, moments_dtype, moments_shape
+from .backends import OP, empty_output, keeps_result, moments_dtype, moments_shape, results_of
 from .equations import Epilogue, Geometry
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var"
@@ -62,24 +63,37 @@ class ConvTranspose(torch.autograd.Function):
         moments = (given_mean, given_var) if epilogue.norm == "given" else (mean, var)
         saved = saved if keeps_result(epilogue) or epilogue.activation == "none" else out
         ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias, *moments, saved)
-        ctx.mark_non_differentiable(outputs[1], mean, var)
+        # y is differentiable for the sake of second derivatives
+        ctx.mark_non_differentiable(*(() if keeps_result(epilogue) else outputs[1:2]), mean, var)
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, *_: Any):
-        unused = (None,) * 4
-        if dout is None:
-            return *unused, *(None,) * 7
+    def backward(ctx: Any, dout: Tensor | None, dy: Tensor | None = None, *_: Any):
         mask = list(ctx.needs_input_grad[4:9])
-        if ctx.direct and not torch.is_grad_enabled():
+        if ctx.direct and torch.is_grad_enabled():
+            # a gradient penalty asks for x's alone
+            given = ctx.saved_tensors[: 7 if ctx.epilogue.norm == "given" else 5]
+            mask = [could and will_run(node) for could, node in zip(mask, nodes_of(ctx, given), strict=False)]
+        gradients: list[Tensor | None] = [None] * 5
+        if dout is None:
+            pass
+        elif ctx.direct and not torch.is_grad_enabled():
             arguments = (*ctx.saved_tensors, ctx.geometry, ctx.epilogue, mask)
             gradients = OP.backends[ctx.backend].backward(dout, *arguments)
         else:
             arguments = (*ctx.saved_tensors, *_flat(ctx.geometry, ctx.epilogue), mask)
             gradients = backward_op(dout, *arguments, ctx.backend)
             gradients = [gradient if asked else None for gradient, asked in zip(gradients, mask, strict=True)]
-        return *unused, *gradients, None, None
+        if dy is not None:
+            x, weight, *_ = ctx.saved_tensors
+            of_y = equations.convolve_backward(dy, x, weight, ctx.geometry, mask[:3])
+            gradients = [*map(_sum, gradients[:3], of_y), *gradients[3:]]
+        return *(None,) * 4, *gradients, None, None
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
 
 
 def _flat(geometry: Geometry, epilogue: Epilogue) -> tuple:
@@ -125,8 +139,9 @@ def _backward_fake(*args):
 
 
 def _backward_differentiable(*args):
-    tensors, mask = args[:8], args[-2]
-    arguments = (*tensors, *_unflatten(args[9:-2]), mask)
+    tensors, saved, mask = args[:8], args[8], args[-2]
+    geometry, epilogue = _unflatten(args[9:-2])
+    arguments: Any = (*tensors, geometry, epilogue, mask, *results_of(saved, epilogue))
     gradients = equations.backward(*arguments)
     return [args[0].new_empty(0) if gradient is None else gradient for gradient in gradients]
 
