@@ -1,11 +1,9 @@
 """Every GPU kernel compiled without a GPU: registers, spills and shared memory in a table; what the machine code holds.
 
-Triton's kernels for compute capability 8.0, 9.0 and 10.0, the .cu files by nvcc for the same where it is found. A spill
+Triton's kernels for compute capability 8.0, 9.0 and 10.0; of the .cu files what the installed library holds. A spill
 fails; so do loads narrower than 16 bytes where a kernel is bound by memory. cuobjdump comes with Triton.
 """
 
-import concurrent.futures
-import functools
 import pathlib
 import re
 import shutil
@@ -18,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mmfast import native
 from mmfast.ops.adversarial import triton_kernels as adversarial
 from mmfast.ops.conv_transpose import triton_kernels as conv_transpose
 from mmfast.ops.conv_transpose.equations import Geometry
@@ -311,36 +310,21 @@ def check(found: Resources, registers: int = 128) -> None:
 
 # ---- CUDA C++
 
-requires_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH, so the .cu files cannot be compiled")
-
-
-@functools.cache
-def compiled_sources(folder: pathlib.Path) -> dict[tuple[str, str], tuple[subprocess.CompletedProcess, pathlib.Path]]:
-    """nvcc's result for every .cu and architecture, each file by itself, as many at once as there are architectures."""
-
-    def compile_one(source: pathlib.Path, architecture: str):
-        cubin = folder / f"{source.stem}-{architecture}.cubin"
-        command = [NVCC, "-std=c++17", "-O3", "-lineinfo", "-Werror=all-warnings", "-I", CSRC, "-cubin"]
-        command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}", source, "-o", cubin]
-        return subprocess.run(command, capture_output=True, text=True), cubin
-
-    keys = [(source, architecture) for source in CUDA_SOURCES for architecture in ARCHITECTURES]
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        done = list(threads.map(lambda key: compile_one(*key), keys))
-    return {(source.stem, architecture): result for (source, architecture), result in zip(keys, done, strict=True)}
-
 
 @pytest.fixture(scope="module")
-def cuda_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cubins")
+def cubins(tmp_path_factory):
+    """A folder with the cubins that the installed `_C` holds, of each .cu for each architecture."""
+    if not native.library().build["cuda"].startswith("yes"):
+        pytest.skip(f"CUDA kernels compiled into mmfast: {native.library().build['cuda']}")
+    folder = tmp_path_factory.mktemp("cubins")
+    subprocess.run([CUOBJDUMP, "-xelf", "all", native.library().__file__], cwd=folder, check=True, capture_output=True)
+    return folder
 
 
-@requires_nvcc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("stem", [source.stem for source in CUDA_SOURCES])
-def test_cuda(cuda_folder, capsys, stem, architecture):
-    done, cubin = compiled_sources(cuda_folder)[stem, architecture]
-    assert done.returncode == 0, done.stderr
+def test_cuda(cubins, capsys, stem, architecture):
+    cubin = cubins / f"{stem}.sm_{architecture}.cubin"
     kernels = resources(cubin, f"sm_{architecture}")
     with capsys.disabled():
         print(f"\n{stem}.cu\n{HEAD}", *(found.row() for found in kernels), sep="\n", end="")
@@ -401,7 +385,7 @@ int spill(void* stream) { return launch(Spill{}, 1, 0, stream); }
 """
 
 
-@requires_nvcc
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 def test_a_spill_is_seen(tmp_path):
     source, cubin = tmp_path / "spill.cu", tmp_path / "spill.cubin"
     source.write_text(SPILLING)

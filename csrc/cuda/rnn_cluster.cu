@@ -39,6 +39,7 @@
 // T = 256, B = 64: 8 clusters, 150 / 330, 175 / 375, 205 / 420 microseconds forward / both, where all run at once, and
 // as much again where a device holds 7 clusters of 16; RNN's 64 blocks always fit. Beside it products of matrices: 12,
 // 37, 49 forward and twice that backward.
+#include "cuda/device.h"
 #include "cuda/rnn_walk.h"
 
 namespace mmfast {

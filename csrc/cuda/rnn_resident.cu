@@ -28,6 +28,7 @@
 // T = 128, B = 64: 8 blocks, 26-32, 52-70, 75-95 microseconds, 3 to begin with (W_hh is read in pairs of elements), and
 // the input side's product of matrices, 3 to 5. A sigmoid takes two special functions, exp2 and a reciprocal: with 4
 // sequences a block, on twice the multiprocessors, that line would be half.
+#include "cuda/device.h"
 #include "cuda/rnn_walk.h"
 
 namespace mmfast {
