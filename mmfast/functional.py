@@ -931,7 +931,7 @@ def _select_conv_transpose(
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == dims + 2):
         return "torch"
     geometry: Any = (stride, padding, output_padding, groups, dilation)
-    known = (input.is_contiguous(), torch.is_grad_enabled(), *_sizes_of_call(dims, input, weight, stride, groups))
+    known = conv_transpose_call(input, weight.shape[1] * groups, _per_dim(stride, dims))
     facts = (input.device, input.dtype, *known, weight.shape, *geometry, *epilogue)
     return CONV_TRANSPOSE.select_by(facts, _conv_transpose_case, backend)
 
@@ -972,13 +972,16 @@ def _conv_transpose_case(
 _SMALL_OUTPUT = 2**17
 
 
-def _sizes_of_call(dims: int, input: Tensor, weight: Tensor, stride: Size, groups: int) -> tuple[bool, bool]:
-    """(spread, small) of `ConvTransposeCase`: in a graph, whose sizes may be symbols, nothing is known."""
+def conv_transpose_call(input: Tensor, out_channels: int, stride: Sequence[int]) -> tuple[bool, bool, bool, bool]:
+    """(contiguous, gradients, spread, small) of `ConvTransposeCase`: what a choice depends on besides the layer.
+
+    In a graph, whose sizes may be symbols, nothing is known of them.
+    """
+    known = input.is_contiguous(), torch.is_grad_enabled()
     if torch.compiler.is_compiling() or not input.dim():
-        return False, False
+        return *known, False, False
     positions = math.prod(input.shape[2:])
-    outputs = input.shape[0] * positions * weight.shape[1] * groups * math.prod(_per_dim(stride, dims))
-    return positions > 1, outputs < _SMALL_OUTPUT
+    return *known, positions > 1, input.shape[0] * positions * out_channels * math.prod(stride) < _SMALL_OUTPUT
 
 
 def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvTransposeGeometry) -> bool:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import mmfast
 import mmfast.functional as MF
 from mmfast import native, numerics
+from mmfast.nn import sequential
 from mmfast.ops.conv_transpose import equations
 from mmfast.ops.conv_transpose.backends import OP, Case, empty_output
 from mmfast.ops.conv_transpose.equations import Epilogue, Geometry
@@ -489,6 +490,12 @@ def test_a_layer_that_pytorch_serves_asks_anew_when_the_choice_may_change(monkey
         return len(calls) == 2 * times
 
     assert served(x, 1) and served(small, 0) and served(x, 1)
+    # what is known of a small input does not enter the fused call
+    with monkeypatch.context() as patch:
+        patch.setattr(sequential, "_call_fused", None)
+        assert served(small, 0)
+        with pytest.raises(TypeError):
+            model(x)
     model.eval()
     assert served(x, 0)
     with mmfast.use_backend("cpu"):

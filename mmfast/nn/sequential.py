@@ -52,19 +52,35 @@ class Sequential(torch.nn.Sequential):
     #: (dispatch.EPOCH, training, the modules) when nothing was found to be faster as one op, for inputs on a CPU
     _left: tuple[object, bool, list[Any]] | None = None
     _asked: tuple[object, bool, list[Any]] | None = None
+    #: the same, and by a chain's place and what its input tells how many modules PyTorch serves; 0: not all of them
+    _left_at: tuple[Any, dict[tuple, int]] = (None, {})
 
     def forward(self, input: Any) -> Any:
         modules: list[Any] = list(self._modules.values())
+        now = None
         if not is_compiling() and type(input) is Tensor and input.is_cpu:
             now = (EPOCH[0], self.training, modules)
             if self._left == now:
                 return super().forward(input)
             if self._asked != now and not each_call_chooses():
                 self._asked, self._left = now, now if self._is_left(modules) else None
+                self._left_at = (now, {})
+        known = None if now is None or self._left_at[0] != now or each_call_chooses() else self._left_at[1]
         position = 0
         while position < len(modules):
+            conv = modules[position]
+            call: tuple = ()
+            if known is not None and type(conv) in _CONVOLUTIONS and type(input) is Tensor:
+                call = (position, *F.conv_transpose_call(input, conv.out_channels, conv.stride))
+                if (count := known.get(call, 0)) and conv.backend is None:
+                    for module in modules[position : position + count]:
+                        input = module(input)
+                    position += count
+                    continue
             count = self._fused_from(modules, position, input)
             chain = modules[position : position + max(count, 1)]
+            if known is not None and call and count > 1 and call not in known:
+                known[call] = count if _is_left_at(chain, call[1:]) else 0
             input = _call_fused(chain, input) if count > 1 else chain[0](input)
             position += len(chain)
         return input
@@ -99,6 +115,14 @@ class Sequential(torch.nn.Sequential):
                 op, case = conv.static_case()
                 cases[names[position]] = op, case._replace(**_epilogue(modules[position + 1 : position + count]))
         return cases
+
+
+def _is_left_at(chain: list[Any], call: tuple[bool, ...]) -> bool:
+    """Whether PyTorch serves a transposed convolution and what follows it for a call of these facts."""
+    conv, *following = chain
+    op, case = conv.static_case()
+    facts = dict(zip(("contiguous", "gradients", "spread", "small"), call, strict=True))
+    return conv.backend is None and op.leaves([case._replace(**facts, **_epilogue(following))])
 
 
 def has_chain(module: torch.nn.Sequential) -> bool:
