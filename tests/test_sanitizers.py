@@ -20,12 +20,15 @@ adversarial 1 0 1 0:1:0:1:0 1:1:0:1:4099
 rnn_step 7 2 150
 rnn_walk 0 1 30
 rnn_walk 7 2 20
+rnn_cluster 0 1 1
+rnn_cluster 7 2 2
 convolution 0 1 60
 convolution 7 2 60
 norm 7 2 20
 """
 # each buffer in turn is an element too short, which the sanitizer must see
 SHORT = "".join(f"{op} short {seed}\n" for op in ("rnn_step", "rnn_walk", "convolution", "norm") for seed in (1, 2))
+SHORT += "rnn_cluster short 2\n"
 # 70 terms are more than one launch takes
 LONG = "adversarial 0 1 5 " + " ".join(f"{k % 4}:1:0.5:1:{k % 9 + 1}" for k in range(70)) + "\n"
 

@@ -1,8 +1,8 @@
 // Runs the CUDA kernels under AddressSanitizer and UBSan on cases from files, one case a line:
 //
 //     adversarial DTYPE MEAN ORDER PHI:SIGN:SHIFT:WEIGHT:SIZE ...
-//     rnn_step | rnn_walk | convolution | norm ORDER SEED COUNT
-//     rnn_step | rnn_walk | convolution | norm short SEED
+//     rnn_step | rnn_walk | rnn_cluster | convolution | norm ORDER SEED COUNT
+//     rnn_step | rnn_walk | rnn_cluster | convolution | norm short SEED
 //
 // with DTYPE and PHI as numbers of mmfast.h. Every buffer is a heap block of exactly its size. Logits are random, and
 // values and gradients are compared with the formula in double; of the other ops, COUNT calls are drawn from SEED, and
@@ -198,6 +198,7 @@ bool run_case(const std::string& text) {
     if (op == "adversarial") return run_adversarial(line);
     if (op == "rnn_step") return run_random(line, "rnn_step", run_emulated_rnn_step);
     if (op == "rnn_walk") return run_random(line, "rnn_walk", run_emulated_rnn_walk);
+    if (op == "rnn_cluster") return run_random(line, "rnn_cluster", run_emulated_rnn_cluster);
     if (op == "convolution") return run_random(line, "convolution", run_emulated_convolution);
     if (op == "norm") return run_random(line, "norm", run_emulated_norm);
     if (op == "overflow") return overflow();

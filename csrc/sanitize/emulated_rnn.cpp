@@ -97,12 +97,16 @@ bool run_backward() {
 
 bool run_emulated_rnn_step() { return run_forward() && run_backward(); }
 
-// csrc/cuda/rnn_resident.cu: whole sequences.
-bool run_emulated_rnn_walk() {
+// Whole sequences: csrc/cuda/rnn_resident.cu, and where W_hh is too large for one block rnn_cluster.cu.
+static bool run_walk(bool cluster) {
     mmfast_rnn_layer layer{};
     layer.dtype = int32_t(std::vector<int>{MMFAST_FLOAT32, MMFAST_FLOAT16, MMFAST_BFLOAT16}[size_t(pick(0, 2))]);
     layer.mode = int32_t(pick(0, 3)), layer.directions = int32_t(pick(1, 2)), layer.tf32 = int32_t(pick(0, 1));
-    layer.steps = pick(1, 6), layer.batch = pick(1, 10), layer.hidden = pick(0, 1) ? 8 * pick(1, 8) : pick(1, 64);
+    layer.steps = pick(1, cluster ? 2 : 6), layer.batch = pick(1, 10);
+    if (cluster)
+        layer.hidden = pick(129, 150);
+    else
+        layer.hidden = pick(0, 1) ? 8 * pick(1, 8) : pick(1, 64);
     const int64_t D = layer.directions, T = layer.steps, B = layer.batch, H = layer.hidden;
     const int64_t G = layer.mode == MMFAST_LSTM ? 4 : layer.mode == MMFAST_GRU ? 3 : 1, S = D * B * H;
 
@@ -155,3 +159,7 @@ bool run_emulated_rnn_walk() {
     if (layer.c0) backward.dc0 = buffers.output(S);
     return mmfast_cuda_rnn_backward(&backward) == MMFAST_OK && buffers.all_written();
 }
+
+bool run_emulated_rnn_walk() { return run_walk(false); }
+
+bool run_emulated_rnn_cluster() { return run_walk(true); }
