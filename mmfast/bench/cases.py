@@ -379,7 +379,7 @@ REPRESENTATIVE = (
     "layer-LSTM-T128-B1-*",
     "layer-RNN-T128-B8-*",
     "attngan-LSTM-*",
-    "speech-GRU-*",
+    "speech-GRU-*-packed",
     "cell-LSTM-cell-B1-*",
     "dcgan-512to256-*",
     "dcgan-64to3-*",
