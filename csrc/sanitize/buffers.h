@@ -115,6 +115,33 @@ class Buffers {
     std::vector<Block> blocks_;
 };
 
+// The rows of a recurrent layer, of `steps` and `batch` already: all, cut off at lengths, or packed.
+struct Rows {
+    std::vector<int64_t> lengths, offsets;
+    int64_t count;
+    bool cut = false, packed = false;
+
+    explicit Rows(mmfast_rnn_layer& layer)
+        : lengths(size_t(layer.batch), layer.steps),
+          offsets(size_t(layer.steps + 1)),
+          count(layer.steps * layer.batch) {
+        const int64_t kind = pick_ragged(2);
+        cut = kind == 1, packed = kind == 2;
+        if (cut) {
+            for (int64_t& length : lengths) length = pick(-1, layer.steps + 1);
+            layer.lengths = lengths.data();
+        } else if (packed) {
+            for (int64_t t = 0, size = layer.batch; t < layer.steps; ++t, size = pick(1, size)) {
+                offsets[size_t(t + 1)] = offsets[size_t(t)] + size;
+                for (int64_t b = 0; b < size; ++b) lengths[size_t(b)] = t + 1;
+            }
+            layer.offsets = offsets.data();
+            count = offsets.back();
+        }
+    }
+    Rows(const Rows&) = delete;
+};
+
 // Whether each buffer of run(), drawn from `seed`, is seen to be an element too short when it is; each in a process of
 // its own, which AddressSanitizer ends.
 inline bool all_short_buffers_are_seen(const char* name, bool (*run)(), unsigned seed) {

@@ -20,18 +20,8 @@ bool run_layer() {
     const int64_t D = layer.directions, T = layer.steps, B = layer.batch, H = layer.hidden;
     const int64_t P = layer.proj ? layer.proj : H, G = lstm ? 4 : gru ? 3 : 1;
 
-    std::vector<int64_t> lengths(static_cast<size_t>(B)), offsets(static_cast<size_t>(T + 1));
-    const int64_t kind = pick_ragged(2);
-    int64_t rows = T * B;
-    if (kind == 1) {
-        for (int64_t& length : lengths) length = pick(-1, T + 1);
-        layer.lengths = lengths.data();
-    } else if (kind == 2) {
-        for (int64_t t = 0, size = B; t < T; ++t, size = pick(1, size))
-            offsets[size_t(t + 1)] = offsets[size_t(t)] + size;
-        layer.offsets = offsets.data();
-        rows = offsets.back();
-    }
+    const Rows drawn(layer);
+    const int64_t rows = drawn.count;
     std::vector<uint8_t> reset(static_cast<size_t>(rows)), zones(static_cast<size_t>(rows * D * P));
     for (uint8_t& flag : reset) flag = pick(0, 3) == 0;
     for (uint8_t& flag : zones) flag = uint8_t(pick(0, 1));
@@ -57,7 +47,7 @@ bool run_layer() {
     const bool cells = G > 1 || zoneout;
     forward.gates = G > 1 ? buffers.output(rows * D * G * H) : nullptr;
     forward.cell = cells ? buffers.output(rows * D * H) : nullptr;
-    if (kind == 1) {
+    if (drawn.cut) {
         if (forward.gates) buffers.zero(forward.gates, rows * D * G * H);
         if (forward.cell) buffers.zero(forward.cell, rows * D * H);
     }

@@ -110,20 +110,10 @@ static bool run_walk(bool cluster) {
     const int64_t D = layer.directions, T = layer.steps, B = layer.batch, H = layer.hidden;
     const int64_t G = layer.mode == MMFAST_LSTM ? 4 : layer.mode == MMFAST_GRU ? 3 : 1, S = D * B * H;
 
-    std::vector<int64_t> lengths(size_t(B), T), offsets(static_cast<size_t>(T + 1));
-    const int64_t kind = pick_ragged(2);
-    int64_t rows = T * B;
-    if (kind == 1) {
-        for (int64_t& length : lengths) length = pick(-1, T + 1);
-        layer.lengths = lengths.data();
-    } else if (kind == 2) {
-        for (int64_t t = 0, size = B; t < T; ++t, size = pick(1, size)) {
-            offsets[size_t(t + 1)] = offsets[size_t(t)] + size;
-            for (int64_t b = 0; b < size; ++b) lengths[size_t(b)] = t + 1;
-        }
-        layer.offsets = offsets.data(), layer.lengths = lengths.data();
-        rows = offsets.back();
-    }
+    Rows drawn(layer);
+    // the device wants the lengths of packed rows, too
+    if (drawn.packed) layer.lengths = drawn.lengths.data();
+    const int64_t rows = drawn.count;
     layer.rows = rows;
     std::vector<uint8_t> reset(static_cast<size_t>(rows));
     for (uint8_t& flag : reset) flag = pick(0, 3) == 0;
