@@ -195,12 +195,52 @@ def _term_of(i_chunk, integers, table, count, SPAN: tl.constexpr):
 
 
 @triton.jit
+def _place_of(i_chunk, integers, table, count, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    # the chunk's term, its first element, and how many of the term there are from it on
+    k = _term_of(i_chunk, integers, table, count, SPAN)
+    start = (i_chunk - _integer(integers, table, count, k, _FIRST_CHUNK, SPAN)) * BLOCK
+    return k, start, _integer(integers, table, count, k, _SIZE, SPAN) - start
+
+
+@triton.jit
+def _function_of(integers, reals, table, real_table, count, k, SPAN: tl.constexpr):
+    phi = _integer(integers, table, count, k, _PHI, SPAN)
+    sign = _real(reals, real_table, count, k, _SIGN, SPAN)
+    shift = _real(reals, real_table, count, k, _SHIFT, SPAN)
+    return phi, sign, shift, _real(reals, real_table, count, k, _TILT, SPAN)
+
+
+@triton.jit
 def _load(p_x, o_x, m_x, left, BLOCK: tl.constexpr):
     # no mask on a whole chunk: one would keep the loads from being 16 bytes wide, as n is known only at run time
     if left >= BLOCK:
         b_x = tl.load(p_x + o_x).to(tl.float32)
     else:
         b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def _differences(
+    pointers,
+    table,
+    like,
+    count,
+    k,
+    start,
+    left,
+    o_x,
+    m_x,
+    OTHERS: tl.constexpr,
+    SPAN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    p_x = _pointer(pointers, table, like, count, k, _LOGITS, SPAN, ALIGNED) + start
+    b_x = _load(p_x, o_x, m_x, left, BLOCK)
+    if OTHERS:
+        p_other = _pointer(pointers, table, like, count, k, _OTHERS, SPAN, ALIGNED) + start
+        b_x -= _load(p_other, o_x, m_x, left, BLOCK)
     return b_x
 
 
@@ -263,8 +303,11 @@ def _sums_of_rows(sums, b_first, b_after, longest):
     return tl.sum(b_sum, 1)
 
 
-@triton.jit
-def _finish(
+_NUMBERS = ["integers", "reals", "count"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def finish_kernel(
     integers,
     reals,
     table,
@@ -285,6 +328,7 @@ def _finish(
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """values, slopes and the totals of sums and slope_sums; MEASURED: the centres of raw_sums, too"""
     b_loss = tl.zeros((_ROWS,), tl.float64)
     for begin in range(0, count, _ROWS):
         o_row = begin + tl.arange(0, _ROWS)
@@ -317,9 +361,6 @@ def _finish(
     tl.store(total, loss.to(tl.float32).to(total.dtype.element_ty))
 
 
-_NUMBERS = ["integers", "reals", "count"]
-
-
 @triton.jit(do_not_specialize=_NUMBERS)
 def measure_kernel(
     pointers,
@@ -335,9 +376,7 @@ def measure_kernel(
 ):
     """raw_sums; and counter = 0"""
     i_chunk = tl.program_id(0)
-    k = _term_of(i_chunk, integers, table, count, SPAN)
-    start = (i_chunk - _integer(integers, table, count, k, _FIRST_CHUNK, SPAN)) * BLOCK
-    left = _integer(integers, table, count, k, _SIZE, SPAN) - start
+    k, start, left = _place_of(i_chunk, integers, table, count, SPAN, BLOCK)
     o_x = tl.arange(0, BLOCK)
     m_x = o_x < left
     p_x = _pointer(pointers, table, like, count, k, _LOGITS, SPAN, ALIGNED) + start
@@ -377,15 +416,10 @@ def forward_kernel(
 ):
     """sums and slope_sums; MEASURED: with centres of raw_sums, and the outputs, too"""
     i_chunk = tl.program_id(0)
-    k = _term_of(i_chunk, integers, table, count, SPAN)
-    start = (i_chunk - _integer(integers, table, count, k, _FIRST_CHUNK, SPAN)) * BLOCK
-    left = _integer(integers, table, count, k, _SIZE, SPAN) - start
+    k, start, left = _place_of(i_chunk, integers, table, count, SPAN, BLOCK)
     o_x = tl.arange(0, BLOCK)
     m_x = o_x < left
-    b_x = _load(_pointer(pointers, table, like, count, k, _LOGITS, SPAN, ALIGNED) + start, o_x, m_x, left, BLOCK)
-    if OTHERS:
-        p_other = _pointer(pointers, table, like, count, k, _OTHERS, SPAN, ALIGNED) + start
-        b_x -= _load(p_other, o_x, m_x, left, BLOCK)
+    b_x = _differences(pointers, table, like, count, k, start, left, o_x, m_x, OTHERS, SPAN, ALIGNED, BLOCK)
     if CENTRES:
         peer = _integer(integers, table, count, k, _PEER, SPAN)
         if MEASURED:
@@ -395,10 +429,7 @@ def forward_kernel(
             b_x -= mean.to(tl.float32)
         else:
             b_x -= tl.load(centres + peer)
-    phi = _integer(integers, table, count, k, _PHI, SPAN)
-    sign = _real(reals, real_table, count, k, _SIGN, SPAN)
-    shift = _real(reals, real_table, count, k, _SHIFT, SPAN)
-    tilt = _real(reals, real_table, count, k, _TILT, SPAN)
+    phi, sign, shift, tilt = _function_of(integers, reals, table, real_table, count, k, SPAN)
     b_y = _phi_of(b_x, phi, sign, shift, tilt, PHIS)
     if WEIGHTS:
         per_weight = _integer(integers, table, count, k, _PER_WEIGHT, SPAN)
@@ -416,7 +447,7 @@ def forward_kernel(
         tl.debug_barrier()
         if tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             tl.debug_barrier()
-            _finish(
+            finish_kernel(
                 integers,
                 reals,
                 table,
@@ -437,52 +468,6 @@ def forward_kernel(
                 SPAN,
                 BLOCK,
             )
-
-
-@triton.jit(do_not_specialize=_NUMBERS)
-def finish_kernel(
-    integers,
-    reals,
-    table,
-    real_table,
-    count,
-    raw_sums,
-    sums,
-    slope_sums,
-    values,
-    slopes,
-    centres,
-    total,
-    running_total,
-    FIRST: tl.constexpr,
-    VALUES: tl.constexpr,
-    SLOPES: tl.constexpr,
-    MEASURED: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """values, slopes and the totals of sums and slope_sums; MEASURED: the centres of raw_sums, too"""
-    _finish(
-        integers,
-        reals,
-        table,
-        real_table,
-        count,
-        raw_sums,
-        sums,
-        slope_sums,
-        values,
-        slopes,
-        centres,
-        total,
-        running_total,
-        FIRST,
-        VALUES,
-        SLOPES,
-        MEASURED,
-        SPAN,
-        BLOCK,
-    )
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -508,23 +493,14 @@ def backward_kernel(
 ):
     i_chunk = tl.program_id(0)
     scale = tl.load(dtotal).to(tl.float32)
-    k = _term_of(i_chunk, integers, table, count, SPAN)
-    start = (i_chunk - _integer(integers, table, count, k, _FIRST_CHUNK, SPAN)) * BLOCK
-    size = _integer(integers, table, count, k, _SIZE, SPAN)
-    left = size - start
+    k, start, left = _place_of(i_chunk, integers, table, count, SPAN, BLOCK)
     o_x = tl.arange(0, BLOCK)
     m_x = o_x < left
-    b_x = _load(_pointer(pointers, table, like, count, k, _LOGITS, SPAN, ALIGNED) + start, o_x, m_x, left, BLOCK)
-    if OTHERS:
-        p_other = _pointer(pointers, table, like, count, k, _OTHERS, SPAN, ALIGNED) + start
-        b_x -= _load(p_other, o_x, m_x, left, BLOCK)
+    b_x = _differences(pointers, table, like, count, k, start, left, o_x, m_x, OTHERS, SPAN, ALIGNED, BLOCK)
     peer = _integer(integers, table, count, k, _PEER, SPAN)
     if CENTRES:
         b_x -= tl.load(centres + peer)
-    phi = _integer(integers, table, count, k, _PHI, SPAN)
-    sign = _real(reals, real_table, count, k, _SIGN, SPAN)
-    shift = _real(reals, real_table, count, k, _SHIFT, SPAN)
-    tilt = _real(reals, real_table, count, k, _TILT, SPAN)
+    phi, sign, shift, tilt = _function_of(integers, reals, table, real_table, count, k, SPAN)
     factor = _real(reals, real_table, count, k, _FACTOR, SPAN)
     b_dx = _slope_of(b_x, phi, sign, shift, tilt, PHIS) * (scale * factor)
     if WEIGHTS:
@@ -533,7 +509,7 @@ def backward_kernel(
         p_weight = _pointer(pointers, table, centres, count, k, _WEIGHTS, SPAN, False)
         b_dx *= tl.load(p_weight + (start + o_x) // per_weight, mask=m_x, other=0.0)
     if SLOPES:
-        b_dx -= scale * tl.load(slopes + peer) / size.to(tl.float32)
+        b_dx -= scale * tl.load(slopes + peer) / (start + left).to(tl.float32)
     needed = _integer(integers, table, count, k, _NEEDED, SPAN)
     if needed & 1:
         p_dx = _pointer(pointers, table, like, count, k, _DLOGITS, SPAN, ALIGNED) + start
