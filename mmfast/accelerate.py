@@ -79,7 +79,7 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         if theirs := _THEIRS.get(type_before_parametrizations(module)):
             _become(module, theirs)
-            for name in ("backend", "_asked", "_left", "_left_at"):
+            for name in ("backend", "_asked", "_left", "_noted"):
                 module.__dict__.pop(name, None)
             if isinstance(module, torch.nn.RNNBase):
                 _renew_flat_weights(module)

@@ -277,8 +277,7 @@ def is_watched() -> bool:
     """Whether anything would miss a kernel that is called directly: explain, a transform, forward-mode AD, a tracer."""
     return bool(
         _listeners
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or is_transforming()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
     )

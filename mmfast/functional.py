@@ -438,9 +438,10 @@ def _recurrent_of_torch(
 ) -> tuple[Tensor, ...]:
     if options.lengths is not None:
         return _lengths_of_torch(mode, input, states, weights, options)
-    tensors = [input, *states, *(weight for layer in weights for weight in layer)]
-    if _is_cudnns(input, options) and is_plain(tensors) and not needs_formula(tensors) and needs_gradient(tensors):
-        return _recurrent_of_cudnn(mode, input, states, weights, options)
+    if _is_cudnns(input, options):
+        tensors = [input, *states, *(weight for layer in weights for weight in layer)]
+        if is_plain(tensors) and not needs_formula(tensors) and needs_gradient(tensors):
+            return _recurrent_of_cudnn(mode, input, states, weights, options)
     return _recurrent_of_aten(mode, input, states, weights, options)
 
 
@@ -597,7 +598,7 @@ def _cell(
     gradients = torch.is_grad_enabled()
     facts = (input.device, input.dtype, mode, input.shape[-1], weights[1].shape[1], gradients)
     if not (gradients or torch.compiler.is_compiling()):
-        found = one_step.at_once(mode, facts, input, h, c, *weights, backend)
+        found = one_step.at_once(mode, facts, (input, h, c, *weights), backend)
         if found is not None:
             return found
     chosen = RNN.select_by(facts, _cell_case, backend)
@@ -606,10 +607,10 @@ def _cell(
     if chosen == "cpu" and not gradients:
         tensors = [x for x in (input, h, c, *weights) if x is not None]
         if is_plain(tensors) and not needs_formula(tensors):
-            return one_step.step(mode, input, h, c, *weights)
+            return one_step.step(mode, (input, h, c, *weights))
     given = [weight for weight in weights if weight is not None]
     states = [state for state in (h, c) if state is not None]
-    if not one_step.fits(mode, input, h, c, *weights) and not torch._C._is_any_autocast_enabled():
+    if not one_step.fits(mode, (input, h, c, *weights)) and not torch._C._is_any_autocast_enabled():
         return None
     # the state after a sequence of one step
     first = [state.unsqueeze(0) for state in states] or None

@@ -49,23 +49,22 @@ class Sequential(torch.nn.Sequential):
     replaced on the instance, a tracer), for unbatched input, and in a compiled graph, where the compiler fuses.
     """
 
-    #: (dispatch.EPOCH, training, the modules) when nothing was found to be faster as one op, for inputs on a CPU
-    _left: tuple[object, bool, list[Any]] | None = None
-    _asked: tuple[object, bool, list[Any]] | None = None
-    #: the same, and by a chain's place and what its input tells how many modules PyTorch serves; 0: not all of them
-    _left_at: tuple[Any, dict[tuple, int]] = (None, {})
+    #: (dispatch.EPOCH, training, the modules) and, of inputs on a CPU while these are the same, whether PyTorch serves
+    #: every chain, and by a chain's place and what its input tells how many modules it serves there; 0: not all
+    _noted: tuple[Any, bool, dict[tuple, int]] = (None, False, {})
 
     def forward(self, input: Any) -> Any:
         modules: list[Any] = list(self._modules.values())
-        now = None
+        known = None
         if not is_compiling() and type(input) is Tensor and input.is_cpu:
             now = (EPOCH[0], self.training, modules)
-            if self._left == now:
+            noted = self._noted[0] == now
+            if noted and self._noted[1]:
                 return super().forward(input)
-            if self._asked != now and not each_call_chooses():
-                self._asked, self._left = now, now if self._is_left(modules) else None
-                self._left_at = (now, {})
-        known = None if now is None or self._left_at[0] != now or each_call_chooses() else self._left_at[1]
+            if not each_call_chooses():
+                if not noted:
+                    self._noted = (now, self._is_left(modules), {})
+                known = self._noted[2]
         position = 0
         while position < len(modules):
             conv = modules[position]

@@ -11,6 +11,8 @@ from ..product import product
 from .backends import OP
 from .equations import GATES, MODES
 
+#: x, h0, c0, w_ih, w_hh, b_ih, b_hh
+Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
 #: h', and an LSTM's c', else h' again
 State = tuple[Tensor, Tensor]
 
@@ -20,39 +22,20 @@ FEW_ROWS = 2
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
-def at_once(
-    mode: str,
-    facts: tuple,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    backend: str | None,
-) -> State | None:
+def at_once(mode: str, facts: tuple, tensors: Operands, backend: str | None) -> State | None:
     """`step` where it is known to serve a call with these facts and nothing would miss it; else None."""
     if OP.known(facts, backend) != "cpu" or is_watched() or torch._C._is_any_autocast_enabled():
         return None
-    if not _PLAIN.issuperset(map(type, (x, h0, c0, w_ih, w_hh, b_ih, b_hh))):
+    if not _PLAIN.issuperset(map(type, tensors)):
         return None
-    return step(mode, x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    return step(mode, tensors)
 
 
-def step(
-    mode: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-) -> State | None:
+def step(mode: str, tensors: Operands) -> State | None:
     """The state after one step, without gradients; None where sizes, dtypes or devices do not fit."""
-    if not fits(mode, x, h0, c0, w_ih, w_hh, b_ih, b_hh):
+    if not fits(mode, tensors):
         return None
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh = tensors
     (batch, inputs), hidden, dtype = x.shape, w_hh.shape[1], x.dtype
     gx = gh = None
     if batch > FEW_ROWS or (dtype is not torch.float32 and dtype is not torch.float64):
@@ -65,17 +48,9 @@ def step(
     return h, c
 
 
-def fits(
-    mode: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-) -> bool:
+def fits(mode: str, tensors: Operands) -> bool:
     """Whether a Cell's tensors are of one dtype and kind of device, and of the sizes that its equations demand."""
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh = tensors
     (batch, inputs), (rows, hidden) = x.shape, w_hh.shape
     if rows != GATES[mode] * hidden or (b_ih is None) is not (b_hh is None):
         return False
