@@ -76,7 +76,9 @@ def _in_float32(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: boo
                 part += first[i : i + step] if add else first
             out[i : i + step] = part
         return out
-    total = torch.zeros(out.shape) if first is None else first.expand_as(out).float().contiguous()
+    total = out.new_zeros(out.shape, dtype=torch.float32)
+    if first is not None:
+        total += first
     step = max(1, AT_ONCE // max(rows, b.shape[1], 1))
     for i in range(0, depth, step):
         total.addmm_(a[:, i : i + step].float(), b[i : i + step].float())

@@ -391,7 +391,7 @@ def _device_layer(
         return native_layer(layer, sizes, parts, h0, c0)
     each = layer.batch_sizes
     # a sequence has as many steps as there are batches larger than its number
-    lengths = sizes.steps - torch.searchsorted(each.flip(0), torch.arange(sizes.batch), right=True)
+    lengths = sizes.steps - torch.searchsorted(each.flip(0), torch.arange(sizes.batch, device="cpu"), right=True)
     both = torch.cat([each.new_zeros(1), each.cumsum(0), lengths]).to(parts[0].w_hh.device, non_blocking=True)
     offsets, lengths = both.split([sizes.steps + 1, sizes.batch])
     _, tensors = native_layer(layer._replace(batch_sizes=None), sizes, parts, h0, c0)
@@ -471,7 +471,7 @@ def native_layer(
     offsets = lengths = None
     if layer.batch_sizes is not None:
         # several times as fast as cumsum and pad for the few dozen steps that sequences mostly have
-        offsets = torch.tensor([0, *itertools.accumulate(layer.batch_sizes.tolist())])
+        offsets = torch.tensor([0, *itertools.accumulate(layer.batch_sizes.tolist())], device="cpu")
     elif layer.lengths is not None:
         lengths = layer.lengths.to(torch.int64).contiguous()
     masks = layer.reset_mask, layer.zoneout_mask, layer.dropout_mask

@@ -258,7 +258,8 @@ def _checked_lengths(lengths: Any, input: Tensor, batch: int, batch_first: bool,
         raise RuntimeError(
             "lengths were given with packed input, which has lengths of its own; expected one of the two"
         )
-    lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, device="cpu")
     if lengths.is_floating_point() or lengths.dim() != 1:
         raise RuntimeError(
             f"lengths are {lengths.dtype} in {lengths.dim()} dimensions; expected integers in one dimension"
