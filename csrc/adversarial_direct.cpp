@@ -22,11 +22,13 @@ struct Torch {
     PyObject *single = nullptr, *dual = nullptr;  // tensors without dimensions, float32 and float64
 };
 
-// 0-dimensional zeros of torch.`dtype`
+// torch.zeros((), dtype=torch.`dtype`, device="cpu"), whatever the default device
 PyObject* scalar_of(PyObject* torch, const char* dtype) {
-    PyObject* zero = PyObject_CallMethod(torch, "tensor", "d", 0.0);
-    PyObject* scalar = zero ? PyObject_CallMethod(zero, dtype, nullptr) : nullptr;
-    Py_XDECREF(zero);
+    PyObject* zeros = PyObject_GetAttrString(torch, "zeros");
+    PyObject* shape = Py_BuildValue("(())");
+    PyObject* options = Py_BuildValue("{s:N,s:s}", "dtype", PyObject_GetAttrString(torch, dtype), "device", "cpu");
+    PyObject* scalar = zeros && shape && options ? PyObject_Call(zeros, shape, options) : nullptr;
+    Py_XDECREF(zeros), Py_XDECREF(shape), Py_XDECREF(options);
     return scalar;
 }
 
@@ -38,8 +40,8 @@ Torch ask_torch() {
     found.tensor = reinterpret_cast<PyTypeObject*>(PyObject_GetAttrString(torch, "Tensor"));
     found.empty_like = PyObject_GetAttrString(torch, "empty_like");
     found.requires_grad = PyUnicode_InternFromString("requires_grad");
-    found.single = scalar_of(torch, "float");
-    found.dual = scalar_of(torch, "double");
+    found.single = scalar_of(torch, "float32");
+    found.dual = scalar_of(torch, "float64");
     Py_DECREF(torch);
     if (!found.tensor || !found.empty_like || !found.requires_grad || !found.single || !found.dual) return found;
     PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(found.tensor), "__dlpack_c_exchange_api__");
