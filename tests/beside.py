@@ -11,8 +11,11 @@ at a time, two where a test waits.
 """
 
 import concurrent.futures
+import contextlib
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -67,6 +70,15 @@ class Beside:
         """What still runs is not waited for."""
         self._ended = True
         for process in list(self._running):
-            process.terminate()
+            _terminate(process.pid)
         self._pool.shutdown(cancel_futures=True)
         shutil.rmtree(self._root, ignore_errors=True)
+
+
+def _terminate(pid: int) -> None:
+    """A process and what it has begun: a build's compilers, say."""
+    with contextlib.suppress(OSError):
+        for children in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                _terminate(int(child))
+        os.kill(pid, signal.SIGTERM)
