@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ def rnn(
         arXiv:1512.05287. Both masks are drawn by torch's generator.
     backend: "torch", "cpu", "triton", "cuda" or None (mmfast chooses).
     Returns (output, h_n): output (T, B, D * H), in the layout of the input; h_n (L * D, B, H).
-    Dtypes: what PyTorch supports on the device; autocast as for torch.nn.OP. Differentiable to any order in eager.
+    Dtypes: what PyTorch supports on the device; autocast as for torch.nn.RNN. Differentiable to any order in eager.
     Raises ValueError for an unknown nonlinearity or backend and for a probability outside [0, 1), RuntimeError for
         sizes that do not fit together, lengths out of range and masks of another dtype or device.
     """
@@ -197,7 +198,11 @@ def _recurrent(
     chosen = OP.select_by(facts, _rnn_case, backend)
     if chosen != "torch":
         one: Any = equations.sequence if formula else partial(sequence, backend=chosen)
-        return _recurrent_by_layers(one, mode, input, states or (), weights, options)
+        if not (torch._C._is_any_autocast_enabled() and autocasts(input.device.type)):
+            return _recurrent_by_layers(one, mode, input, states or (), weights, options)
+        in_float32 = _rnn_case(*facts).stays_float32
+        if found := _recurrent_outside_autocast(in_float32, one, mode, input, states or (), weights, options):
+            return found
     if any(extras):
         walk = _extras_outside_graphs if torch.compiler.is_compiling() else _recurrent_by_layers
         return walk(equations.sequence, mode, input, states or (), weights, options)
@@ -253,7 +258,8 @@ def _checked_lengths(lengths: Any, input: Tensor, batch: int, batch_first: bool,
         raise RuntimeError(
             "lengths were given with packed input, which has lengths of its own; expected one of the two"
         )
-    lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, device="cpu")
     if lengths.is_floating_point() or lengths.dim() != 1:
         raise RuntimeError(
             f"lengths are {lengths.dtype} in {lengths.dim()} dimensions; expected integers in one dimension"
@@ -307,7 +313,8 @@ def _check_recurrent_input(
 ) -> None:
     """PyTorch's checks, with its words."""
     dtype = weights[0][0].dtype
-    if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+    autocasting = torch._C._is_any_autocast_enabled() and torch.float64 not in (input.dtype, dtype)
+    if input.dtype != dtype and not autocasting:
         # torch.nn.LSTM leaves the dtype of packed input to its kernel
         error = RuntimeError if mode == "LSTM" and batch_sizes is not None else ValueError
         raise error(
@@ -357,6 +364,31 @@ def _recurrent_by_layers(
         last.append((hn, cn) if mode == "LSTM" else (hn,))  # type: ignore[arg-type]
     hx = last[0] if len(last) == 1 else tuple(torch.cat(each) for each in zip(*last, strict=True))
     return x.transpose(0, 1) if transposed else x, *hx
+
+
+def _recurrent_outside_autocast(
+    in_float32: bool,
+    function: Any,
+    mode: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Weights,
+    options: _Options,
+) -> tuple[Tensor, ...] | None:
+    """In the dtype of PyTorch's result: of autocast, to which PyTorch casts all that cuDNN and oneDNN read, or float32.
+
+    None where the result is float32 for other reasons than that all is.
+    """
+    device, tensors = input.device.type, (input, *states, *itertools.chain(*weights))
+    if in_float32 and (input.dtype.itemsize == 2 or any(x.dtype != input.dtype for x in tensors)):
+        return None
+
+    def cast(x: Tensor) -> Tensor:
+        return x if in_float32 else x.to(compute_dtype(device, x.dtype))
+
+    operands = (cast(input), [cast(state) for state in states], [[cast(w) for w in part] for part in weights])
+    with torch.autocast(device, enabled=False):
+        return _recurrent_by_layers(function, mode, *operands, options)
 
 
 def _masked(layer: Layer, x: Tensor, output_size: int, options: _Options) -> Layer:
