@@ -123,6 +123,22 @@ template <typename V>
 inline V min_of(V a, V b) {
     return a < b ? a : b;
 }
+// a where v is negative, else b; of v = -0 either
+template <typename V>
+inline V by_sign(V v, V a, V b) {
+    return v < 0 ? a : b;
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// one instruction each, where the compiler takes two
+inline Vec<float> max_of(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Vec<double> max_of(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b); }
+inline Vec<float> by_sign(Vec<float> v, Vec<float> a, Vec<float> b) {
+    return (Vec<float>)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)v);
+}
+inline Vec<double> by_sign(Vec<double> v, Vec<double> a, Vec<double> b) {
+    return (Vec<double>)_mm256_blendv_pd((__m256d)b, (__m256d)a, (__m256d)v);
+}
+#endif
 inline Vec<float> abs_of(Vec<float> v) { return as_float(as_bits(v) & 0x7fffffff); }
 inline Vec<double> abs_of(Vec<double> v) { return as_float(as_bits(v) & 0x7fffffffffffffffLL); }
 
@@ -403,12 +419,27 @@ template <typename T>
 constexpr T kSmallestExponent = sizeof(T) == 4 ? T(-104) : T(-746);
 
 // exp(x) for x <= 0, at most 2 ulp off, subnormal results included; NaN stays NaN.
+#if defined(__AVX512F__)
 template <typename V>
 inline V exp_negative(V x) {
     using T = decltype(x[0] + 0);
     const Exponent<T> part = exponent_of(max_of(splat(kSmallestExponent<T>), x));
     return scale_of(part.minus_one + T(1), part);
 }
+#else
+// 2^(k + 64) of exponent_of's k is a normal number, and the same of double with 512; then down, rounded once
+inline Vec<float> exp_negative(Vec<float> x) {
+    const Exponent<float> part = exponent_of(max_of(splat(kSmallestExponent<float>), x));
+    // what the low bits of a float of this size hold, the shift makes an exponent
+    const Vec<float> raised = as_float(as_bits(part.power + (12582912.0f + 127 + 64)) << 23);
+    return (part.minus_one * raised + raised) * 0x1p-64f;
+}
+inline Vec<double> exp_negative(Vec<double> x) {
+    const Exponent<double> part = exponent_of(max_of(splat(kSmallestExponent<double>), x));
+    const Vec<double> raised = as_float(as_bits(part.power + (6755399441055744.0 + 1023 + 512)) << 52);
+    return (part.minus_one * raised + raised) * 0x1p-512;
+}
+#endif
 
 // log(1 + x) for 0 <= x < 2^(the dtype's largest exponent): 1 + x = 2^k * (1 + f), 0 <= f < 1; NaN stays NaN.
 inline Vec<float> log1p_of(Vec<float> x) {
@@ -432,7 +463,7 @@ template <typename T>
 inline Vec<T> sigmoid_lanes(Vec<T> x) {
     // exp only of what is not positive: small results keep their relative accuracy, none overflows
     Vec<T> e = exp_negative(negative_of(x));
-    Vec<T> numerator = x < 0 ? e : splat(T(1));
+    Vec<T> numerator = by_sign(x, e, splat(T(1)));
     return numerator / (e + T(1));
 }
 inline Vec<float> sigmoid_of(Vec<float> x) { return sigmoid_lanes<float>(x); }
