@@ -96,6 +96,7 @@ bool view(PyObject* object, DlpackTensor& x, View& found) {
     if (x.device_type != kDlpackCpu || x.code != kDlpackFloat || x.lanes != 1 || x.bits < 32) return false;
     int64_t size = 1;
     for (int i = 0; i < x.ndim; ++i) size *= x.shape[i];
+    if (!x.data && size) return false;
     found = {static_cast<char*>(x.data) + x.byte_offset, size, x.bits == 32 ? MMFAST_FLOAT32 : MMFAST_FLOAT64};
     return is_contiguous(x, size);
 }

@@ -292,6 +292,11 @@ def autocasts(device: str) -> bool:
     )
 
 
+def outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """torch.autocast refuses devices that know none, such as meta."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
+
+
 def compute_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or autocast's where that is on for the device and applies to `dtype`."""
     if dtype == torch.float64 or not dtype.is_floating_point or not autocasts(device):

@@ -192,17 +192,14 @@ def _adversarial_inputs(
     """The arguments that every adversarial entry begins with. The inputs are dense, and alike where they meet."""
     logits, others, weights, centres, peers = inputs
     copy = terms.copies.get(name) or _adversarial_terms(terms, name)
-    pointers, sizes = [x.data_ptr() for x in logits], [x.numel() for x in logits]
-    beside = [x.data_ptr() for x in others] if others else ()
+    pointers, sizes = [_address(x) for x in logits], [x.numel() for x in logits]
+    beside = [_address(x) for x in others] if others else ()
     extras = None
     if weights or peers or centres is not None:
         parts = [max(n // max(w.numel(), 1), 1) for n, w in zip(sizes, weights, strict=True)] if weights else ()
         width = 8 if logits[0].dtype == torch.float64 else 4
-        if state is not None:
-            centre = state.data_ptr() + len(sizes) * width
-        else:
-            centre = 0 if centres is None else centres.data_ptr()
-        extras = [w.data_ptr() for w in weights], parts, centre, peers or range(len(sizes)), width
+        centre = _address(centres) if state is None else state.data_ptr() + len(sizes) * width
+        extras = [_address(w) for w in weights], parts, centre, peers or range(len(sizes)), width
     return copy, DTYPES[logits[0].dtype], mean, pointers, sizes, beside, extras
 
 
@@ -265,7 +262,7 @@ def cpu_adversarial_backward(
     arguments = _adversarial_inputs(terms, mean, inputs, state)
     wanted = [0 if g is None else g.data_ptr() for g in gradients]
     slopes = 0 if state is None else state.data_ptr()
-    status = library().cpu_adversarial_backward(*arguments, dtotal.data_ptr(), slopes, wanted, torch.get_num_threads())
+    status = library().cpu_adversarial_backward(*arguments, _address(dtotal), slopes, wanted, torch.get_num_threads())
     if status:
         check(status)
 
@@ -316,7 +313,7 @@ def cuda_adversarial_backward(
     arguments = _adversarial_inputs(terms, mean, inputs, state, "_C" if dtotal.is_cuda else "_emulator")
     wanted = [0 if g is None else g.data_ptr() for g in gradients]
     slopes = 0 if state is None else state.data_ptr()
-    _launch("cuda_adversarial_backward", dtotal, *arguments, dtotal.data_ptr(), slopes, wanted, scratch.data_ptr())
+    _launch("cuda_adversarial_backward", dtotal, *arguments, _address(dtotal), slopes, wanted, scratch.data_ptr())
 
 
 def normalization(
@@ -345,7 +342,7 @@ def cpu_normalize_backward(
     call: tuple, dout: torch.Tensor, dy: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor
 ) -> None:
     """Fills dy, of y's and dout's layout, and dweight and dbias (sets, channels); call: `normalization`."""
-    gradients = [x.data_ptr() for x in (dout, dy, dweight, dbias)]
+    gradients = [_address(x) for x in (dout, dy, dweight, dbias)]
     check(library().cpu_normalize_backward(call, gradients, torch.get_num_threads()))
 
 
@@ -358,7 +355,7 @@ def cuda_normalize_backward(
     call: tuple, dout: torch.Tensor, dy: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor
 ) -> None:
     """As cpu_normalize_backward, on CUDA or in the emulator; every tensor begins at a multiple of 16 bytes."""
-    gradients = [x.data_ptr() for x in (dout, dy, dweight, dbias)]
+    gradients = [_address(x) for x in (dout, dy, dweight, dbias)]
     _launch("cuda_normalize_backward", dout, call, gradients, _normalize_scratch(call, dout).data_ptr())
 
 
@@ -369,20 +366,20 @@ def _normalize_scratch(call: tuple, x: torch.Tensor) -> torch.Tensor:
 
 def cuda_activation_forward(activation: tuple[int, float], y: torch.Tensor, out: torch.Tensor) -> None:
     """As cpu_activation_forward, on CUDA or in the emulator; both begin at a multiple of 16 bytes."""
-    _launch("cuda_activation", y, False, DTYPES[y.dtype], *activation, y.numel(), y.data_ptr(), 0, out.data_ptr())
+    _launch("cuda_activation", y, False, DTYPES[y.dtype], *activation, y.numel(), _address(y), 0, out.data_ptr())
 
 
 def cuda_activation_backward(
     activation: tuple[int, float], value: torch.Tensor, dout: torch.Tensor, dy: torch.Tensor
 ) -> None:
     """As cpu_activation_backward, on CUDA or in the emulator; all begin at a multiple of 16 bytes."""
-    pointers = (value.data_ptr(), dout.data_ptr(), dy.data_ptr())
+    pointers = (_address(value), _address(dout), dy.data_ptr())
     _launch("cuda_activation", value, True, DTYPES[value.dtype], *activation, value.numel(), *pointers)
 
 
 def cpu_activation_forward(activation: tuple[int, float], y: torch.Tensor, out: torch.Tensor) -> None:
     """Fills out, of y's layout, with the activation of y, a dense CPU tensor; out may be y."""
-    arguments = (DTYPES[y.dtype], *activation, y.numel(), y.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    arguments = (DTYPES[y.dtype], *activation, y.numel(), _address(y), out.data_ptr(), torch.get_num_threads())
     check(library().cpu_activation_forward(*arguments))
 
 
@@ -390,7 +387,7 @@ def cpu_activation_backward(
     activation: tuple[int, float], value: torch.Tensor, dout: torch.Tensor, dy: torch.Tensor
 ) -> None:
     """Fills dy with dout times the slope where the activation is `value` (silu, gelu: of its argument); one layout."""
-    pointers = (value.data_ptr(), dout.data_ptr(), dy.data_ptr())
+    pointers = (_address(value), _address(dout), dy.data_ptr())
     check(
         library().cpu_activation_backward(
             DTYPES[value.dtype], *activation, value.numel(), *pointers, torch.get_num_threads()
@@ -482,7 +479,7 @@ def cuda_direct_forward(
 
     weight: (*kernel, Cin, Cout / groups) contiguous. Every tensor begins at a multiple of 16 bytes.
     """
-    pointers = (x.data_ptr(), weight.data_ptr(), _address(bias), y.data_ptr())
+    pointers = (_address(x), _address(weight), _address(bias), y.data_ptr())
     _launch("cuda_direct_forward", x, _direct(window, x, y, groups), *activation, *pointers)
 
 
@@ -504,7 +501,16 @@ def cuda_direct_backward(
 
 
 def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    """Of a tensor's data, 0 without a tensor; RuntimeError where it has elements and no data."""
+    if x is None:
+        return 0
+    address = x.data_ptr()
+    if not address and x.numel():
+        raise RuntimeError(
+            f"a tensor of the shape {tuple(x.shape)} has no memory (its storage was freed, or PyTorch knows it to be "
+            "zeros and stores none); expected one with data"
+        )
+    return address
 
 
 def cpu_rnn_forward(
@@ -539,7 +545,7 @@ def cpu_rnn_cell(
     inputs: gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0 of any strides.
     """
     kept: list[torch.Tensor] = []
-    addresses = [0 if a is None else a.data_ptr() if a.is_contiguous() else _dense_address(a, kept) for a in inputs]
+    addresses = [0 if a is None else _address(a) if a.is_contiguous() else _dense_address(a, kept) for a in inputs]
     status = library().cpu_rnn_cell(DTYPES[h.dtype], mode, *shape, *addresses, h.data_ptr(), c.data_ptr())
     if status:
         check(status)
@@ -553,7 +559,7 @@ def _dense_address(a: torch.Tensor, kept: list[torch.Tensor]) -> int:
 
 def cpu_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> None:
     """out = a b + bias, or with `add` out += a b + bias: CPU tensors, float32 or float64, out dense along its rows."""
-    pointers = a.data_ptr(), b.data_ptr(), _address(bias), out.data_ptr()
+    pointers = _address(a), _address(b), _address(bias), out.data_ptr()
     strides = *a.stride(), *b.stride(), out.stride(0)
     shape = *out.shape, a.shape[1]
     status = library().cpu_product(DTYPES[a.dtype], shape, *pointers, strides, add, torch.get_num_threads())

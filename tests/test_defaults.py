@@ -1,5 +1,6 @@
-"""What kernels allocate follows from their inputs, not from torch.set_default_device and torch.set_default_dtype."""
+"""What kernels read and allocate: it follows from their inputs alone, which have memory."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -106,3 +107,28 @@ layer = nn.GRU(4, 3, device="cpu", dtype=torch.float32)
 layer(torch.ones(20, 2, 4, device="cpu", dtype=torch.float32))[0].sum().backward()
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+
+
+def freed(x: torch.Tensor) -> torch.Tensor:
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize("without", [freed, lambda x: torch._efficientzerotensor(x.shape)], ids=["freed", "zeros"])
+@pytest.mark.parametrize("name", [name for name in MODULES if "packed" not in name and "bfloat16" not in name])
+def test_a_tensor_without_memory(name, without):
+    """Refused, or as PyTorch has it, computed as zeros; never read."""
+    build, draw = MODULES[name]
+    module, x = build(), draw()
+    try:
+        out = pytree.tree_leaves(module(without(x)))[0]
+    except RuntimeError as error:
+        assert re.search("no memory|not allocated|out of bounds|storage", str(error)), error
+    else:
+        assert without is not freed and torch.equal(out, pytree.tree_leaves(module(torch.zeros_like(draw())))[0])
+
+
+@pytest.mark.parametrize("without", [freed, lambda x: torch._efficientzerotensor(x.shape)], ids=["freed", "zeros"])
+def test_logits_without_memory(without):
+    with pytest.raises(RuntimeError, match="no memory"):
+        functional.adversarial_discriminator_loss(without(torch.ones(5)), torch.ones(5), "hinge", backend="cpu")

@@ -159,3 +159,26 @@ def test_float64_among_float32_is_refused_as_without_autocast(name):
     layer, x = drawn(name)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="does not match weight dtype"):
         layer(x.detach().double())
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: mmfast.nn.GRU(8, 8), lambda: mmfast.nn.ConvTranspose1d(8, 2, 4)], ids=["GRU", "conv"]
+)
+def test_a_backward_within_autocast_is_the_one_outside(build):
+    """First and second order, of a forward without autocast."""
+    layer = build()
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, 8, requires_grad=True)
+
+    def gradients() -> list[torch.Tensor]:
+        out = layer(x)
+        y = out[0] if isinstance(out, tuple) else out
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            return [dx.detach(), *torch.autograd.grad(dx.square().sum(), [x, *list(layer.parameters())[:2]])]
+
+    within = False
+    expected = gradients()
+    within = True
+    for found, there in zip(gradients(), expected, strict=True):
+        assert torch.equal(found, there)

@@ -6,10 +6,13 @@ a classic autograd.Function entered from the Autograd key: a compiled graph hold
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from ..dispatch import outside_autocast
 
 _library = torch.library.Library("mmfast", "DEF")
 
@@ -40,6 +43,20 @@ def below_autograd(op: Callable, *args: Any) -> Any:
     """Calls `op` below its Autograd key: under fakes, tracers and modes, then its kernel."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def as_its_forward(backward: Callable) -> Callable:
+    """A Function's `backward` outside autocast, in which it may be called, but in which no kernel ran."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        some = next((g for g in gradients if g is not None), None)
+        if some is None or not torch._C._is_any_autocast_enabled():
+            return backward(ctx, *gradients)
+        with outside_autocast(some.device.type):
+            return backward(ctx, *gradients)
+
+    return run
 
 
 def needs_gradient(args: Any) -> bool:

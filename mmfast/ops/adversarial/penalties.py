@@ -15,13 +15,12 @@ Lazy regularisation (Karras et al., arXiv:1912.04958, section 3): add the penalt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...dispatch import autocasts
+from ...dispatch import outside_autocast
 
 Logits = Any  # a tensor, or a list, nested to any depth, of tensors
 Inputs = Tensor | Sequence[Tensor]
@@ -186,20 +185,15 @@ def _input_gradients(logits: Logits, inputs: Inputs, scaler: torch.amp.GradScale
         scale = scaler.scale(torch.ones((), device=outputs[0].device)).clamp(max=_LARGEST_SCALE)
     ones = [torch.ones_like(y) if scale is None else scale.to(y.dtype).expand_as(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, sources, ones, create_graph=True)
-    with _no_autocast(sources[0].device):
+    with outside_autocast(sources[0].device.type):
         gradients = tuple(g.float() if g.dtype.itemsize == 2 else g for g in gradients)
         return list(gradients if scale is None else (g / scale for g in gradients))
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """torch.autocast refuses devices that know none, such as meta."""
-    return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
 
 
 def _squares(gradients: list[Tensor]) -> tuple[Tensor, int]:
     """The squared norm of each sample's gradient (B,), and B."""
     batch = len(gradients[0])
-    with _no_autocast(gradients[0].device):
+    with outside_autocast(gradients[0].device.type):
         parts = [g.square().sum(tuple(range(1, g.ndim))) if g.ndim > 1 else g.square() for g in gradients]
         total = parts[0]
         for part in parts[1:]:
@@ -209,7 +203,7 @@ def _squares(gradients: list[Tensor]) -> tuple[Tensor, int]:
 
 def _norms(critic: Critic, x: Tensor, scaler: torch.amp.GradScaler | None, whole_batch: bool) -> Tensor:
     (gradient,) = _input_gradients(critic(x), x, scaler)
-    with _no_autocast(gradient.device):
+    with outside_autocast(gradient.device.type):
         # torch's own choice of a subgradient: 0 where the norm is 0
         return torch.linalg.vector_norm(
             gradient if whole_batch else gradient.flatten(1), dim=None if whole_batch else 1

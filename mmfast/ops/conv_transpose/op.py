@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import is_plain
-from ..library import below_autograd, define, needs_gradient, nodes_of, will_run
+from ..library import as_its_forward, below_autograd, define, needs_gradient, nodes_of, will_run
 from . import equations
 from .backends import OP, empty_output, keeps_result, moments_dtype, moments_shape, results_of
 from .equations import Epilogue, Geometry
@@ -69,6 +69,7 @@ class ConvTranspose(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @as_its_forward
     def backward(ctx: Any, dout: Tensor | None, dy: Tensor | None = None, *_: Any):
         mask = list(ctx.needs_input_grad[4:9])
         if ctx.direct and torch.is_grad_enabled():

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from ...dispatch import autocasts, compute_dtype, is_plain, is_transforming, needs_formula
+from ...dispatch import autocasts, compute_dtype, is_plain, is_transforming, needs_formula, outside_autocast
 from ..library import needs_gradient
 from . import cell as one_step
 from . import equations
@@ -387,7 +387,7 @@ def _recurrent_outside_autocast(
         return x if in_float32 else x.to(compute_dtype(device, x.dtype))
 
     operands = (cast(input), [cast(state) for state in states], [[cast(w) for w in part] for part in weights])
-    with torch.autocast(device, enabled=False):
+    with outside_autocast(device):
         return _recurrent_by_layers(function, mode, *operands, options)
 
 

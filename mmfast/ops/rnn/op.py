@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import is_plain
-from ..library import below_autograd, define, needs_gradient, nodes_of, will_run
+from ..library import as_its_forward, below_autograd, define, needs_gradient, nodes_of, will_run
 from . import equations, second_order
 from .backends import OP, empty_outputs
 from .equations import Layer
@@ -112,6 +112,7 @@ class RnnSequence(torch.autograd.Function):
         return y, hn, cn, gates, cell
 
     @staticmethod
+    @as_its_forward
     def backward(ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, _dgates: Any, _dcell: Any):
         x, h0, c0, y, gates, cell, *weights = ctx.saved_tensors
         if ctx.layer.mode != "LSTM":
@@ -179,6 +180,7 @@ class RnnGradient(torch.autograd.Function):
         return tuple(gradients)
 
     @staticmethod
+    @as_its_forward
     def backward(ctx: Any, *v: Tensor | None):
         dy, dhn, dcn, x, h0, c0, y, gates, cell, dgates, dm, *weights = ctx.saved_tensors
         given, layered = (dy, dhn, dcn), (x, weights, h0, c0, ctx.layer)
