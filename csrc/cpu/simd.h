@@ -200,6 +200,26 @@ inline void transpose<float>(const Vec<float>* in, Vec<float>* out) {
         out[i + 8] = (Vec<float>)_mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
     }
 }
+#elif defined(__AVX2__)
+template <>
+inline void transpose<float>(const Vec<float>* in, Vec<float>* out) {
+    __m256 a[8], b[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps((__m256)in[i], (__m256)in[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps((__m256)in[i], (__m256)in[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44), b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44), b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        out[i] = (Vec<float>)_mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        out[i + 4] = (Vec<float>)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
 #endif
 
 // ---- exp, log1p, sigmoid, tanh, softplus
