@@ -292,6 +292,13 @@ def autocasts(device: str) -> bool:
     )
 
 
+def compute_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or autocast's where that is on for the device and applies to `dtype`."""
+    if dtype == torch.float64 or not dtype.is_floating_point or not autocasts(device):
+        return dtype
+    return torch.get_autocast_dtype(device)
+
+
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether kernels may be called on these tensors directly: eager, no subclass, nobody listening to dispatch.
 

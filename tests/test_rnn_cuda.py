@@ -69,7 +69,7 @@ def test_refusals():
         "proj_size is 3": case._replace(proj_size=3),
         "zoneout is given": case._replace(zoneout=True),
         "recurrent_dropout is given": case._replace(recurrent_dropout=True),
-        "autocast is on": case._replace(autocast=True),
+        "autocast is on": case._replace(autocast=True, cell=True),
         "tensors are on xpu": case._replace(device="xpu"),
     }
     refused = OP.backends["cuda"].refusals

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mmfast
-from mmfast import functional
+from mmfast.ops.rnn import layers as functions
 
 LAYERS = {
     "RNN": {"num_layers": 2, "nonlinearity": "relu"},
@@ -17,7 +17,7 @@ per_layer = pytest.mark.parametrize("name", LAYERS)
 @pytest.fixture(params=["cpu", *["cuda"] * torch.cuda.is_available()])
 def device(request, monkeypatch):
     if request.param == "cpu":
-        monkeypatch.setattr(functional, "_is_cudnns", lambda input, options: not (options.dropout and options.training))
+        monkeypatch.setattr(functions, "_is_cudnns", lambda input, options: not (options.dropout and options.training))
     return request.param
 
 

@@ -41,7 +41,7 @@ def test_triton_refusals():
         "zoneout is given": case._replace(zoneout=True),
         "recurrent_dropout is given": case._replace(recurrent_dropout=True),
         "a single step": case._replace(cell=True),
-        "autocast is on": case._replace(autocast=True),
+        "autocast is on": case._replace(autocast=True, cell=True),
     }
     refused = OP.backends["triton"].refusals
     assert len(refused(case._replace(resets=True))) == (0 if INTERPRETED else 1)

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .. import functional as F
 from ..dispatch import EPOCH, Op, each_call_chooses
+from ..ops.conv_transpose.layers import conv_transpose_call
 from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
 _CONVOLUTIONS: dict[type, tuple[int, Any, type, type]] = {
@@ -70,7 +71,7 @@ class Sequential(torch.nn.Sequential):
             conv = modules[position]
             call: tuple = ()
             if known is not None and type(conv) in _CONVOLUTIONS and type(input) is Tensor:
-                call = (position, *F.conv_transpose_call(input, conv.out_channels, conv.stride))
+                call = (position, *conv_transpose_call(input, conv.out_channels, conv.stride))
                 if (count := known.get(call, 0)) and conv.backend is None:
                     for module in modules[position : position + count]:
                         input = module(input)

@@ -120,7 +120,7 @@ def _is_batch(dtotal: Tensor) -> bool:
 
 
 # empty_like of them takes half of what empty does
-_SCALARS = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_SCALARS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 class LossOfFew(torch.autograd.Function):

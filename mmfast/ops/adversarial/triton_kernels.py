@@ -662,8 +662,8 @@ class _Group:
             self.reals: tuple = tuple(map(tuple, reals))
         else:
             self.span = triton.next_power_of_2(count)
-            whole = torch.tensor([*addresses, *integers], dtype=torch.int64)
-            table = torch.cat([whole, torch.tensor(reals, dtype=torch.float64).view(torch.int64)])
+            whole = torch.tensor([*addresses, *integers], dtype=torch.int64, device="cpu")
+            table = torch.cat([whole, whole.new_tensor(reals, dtype=torch.float64).view(torch.int64)])
             table = table.to(first.device, non_blocking=True)
             self.table, self.real_table = table, table[len(whole) :].view(torch.float64)
             self.pointers, self.integers, self.reals = ((first,),), ((0,),), ((0.0,),)

@@ -272,7 +272,7 @@ class Cpu(Backend):
         activation = (_NATIVE_ACTIVATIONS[epilogue.activation], epilogue.negative_slope)
 
         def nothing(dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(0, dtype=dtype)
+            return x.new_empty(0, dtype=dtype)
 
         fused = activation if epilogue.norm == "none" and not keep else _NO_ACTIVATION
         y = self._convolve(x, weight, bias, geometry, fused)
@@ -280,7 +280,7 @@ class Cpu(Backend):
         y = y.contiguous() if epilogue.norm == "instance" else y
         if epilogue.measures:
             shape = moments_shape(y.shape, epilogue)
-            mean, var = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+            mean, var = x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
         out = torch.empty_like(y) if keep else y
         parameters = [_as(p, dtype) for p in (norm_weight, norm_bias, mean, var)]
         options = _layout(y, epilogue.norm), activation, epilogue.measures, epilogue.eps
@@ -381,7 +381,7 @@ class Cpu(Backend):
         dtype = moments_dtype(saved.dtype)
         layout = _layout(saved, epilogue.norm)
         shape = (layout[1][0], layout[1][2])
-        dweight, dbias = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        dweight, dbias = saved.new_zeros(shape, dtype=dtype), saved.new_zeros(shape, dtype=dtype)
         if saved.numel():
             wide = [_as(p, dtype) for p in parameters]
             call = native.normalization(layout, activation, epilogue.measures, epilogue.eps, saved, wide)

@@ -125,7 +125,7 @@ def phases_forward(
 
 def phases_dx(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
     """The gradient of x in `phases_forward`, contiguous; dy is dense. None: the weight is not finite."""
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = x.new_empty(x.shape)
     done = native.cpu_phases_backward(native_window(x, weight, geometry), weight.contiguous(), dy, dx)
     return dx if done else None
 
@@ -194,7 +194,7 @@ def depthwise_backward(
     dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the convolution in `depthwise_forward` that mask asks for; dy is dense."""
-    dx = torch.empty(x.shape, dtype=x.dtype) if mask[0] else None
+    dx = x.new_empty(x.shape) if mask[0] else None
     shares = x.new_empty(x.shape[0], *weight.shape) if mask[1] else None
     if mask[0] or mask[1]:
         window = native_window(x, weight, geometry)

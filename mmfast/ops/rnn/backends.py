@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend, GpuBackend, Op, TorchBackend
 from .. import portable
-from ..product import product
+from ..product import has_products, product
 from . import equations
 from .equations import GATES, MODES, Layer, Weights
 from .products import input_gradient, input_side, sum_over_rows
@@ -55,6 +55,12 @@ class Case(NamedTuple):
     resets: bool = False
     zoneout: bool = False
     recurrent_dropout: bool = False
+
+    @property
+    def stays_float32(self) -> bool:
+        """Under autocast: PyTorch's loops on a CPU multiply in its dtype, but add to a state that keeps its own."""
+        loop = self.mode == "GRU" or (self.mode == "LSTM" and (self.packed or self.lengths))
+        return self.autocast and loop and self.device == "cpu"
 
     @property
     def extras(self) -> list[str]:
@@ -208,10 +214,7 @@ class Cpu(Walker):
     name = "cpu"
 
     def refusals(self, case: Case) -> list[str]:
-        refusals = native.cpu_refusals("the input is", case.device, case.dtype)
-        if case.autocast:
-            refusals.append("autocast is on (supported: off)")
-        return refusals
+        return native.cpu_refusals("the input is", case.device, case.dtype) + _beyond_autocast(case)
 
     def reluctance(self, case: Case) -> str:
         """PyTorch's RNN and GRU, loops over its operators, were slower beyond a few steps: 1.1 to 15 times. Its LSTM
@@ -232,6 +235,8 @@ class Cpu(Walker):
             return "PyTorch's cells with gradients were measured as fast" if case.gradients else ""
         if case.short and not case.extras:
             return f"PyTorch's loop was measured faster for at most {SHORT[case.mode]} steps"
+        if case.stays_float32 and has_products(case.dtype):
+            return f"PyTorch's loop with products in {case.dtype} was not measured on such a processor"
         narrow = case.dtype == torch.bfloat16 and native.isa() == "avx512"  # below, PyTorch's LSTM raises
         onednn = case.mode == "LSTM" and (case.dtype == torch.float32 or narrow)
         if not onednn or case.packed or case.lengths or case.transformed:
@@ -264,11 +269,18 @@ class Cpu(Walker):
         del alive
 
 
+def _beyond_autocast(case: Case) -> list[str]:
+    """Kernels read and give one dtype; a projected state in PyTorch's loop is of another than the cell's."""
+    if not case.autocast or not (case.cell or (case.proj_size and case.device == "cpu")):
+        return []
+    return ["autocast is on (supported: off, or whole layers, on a CPU without projection)"]
+
+
 def _beyond_the_gpu_kernels(case: Case) -> list[str]:
     """What neither CUDA C++ nor Triton has."""
     refusals = [f"proj_size is {case.proj_size} (supported: 0)"] if case.proj_size else []
     refusals += [f"{name} is given (supported: reset_mask)" for name in case.extras if name != "reset_mask"]
-    return [*refusals, "autocast is on (supported: off)"] if case.autocast else refusals
+    return refusals + _beyond_autocast(case)
 
 
 class Cuda(Walker, GpuBackend):
@@ -379,7 +391,7 @@ def _device_layer(
         return native_layer(layer, sizes, parts, h0, c0)
     each = layer.batch_sizes
     # a sequence has as many steps as there are batches larger than its number
-    lengths = sizes.steps - torch.searchsorted(each.flip(0), torch.arange(sizes.batch), right=True)
+    lengths = sizes.steps - torch.searchsorted(each.flip(0), torch.arange(sizes.batch, device="cpu"), right=True)
     both = torch.cat([each.new_zeros(1), each.cumsum(0), lengths]).to(parts[0].w_hh.device, non_blocking=True)
     offsets, lengths = both.split([sizes.steps + 1, sizes.batch])
     _, tensors = native_layer(layer._replace(batch_sizes=None), sizes, parts, h0, c0)
@@ -459,7 +471,7 @@ def native_layer(
     offsets = lengths = None
     if layer.batch_sizes is not None:
         # several times as fast as cumsum and pad for the few dozen steps that sequences mostly have
-        offsets = torch.tensor([0, *itertools.accumulate(layer.batch_sizes.tolist())])
+        offsets = torch.tensor([0, *itertools.accumulate(layer.batch_sizes.tolist())], device="cpu")
     elif layer.lengths is not None:
         lengths = layer.lengths.to(torch.int64).contiguous()
     masks = layer.reset_mask, layer.zoneout_mask, layer.dropout_mask

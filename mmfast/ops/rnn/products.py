@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..product import prefers_native, product
+from ..product import is_loop, prefers_native, product
 from .equations import Weights
 
 #: Columns of the result from which on torch.mm sums in blocks; with fewer its rms error was up to 7 times as large.
@@ -32,7 +32,7 @@ def input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:
 def input_gradient(dgates: Tensor, w_ih: Sequence[Tensor], gates: int) -> Tensor:
     """dgates W_ih, added over the directions: (N, I)"""
     each = dgates.chunk(len(w_ih), 1)
-    if not prefers_native(each[0], w_ih[0]):
+    if not (is_loop(dgates) or prefers_native(each[0], w_ih[0])):
         if gates == 4 and len(dgates) * w_ih[0].shape[1] <= SMALL and dgates.dtype == torch.float32:
             # one chain over all four gates is less accurate than oneDNN's
             return sum(map(_by_gates, each, w_ih))  # type: ignore[return-value]
@@ -62,7 +62,7 @@ def _by_gates(dgates: Tensor, w_ih: Tensor) -> Tensor:
 def sum_over_rows(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """out = left^T right"""
     rows = left.shape[0]
-    if prefers_native(left.t(), right):
+    if is_loop(left) or prefers_native(left.t(), right):
         return product(left.t(), right, out=out)
     if right.shape[1] < WIDE <= left.shape[1]:
         return out.copy_(sum_over_rows(right, left, out.new_empty(out.shape[::-1])).t())

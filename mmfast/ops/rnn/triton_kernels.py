@@ -585,7 +585,7 @@ class _Walk:
             ends = layer.batch_sizes.cumsum(0)
             # a sequence has as many steps as there are batches larger than its number
             rising = layer.batch_sizes.flip(0)
-            lengths = self.steps - torch.searchsorted(rising, torch.arange(self.batch), right=True)
+            lengths = self.steps - torch.searchsorted(rising, torch.arange(self.batch, device="cpu"), right=True)
             both = torch.cat([ends.new_zeros(1), ends, lengths]).to(y.device)
             self.offsets, self.lengths = both.split([self.steps + 1, self.batch])
         elif layer.lengths is not None:
