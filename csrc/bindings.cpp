@@ -16,6 +16,8 @@
 #ifdef MMFAST_EMULATOR
 #include "emulator/machine.h"
 #include "emulator/selftest.h"
+#else
+#include "adversarial_direct.h"
 #endif
 
 namespace py = pybind11;
@@ -120,35 +122,6 @@ int cpu_adversarial_forward(const Terms& terms, int dtype, bool mean, const Poin
     set_outputs(call.args, outputs);
     call.args.threads = threads;
     return run(mmfast_cpu_adversarial_forward, call.args);
-}
-
-// One or two tensors of logits, without weights: two terms of x and y, which with `averages` are each other's peers, or
-// one of x, less y where y is not 0; dx, dy: 0 where one is not wanted.
-int cpu_adversarial_few(const Terms& list, int dtype, bool mean, bool averages, Pointer x, int64_t x_size, Pointer y,
-                        int64_t y_size, Pointer total, Pointer dx, Pointer dy, int threads) {
-    const size_t count = list.terms.size();
-    if (count < 1 || count > 2 || (count == 1 && y && y_size != x_size))
-        throw std::invalid_argument("one or two terms are expected, and as many elements of tensors that meet");
-    mmfast_adversarial_term terms[2] = {list.terms.front(), list.terms.back()};
-    terms[0].logits = as_pointer(x), terms[0].size = x_size, terms[0].dlogits = as_pointer(dx);
-    if (count == 2) {
-        terms[1].logits = as_pointer(y), terms[1].size = y_size, terms[1].dlogits = as_pointer(dy);
-    } else {
-        terms[0].other = as_pointer(y), terms[0].dother = as_pointer(dy);
-    }
-    mmfast_adversarial_args args{};
-    args.dtype = dtype, args.mean = mean, args.count = int64_t(count), args.terms = terms, args.threads = threads;
-    args.total = as_pointer(total);
-    double means[2], slopes[2];
-    if (averages && count == 2) {
-        const size_t second = dtype == MMFAST_FLOAT64 ? 8 : 4;
-        args.means = means, args.slopes = slopes;
-        for (size_t k = 0; k < 2; ++k) {
-            terms[k].centre = reinterpret_cast<char*>(means) + (1 - k) * second;
-            terms[k].peer_slope = reinterpret_cast<char*>(slopes) + (1 - k) * second;
-        }
-    }
-    return run(mmfast_cpu_adversarial_forward, args);
 }
 
 int cpu_adversarial_backward(const Terms& terms, int dtype, bool mean, const Pointers& logits,
@@ -493,7 +466,6 @@ void bind_cpu(py::module_& m) {
     m.def("supported_isas", &mmfast_supported_isas);
 
     m.def("cpu_adversarial_forward", &cpu_adversarial_forward);
-    m.def("cpu_adversarial_few", &cpu_adversarial_few);
     m.def("cpu_adversarial_backward", &cpu_adversarial_backward);
     m.def("cpu_rnn_forward", &rnn_forward);
     m.def("cpu_rnn_backward", &rnn_backward);
@@ -562,7 +534,9 @@ PYBIND11_MODULE(_C, m) {
     m.attr("adversarial_chunk") = MMFAST_ADVERSARIAL_CHUNK;
     m.attr("adversarial_term") = MMFAST_ADVERSARIAL_TERM;
     m.def("last_error", &mmfast_last_error);
-    py::class_<Terms>(m, "AdversarialTerms", py::module_local()).def(py::init<const std::vector<Terms::Row>&>());
+    py::class_<Terms>(m, "AdversarialTerms", py::module_local())
+        .def(py::init<const std::vector<Terms::Row>&>())
+        .def_property_readonly("address", [](const Terms& list) { return Pointer(&list.terms); });
 #ifdef MMFAST_EMULATOR
     bind_machine(m);
 #else
@@ -573,6 +547,7 @@ PYBIND11_MODULE(_C, m) {
     build["cuda"] = MMFAST_BUILD_CUDA;
     m.attr("build") = build;
     bind_cpu(m);
+    if (mmfast::add_direct(m.ptr())) throw py::error_already_set();
 #endif
 #if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
     bind_cuda(m);

@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import config, table
 
@@ -98,7 +101,7 @@ class Op:
         for listener in _listeners:
             listener(self, case, explicit)
         requested = explicit or _forced[0] or config.BACKEND
-        if torch.compiler.is_compiling():
+        if is_compiling():
             # Dynamo hands constants over, of which a named tuple is none
             return _select_while_tracing(self.name, _constants(case), requested)
         return self._select(case, requested)
@@ -179,17 +182,12 @@ class Op:
 
 def each_call_chooses() -> bool:
     """Whether no earlier choice tells the next: somebody listens, autocast is on, or a tracer runs."""
-    return (
-        torch.compiler.is_compiling()
-        or bool(_listeners)
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state() is not None
-    )
+    return is_compiling() or bool(_listeners) or torch._C._is_any_autocast_enabled() or _get_tracing_state() is not None
 
 
 def _is_converted() -> bool:
     """Whether torch.jit.trace or torch.onnx.export records the call, for a runtime that knows none of mmfast's ops."""
-    return torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export()
+    return _get_tracing_state() is not None or torch.onnx.is_in_onnx_export()
 
 
 def _constants(facts: tuple) -> tuple:
@@ -260,26 +258,28 @@ def asked(call: Callable[[], Any]) -> list[tuple[Op, Any]]:
 
 def needs_formula(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a call is under a torch.func transform or forward-mode AD, which only differentiable formulas serve."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
-    if torch._C._are_functorch_transforms_active():
+    if _are_functorch_transforms_active():
         return True
-    forward_ad = torch.autograd.forward_ad
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def is_transforming() -> bool:
     """Whether a torch.func transform or forward-mode AD is entered at all, as `needs_formula` asks of tensors."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_watched() -> bool:
     """Whether anything would miss a kernel that is called directly: explain, a transform, forward-mode AD, a tracer."""
+    # names of this module, for attributes of torch's take most of the time; what compiles without Dynamo dispatches
     return bool(
-        _listeners
-        or is_transforming()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack()
+        is_dynamo_compiling()
+        or _listeners
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack()
     )
 
 
@@ -305,9 +305,9 @@ def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     torch.jit.trace listens, too: of a kernel called directly it would record nothing but the output's allocation.
     """
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
+        not is_compiling()
+        and _get_tracing_state() is None
+        and _len_torch_dispatch_stack() == 0
         and _PLAIN.issuperset(map(type, tensors))  # all() of a generator takes three times as long
     )
 

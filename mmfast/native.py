@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +27,10 @@ ABI_VERSION = 5
 
 #: enum mmfast_dtype
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+#: enum DirectOptions: what is reduced is the mean; pairs of terms are each other's peers; the tensors' second half are
+#: the others of the first; the gradients do not depend on the logits; those that are required are wanted
+DIRECT_MEAN, DIRECT_AVERAGES, DIRECT_OTHERS, DIRECT_CONSTANT, DIRECT_GRADIENTS = 1, 2, 4, 8, 16
 
 _STATUS_ERRORS = {1: ValueError, 2: MemoryError, 3: RuntimeError}
 
@@ -176,7 +180,7 @@ def supported_isas() -> list[str]:
     return library().supported_isas().split()
 
 
-def _adversarial_terms(terms: Terms, name: str) -> object:
+def _adversarial_terms(terms: Terms, name: str) -> Any:
     """The library's own copy of the terms, made once."""
     copy = terms.copies[name] = library(name).AdversarialTerms([(int(phi), *rest) for phi, *rest in terms])
     return copy
@@ -235,37 +239,18 @@ def cpu_adversarial_forward(
         check(status)
 
 
-def cpu_adversarial_few(
-    terms: Terms,
-    mean: bool,
-    averages: bool,
-    x: torch.Tensor,
-    y: torch.Tensor | None,
-    total: torch.Tensor,
-    dx: torch.Tensor | None,
-    dy: torch.Tensor | None,
-) -> None:
-    """Fills total () and its gradients that are wanted, from terms of x and y, or one term of x, less y if there is y.
+def adversarial_direct(terms: Terms) -> tuple[Callable[..., Any], Callable[[torch.Tensor], float | None], int]:
+    """(call, number_of, address) of K terms, whose kernel is given dense tensors themselves.
 
-    Dense CPU tensors of one dtype, without weights; x and y of one shape where they meet. averages: the two terms are
-    each other's peers.
+    call(address, options, threads, *tensors) gives (total, gradients), or None where another path has to serve the
+    tensors: they are not all plain, dense, on the CPU, of one dtype, float32 or float64, and of one shape where they
+    meet. gradients: one for each tensor that requires one and None for others; None where nobody wants any, () where
+    they are left for later, many and constant. options: a sum of DIRECT_*.
+    number_of(tensor) is what `item` gives, or None where the tensor is not such a one.
     """
-    status = library().cpu_adversarial_few(
-        terms.copies.get("_C") or _adversarial_terms(terms, "_C"),
-        DTYPES[x.dtype],
-        mean,
-        averages,
-        x.data_ptr(),
-        x.numel(),
-        0 if y is None else y.data_ptr(),
-        0 if y is None else y.numel(),
-        total.data_ptr(),
-        0 if dx is None else dx.data_ptr(),
-        0 if dy is None else dy.data_ptr(),
-        torch.get_num_threads(),
-    )
-    if status:
-        check(status)
+    copy = terms.copies.get("_C") or _adversarial_terms(terms, "_C")
+    module = library()
+    return module.adversarial_direct, module.number_of, copy.address
 
 
 def cpu_adversarial_backward(

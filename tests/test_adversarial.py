@@ -599,18 +599,16 @@ def test_a_batch_of_cotangents(mode, n):
 @pytest.mark.parametrize(
     "mode", ["wasserstein", "hinge", "lsgan", "non-saturating", "relativistic", "relativistic-average"]
 )
-def test_a_tensor_is_a_list_of_one(mode, dtype, which):
+def test_the_direct_call_is_the_general_one(mode, dtype, which):
     x, y = (torch.randn(63, 1, dtype=dtype, requires_grad=wanted) for wanted in which)
     wanted = [t for t, need in zip((x, y), which, strict=True) if need]
+    real = x if "relativistic" in mode else None
+    discriminator = mmfast.functional.adversarial_discriminator_loss
+    generator = mmfast.functional.adversarial_generator_loss
     for few, many in [
-        (
-            mmfast.functional.adversarial_discriminator_loss(x, y, mode),
-            mmfast.functional.adversarial_discriminator_loss([x], [y], mode),
-        ),
-        (
-            mmfast.functional.adversarial_generator_loss(y, x if "relativistic" in mode else None, mode),
-            mmfast.functional.adversarial_generator_loss([y], [x], mode),
-        ),
+        # values are wanted: the general call
+        (discriminator(x, y, mode), discriminator([x], [y], mode, return_values=True)[0]),
+        (generator(y, real, mode), generator([y], real if real is None else [real], mode, return_values=True)[0]),
     ]:
         assert torch.equal(few, many)
         assert few.requires_grad == many.requires_grad
@@ -622,3 +620,84 @@ def test_a_tensor_is_a_list_of_one(mode, dtype, which):
             strict=True,
         ):
             assert (seen is None and expected is None) or torch.equal(seen, expected)
+
+
+DIRECT = {
+    "tensors": lambda x, y: mmfast.functional.adversarial_discriminator_loss(x, y, "hinge"),
+    "lists": lambda x, y: mmfast.functional.adversarial_discriminator_loss([x, x[:7]], [y, y[:7]], "hinge"),
+    "pairs": lambda x, y: mmfast.functional.adversarial_discriminator_loss([x, x[:7]], [y, y[:7]], "relativistic"),
+    "averages": lambda x, y: mmfast.functional.adversarial_discriminator_loss(
+        [x, x[:7]], [y[:5], y], "relativistic-average"
+    ),
+    "five kinds": lambda x, y: mmfast.functional.matching_discriminator_loss(x, y, y, unconditional=(x, y)),
+    "features": lambda x, y: mmfast.functional.feature_matching([[x], [x[:7]]], [[y], [y[:7]]], detach=False),
+    "a generator": lambda x, y: mmfast.functional.adversarial_generator_loss([x, y], mode="lsgan"),
+    "many and constant": lambda x, y: mmfast.functional.adversarial_discriminator_loss(
+        x.expand(9, 1000).contiguous(), y.contiguous(), "wasserstein"
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("name", DIRECT)
+def test_the_direct_call_serves(seed, name, dtype, monkeypatch):
+    """It gives what the general call gives, which serves where this torch has no exchange table."""
+    x, y = (torch.randn(1000, dtype=dtype).requires_grad_() for _ in range(2))
+    loss = DIRECT[name](x, y)
+    assert type(loss.grad_fn).__name__ == "DirectLossBackward"
+    monkeypatch.setattr("mmfast.ops.adversarial.losses.loss_of_tensors", lambda *_: None)
+    general = DIRECT[name](x, y)
+    assert type(general.grad_fn).__name__ == "AdversarialLossBackward"
+    torch.testing.assert_close(loss, general)
+    for scale in (1.0, -0.3):
+        found, expected = (
+            torch.autograd.grad(one * scale, (x, y), allow_unused=True, retain_graph=True) for one in (loss, general)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+NOT_DIRECT = {
+    "strided": lambda x, y: (x[::2], y),
+    "transposed": lambda x, y: (x.view(40, 25).t(), y),
+    "two dtypes": lambda x, y: (x, y.double()),
+    "bfloat16": lambda x, y: (x.bfloat16(), y.bfloat16()),
+    "a parameter": lambda x, y: (torch.nn.Parameter(x.detach()), y),
+}
+
+
+@pytest.mark.parametrize("name", NOT_DIRECT)
+def test_the_direct_call_leaves_to_the_general_one(seed, name):
+    x, y = NOT_DIRECT[name](*(torch.randn(1000).requires_grad_() for _ in range(2)))
+    loss = mmfast.functional.adversarial_discriminator_loss(x, y, "lsgan")
+    assert type(loss.grad_fn).__name__ == "AdversarialLossBackward"
+    expected = (x.float() - 1).square().mean() + y.float().square().mean()
+    tolerance = {"rtol": 2e-2, "atol": 0} if name == "bfloat16" else {}
+    torch.testing.assert_close(loss.double(), expected.double(), check_dtype=False, **tolerance)
+
+
+@pytest.mark.parametrize(
+    "again", [lambda x: x.clone(), lambda x: x.repeat_interleave(2)[::2]], ids=["dense", "strided"]
+)
+def test_tensors_that_a_hook_brings_back(seed, again):
+    x, y = (torch.randn(64).requires_grad_() for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, again):
+        loss = mmfast.functional.adversarial_discriminator_loss(x, y)
+    once, twice = (torch.autograd.grad(loss, (x, y), retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(once, twice)
+
+
+@pytest.mark.parametrize("isa", native.supported_isas())
+@pytest.mark.parametrize(("dtype", "lowest"), [(torch.float32, -103), (torch.float64, -743)], ids=["f32", "f64"])
+def test_slopes_to_the_smallest(dtype, lowest, isa):
+    """exp far below 0, where neither it nor a power of two is a normal number."""
+    x = torch.linspace(lowest, 0, 20011, dtype=dtype).requires_grad_()
+    before = native.isa()
+    native.set_isa(isa)
+    try:
+        loss = mmfast.functional.adversarial_generator_loss(x, mode="minimax", reduction="sum", backend="cpu")
+    finally:
+        native.set_isa(before)
+    (g,) = torch.autograd.grad(loss, x)
+    slope, info = x.detach().double().exp(), torch.finfo(dtype)
+    slope = slope / (1 + slope)
+    torch.testing.assert_close(-g.double(), slope, rtol=4 * info.eps, atol=2 * info.smallest_normal * info.eps)

@@ -3,11 +3,12 @@
 //
 // Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. Forward reads each element once (twice where it
 // measures the centres); backward reads it once and writes its gradient, so both are bound by memory for large tensors
-// and by the call for small ones. A forward that is asked for gradients, too, reads each element once in all, but for
-// terms with peers. Each tensor is cut into chunks of kChunk elements, whatever the number of threads. A
-// block of a chunk is summed in four vectors of the compute type (float for 16-bit and float32 logits), blocks and
-// chunks are added in double, in order: the same bits for any number of threads. Backward: d = dtotal * weight_k [/
-// n_k] * sign_k * w_i * phi_k'(u), less the peer's part.
+// and by the call for small ones. A forward that is asked for gradients, too, reads each element once in all, and of
+// terms with peers, whose gradients need the slopes of all logits, reads and writes each gradient once more. Each
+// tensor is cut into chunks of kChunk elements, whatever the number of threads. A block of a chunk is summed in four
+// vectors of the compute type (float for 16-bit and float32 logits), blocks and chunks are added in double, in order:
+// the same bits for any number of threads. Backward: d = dtotal * weight_k [/ n_k] * sign_k * w_i * phi_k'(u), less the
+// peer's part.
 //
 // Blocks of a chunk that are not what the loops over phi read - 16-bit logits, x - other, weights - pass through a
 // buffer in the first-level cache, so that there is one loop for each phi and compute type.
@@ -91,8 +92,8 @@ struct Function {
         if constexpr (kSoftplus) {
             const V u = argument(d), one = V{} + 1;
             const V e = exp_negative(negative_of(u));
-            const V top = u < 0 ? V{} : u;
-            const V slope = (u < 0 ? e : one) / (e + 1);
+            const V top = max_of(V{}, u);
+            const V slope = by_sign(u, e, one) / (e + 1);
             chain.product = chain.product * e + (chain.product + e);
             if constexpr (kPhi == MMFAST_TILTED) {
                 chain.sum += top + u * tilt;
@@ -117,7 +118,8 @@ double sum_of(const Term& term, const C* d, int size, [[maybe_unused]] C factor,
     constexpr int kWidth = kLanes<C>;
     const Function<kPhi, C> function(term);
     Chain<C> first, second, third, fourth;
-    const auto add = [&](Chain<C>& chain, int i) {
+    // inlined: the compiler calls it, and then each chain is kept in memory
+    const auto add = [&](Chain<C>& chain, int i) __attribute__((always_inline)) {
         [[maybe_unused]] const Vec<C> slope = function.add(chain, load(d + i));
         if constexpr (kSlopes) store(out + i, slope * factor);
     };
@@ -289,9 +291,16 @@ double sum_of_numbers(const C* y, int size) {
     return sum_of<MMFAST_IDENTITY, C, false>(plain, y, size, C(0), nullptr);
 }
 
-// The sums of w * phi over a chunk, and of its slope where `slope` is not null; else the term's gradients that are
-// wanted, w * slope * factor. Blocks are added in double: a lane's chain over a whole chunk would be less accurate than
-// PyTorch's cascade.
+// Whether a forward with slopes leaves slope * factor in the gradient's place, of which only the peer's part is
+// missing.
+template <typename T, typename C>
+bool keeps_slopes(const Term& term) {
+    return kSame<T, C> && term.dlogits && !term.weights;
+}
+
+// The sums of w * phi over a chunk, and where `slope` is not null of its slope, times the factor where that is kept;
+// else the term's gradients that are wanted, w * slope * factor. Blocks are added in double: a lane's chain over a
+// whole chunk would be less accurate than PyTorch's cascade.
 template <typename T, typename C>
 void sum_chunk(const Term& term, int64_t begin, int64_t size, C factor, double* value, double* slope) {
     const Loops<C>& loops = loops_of<C>(term.phi);
@@ -313,8 +322,9 @@ void sum_chunk(const Term& term, int64_t begin, int64_t size, C factor, double* 
             }
             if (wanted) differentiate_block<T, C>(term, begin + i, d, n, factor, C(0), y);
         } else if (slope) {
-            *value += loops.sum_and_slopes(term, d, n, C(1), y);
-            *slope += sum_of_numbers(y, n);
+            C* out = keeps_slopes<T, C>(term) ? static_cast<C*>(term.dlogits) + begin + i : y;
+            *value += loops.sum_and_slopes(term, d, n, out == y ? C(1) : factor, out);
+            *slope += sum_of_numbers(out, n);
         } else if (wanted) {
             const Gradients<T, C> gradients(term, begin + i, y);
             *value += loops.sum_and_slopes(term, d, n, factor, gradients.made);
@@ -398,8 +408,9 @@ double factor_of(const mmfast_adversarial_args& args, const Term& term) {
     return scale * term.sign;
 }
 
+// kept: whether this ends a forward, which may have kept slopes
 template <typename T, typename C>
-int backward(const mmfast_adversarial_args& args) {
+int backward(const mmfast_adversarial_args& args, bool kept = false) {
     const int64_t chunks = count_chunks(args);
     const double dtotal = args.dtotal ? double(load_float(static_cast<const T*>(args.dtotal), 1)[0]) : 1;
     parallel_for(threads_for(args, chunks), chunks, [&](int64_t i) {
@@ -407,8 +418,13 @@ int backward(const mmfast_adversarial_args& args) {
         const Term& term = *place.term;
         if (!term.dlogits && !term.dother) return;
         const double peer = term.peer_slope ? double(*static_cast<const C*>(term.peer_slope)) : 0;
-        differentiate_chunk<T, C>(term, place.offset, place.size, C(dtotal * factor_of(args, term)),
-                                  C(-dtotal * peer / double(term.size)));
+        const C offset = C(-dtotal * peer / double(term.size));
+        if (kept && keeps_slopes<T, C>(term)) {
+            C* dx = static_cast<C*>(term.dlogits) + place.offset;
+            map_each(dx, dx, int(place.size), [&](Vec<C> v) { return v + offset; });
+        } else {
+            differentiate_chunk<T, C>(term, place.offset, place.size, C(dtotal * factor_of(args, term)), offset);
+        }
     });
     return MMFAST_OK;
 }
@@ -439,12 +455,12 @@ int forward(const mmfast_adversarial_args& args) {
         const double count = args.mean ? double(term.size) : 1;
         const double value = term.weight * (sum / count);
         if (values) values[k] = C(value);
-        if (slopes) slopes[k] = C(term.weight * term.sign * (slope / count));
+        if (slopes) slopes[k] = C(keeps_slopes<T, C>(term) ? slope : term.weight * term.sign * (slope / count));
         total += value;
     }
     store_float(static_cast<T*>(args.total), splat(C(total)), 1);
     // gradients that need the slopes of all logits first
-    return slopes ? backward<T, C>(args) : MMFAST_OK;
+    return slopes ? backward<T, C>(args, true) : MMFAST_OK;
 }
 
 }  // namespace

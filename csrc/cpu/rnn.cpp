@@ -19,20 +19,21 @@ namespace {
 
 // ---- forward
 
-template <typename T, typename C>
+template <typename T, typename C, bool kPlain>
 class Forward {
     using V = Vec<C>;
 
   public:
-    Forward(const mmfast_rnn_forward_args& args, int direction) : d_(args.layer, direction) {
+    Forward(const mmfast_rnn_forward_args& args, int direction)
+        : d_(args.layer, direction),
+          panels_(d_.P, d_.H, d_.G, d_.layer.batch),
+          projection_(d_.H, d_.projects() ? d_.P : 0, 1, d_.layer.batch) {
         gx_ = static_cast<const T*>(args.gx) + d_.gates_at;
         gates_ = d_.G > 1 ? d_.template moved<T>(args.gates, d_.gates_at) : nullptr;
         cell_ = d_.template moved<T>(args.cell, d_.units_at);
         y_ = static_cast<T*>(args.y) + d_.y_at;
         hn_ = static_cast<T*>(args.hn) + d_.h_at;
         cn_ = lstm() ? static_cast<T*>(args.cn) + d_.c_at : nullptr;
-        panels_ = {nullptr, d_.P, d_.H, d_.G};
-        projection_ = {nullptr, d_.H, d_.w_hr ? d_.P : 0, 1};
         h_stride_ = state_stride<C>(d_.P);
         c_stride_ = state_stride<C>(d_.H);
     }
@@ -73,7 +74,7 @@ class Forward {
                               step<decltype(mode)::value>(s, t, b, unit, valid, sums, ahead);
                           });
             });
-            if (d_.w_hr) project(share, barrier, s, t, end);
+            if (d_.projects()) project(share, barrier, s, t, end);
             barrier.wait(share.parts);
         }
     }
@@ -101,7 +102,7 @@ class Forward {
     // h is what the next step of b finds
     void enter(C* state, V h, int64_t b, int64_t unit, int valid) const {
         const int64_t at = b * h_stride_ + unit;
-        if (whole_) store(whole_ + at, h);
+        if (!kPlain && whole_) store(whole_ + at, h);
         store(state + at, d_.dropped(h, b, unit, valid));
     }
 
@@ -109,10 +110,10 @@ class Forward {
         return d_.reverse ? t == 0 : t + 1 == d_.layer.steps || !d_.rows.active(t + 1, b);
     }
     bool cut_after(int64_t t, int64_t b) const {
-        return d_.layer.reset && !last(t, b) && d_.rows.cut(d_.reverse ? t - 1 : t + 1, b, d_.reverse);
+        return !kPlain && d_.layer.reset && !last(t, b) && d_.rows.cut(d_.reverse ? t - 1 : t + 1, b, d_.reverse);
     }
     V before(int64_t s, int64_t b, int64_t unit) const {
-        return load((whole_ ? whole_ : h_[s & 1]) + b * h_stride_ + unit);
+        return load((!kPlain && whole_ ? whole_ : h_[s & 1]) + b * h_stride_ + unit);
     }
 
     template <int kMode>
@@ -120,11 +121,12 @@ class Forward {
         constexpr int G = gates_of(kMode);
         const int64_t row = d_.rows.row(t, b), H = d_.H;
         if (!d_.rows.active(t, b)) {
-            if (!d_.w_hr) d_.memory.store_to(y_ + row * d_.y_stride + unit, V{}, valid);
+            if (!d_.projects()) d_.memory.store_to(y_ + row * d_.y_stride + unit, V{}, valid);
             return;
         }
         const T* gx = gx_ + row * d_.gates_stride + unit;
         V x[G], a[G], kept[G], h;
+#pragma GCC unroll 4
         for (int g = 0; g < G; ++g) {
             x[g] = d_.memory.load_from(gx + g * H, valid);
             a[g] = d_.b_hh ? sums[g] + d_.memory.load_from(d_.b_hh + g * H + unit, valid) : sums[g];
@@ -132,7 +134,7 @@ class Forward {
         }
         T* cell = cell_ ? cell_ + row * d_.units_stride + unit : nullptr;
         if (cell) fetch_to_write(cell + ahead * d_.units_stride);
-        if (!d_.w_hr) fetch_to_write(y_ + (row + ahead) * d_.y_stride + unit);
+        if (!d_.projects()) fetch_to_write(y_ + (row + ahead) * d_.y_stride + unit);
         if constexpr (kMode == MMFAST_LSTM) {
             C* state = c_ + b * c_stride_ + unit;
             V c = load(state);
@@ -147,9 +149,10 @@ class Forward {
         }
         if (G > 1 && gates_) {
             T* gates = gates_ + row * d_.gates_stride + unit;
+#pragma GCC unroll 4
             for (int g = 0; g < G; ++g) d_.memory.store_to(gates + g * H, kept[g], valid);
         }
-        if (kMode == MMFAST_LSTM && d_.w_hr) return store(u_ + b * c_stride_ + unit, h);
+        if (kMode == MMFAST_LSTM && d_.projects()) return store(u_ + b * c_stride_ + unit, h);
         output(s, t, b, unit, valid, h);
     }
 
@@ -175,7 +178,7 @@ class Forward {
         if (last(t, b)) d_.memory.store_to(hn_ + b * d_.P + unit, h, valid);
     }
 
-    Direction<T, C> d_;
+    Direction<T, C, kPlain> d_;
     int64_t h_stride_, c_stride_;
     const T* gx_;
     T *gates_, *cell_, *y_, *hn_, *cn_;
@@ -186,14 +189,17 @@ class Forward {
 
 // ---- backward
 
-template <typename T, typename C>
+template <typename T, typename C, bool kPlain>
 class Backward {
     // float32 and float64: the product reads dgates where they are written. 16 bits: a copy in float32 in scratch
     static constexpr bool kCopies = sizeof(T) != sizeof(C);
     using V = Vec<C>;
 
   public:
-    Backward(const mmfast_rnn_backward_args& args, int direction) : d_(args.layer, direction) {
+    Backward(const mmfast_rnn_backward_args& args, int direction)
+        : d_(args.layer, direction),
+          panels_(d_.G * d_.H, d_.P, 1, d_.layer.batch),
+          projection_(d_.P, d_.projects() ? d_.H : 0, 1, d_.layer.batch) {
         const bool gru = d_.layer.mode == MMFAST_GRU;
         gates_ = d_.G > 1 ? static_cast<const T*>(args.gates) + d_.gates_at : nullptr;
         cell_ = d_.G > 1 || d_.zones() ? static_cast<const T*>(args.cell) + d_.units_at : nullptr;
@@ -203,14 +209,12 @@ class Backward {
         dcn_ = d_.moved(static_cast<const T*>(args.dcn), d_.c_at);
         dgates_ = static_cast<T*>(args.dgates) + d_.gates_at;
         dm_ = gru ? static_cast<T*>(args.dm) + d_.units_at : nullptr;
-        dh_ = d_.w_hr ? static_cast<T*>(args.dh) + d_.y_at : nullptr;
-        full_ = d_.w_hr ? static_cast<T*>(args.u) + d_.units_at : nullptr;
+        dh_ = d_.projects() ? static_cast<T*>(args.dh) + d_.y_at : nullptr;
+        full_ = d_.projects() ? static_cast<T*>(args.u) + d_.units_at : nullptr;
         previous_ = d_.template moved<T>(args.previous, d_.y_at);
         dh0_ = d_.template moved<T>(args.dh0, d_.h_at);
         dc0_ = d_.template moved<T>(args.dc0, d_.c_at);
         carries_ = gru || d_.zones();
-        panels_ = {nullptr, d_.G * d_.H, d_.P, 1};
-        projection_ = {nullptr, d_.P, d_.w_hr ? d_.H : 0, 1};
         h_stride_ = state_stride<C>(d_.P);
         c_stride_ = state_stride<C>(d_.H);
         copy_stride_ = state_stride<C>(d_.G * d_.H);
@@ -247,7 +251,7 @@ class Backward {
             // rows that the step before had pass a gradient on; rows that it had not begin here, or end
             arrive(share, s, t, before < count || dh0_ || dc0_ ? before : count, true);
             arrive(share, s, t, count, false, before);
-            if (d_.w_hr) project(share, barrier, s, t, count);
+            if (d_.projects()) project(share, barrier, s, t, count);
             before = count;
             barrier.wait(share.parts);
         }
@@ -332,7 +336,7 @@ class Backward {
     void clear(int64_t s, int64_t t, int64_t b, int64_t unit, int valid) const {
         const int64_t row = d_.rows.row(t, b), at = row * d_.y_stride + unit;
         if (previous_) d_.memory.store_to(previous_ + at, V{}, valid);
-        if (d_.w_hr) {
+        if (d_.projects()) {
             store(inner_ + b * h_stride_ + unit, V{});
             return d_.memory.store_to(dh_ + at, V{}, valid);
         }
@@ -356,7 +360,7 @@ class Backward {
             dh -= kept;
             if (kMode != MMFAST_GRU) store(carry_h_ + b * h_stride_ + unit, kept);
         }
-        if (kMode != MMFAST_LSTM || !d_.w_hr) return gate<kMode>(s, t, b, unit, valid, dh, h, kept, ahead);
+        if (kMode != MMFAST_LSTM || !d_.projects()) return gate<kMode>(s, t, b, unit, valid, dh, h, kept, ahead);
         store(inner_ + b * h_stride_ + unit, dh);
         d_.memory.store_to(dh_ + at, dh, valid);
     }
@@ -380,10 +384,12 @@ class Backward {
         constexpr int G = gates_of(kMode);
         const int64_t H = d_.H;
         T* dgates = dgates_ + row * d_.gates_stride + unit;
+#pragma GCC unroll 4
         for (int g = 0; g < G; ++g) d_.memory.store_to(dgates + g * H, d[g], valid);
         if (kMode == MMFAST_GRU) d_.memory.store_to(dm_ + row * d_.units_stride + unit, dm, valid);
         if (!kCopies) return;
         C* copy = copy_[s & 1] + b * copy_stride_ + unit;
+#pragma GCC unroll 4
         for (int g = 0; g < G; ++g) store_float(copy + g * H, kMode == MMFAST_GRU && g == 2 ? dm : d[g], valid);
     }
 
@@ -393,11 +399,13 @@ class Backward {
         constexpr int G = gates_of(kMode);
         const int64_t row = d_.rows.row(t, b), at = row * d_.units_stride + unit;
         V a[4] = {}, d[4] = {}, dm = {};
+#pragma GCC unroll 4
         for (int g = 0; g < G && G > 1; ++g) {
             const T* gate = gates_ + row * d_.gates_stride + g * d_.H + unit;
             a[g] = d_.memory.load_from(gate, valid);
             fetch(gate + ahead * d_.gates_stride);
         }
+#pragma GCC unroll 4
         for (int g = 0; g < G; ++g) fetch_to_write(dgates_ + (row + ahead) * d_.gates_stride + g * d_.H + unit);
         // of the state before, which is read a step later once more or for the first time
         if (G > 1) fetch(cell_ + at + (kMode == MMFAST_LSTM ? 2 : 1) * ahead * d_.units_stride);
@@ -412,7 +420,7 @@ class Backward {
             d[2] = dc * i * (1 - g * g);
             d[3] = dh * tanh_c * (o * (1 - o));
             store(carry, d_.rows.cut(t, b, d_.reverse) ? V{} : dc * f);
-            if (full_) d_.memory.store_to(full_ + at, o * tanh_c, valid);
+            if (!kPlain && full_) d_.memory.store_to(full_ + at, o * tanh_c, valid);
         } else if constexpr (kMode == MMFAST_GRU) {
             const V r = a[0], z = a[1], n = a[2], m = d_.memory.load_from(cell_ + at, valid);
             fetch_to_write(dm_ + at + ahead * d_.units_stride);
@@ -429,7 +437,7 @@ class Backward {
         write<kMode>(s, row, b, unit, valid, d, dm);
     }
 
-    Direction<T, C> d_;
+    Direction<T, C, kPlain> d_;
     bool carries_;
     int64_t h_stride_, c_stride_, copy_stride_;
     const T *gates_, *cell_, *y_, *dy_, *dhn_, *dcn_;
@@ -475,18 +483,28 @@ int run(const Args& args, int gates) {
     return MMFAST_OK;
 }
 
-template <template <typename, typename> class Walker, typename Args>
+bool is_plain(const mmfast_rnn_layer& l) {
+    return !l.lengths && !l.reset && !l.zoneout_mask && !l.dropout_mask && !l.proj && l.zoneout == 0;
+}
+
+template <template <typename, typename, bool> class Walker, typename T, typename Args>
+int run_plain(const Args& args) {
+    const int gates = gates_of(args.layer.mode);
+    return is_plain(args.layer) ? run<Walker<T, T, true>>(args, gates) : run<Walker<T, T, false>>(args, gates);
+}
+
+template <template <typename, typename, bool> class Walker, typename Args>
 int run_dtype(const Args& args) {
     const int mode = args.layer.mode;
     if (mode < MMFAST_RNN_TANH || mode > MMFAST_LSTM) return MMFAST_INVALID_ARGUMENT;
     switch (args.layer.dtype) {
         case MMFAST_FLOAT32:
-            return run<Walker<float, float>>(args, gates_of(mode));
+            return run_plain<Walker, float>(args);
         case MMFAST_FLOAT64:
-            return run<Walker<double, double>>(args, gates_of(mode));
+            return run_plain<Walker, double>(args);
         case MMFAST_FLOAT16:
         case MMFAST_BFLOAT16:
-            return run<Walker<Narrow, float>>(args, gates_of(mode));
+            return run<Walker<Narrow, float, false>>(args, gates_of(mode));
         default:
             return MMFAST_INVALID_ARGUMENT;
     }

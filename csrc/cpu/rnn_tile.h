@@ -5,15 +5,15 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
-// Vectors a tile is wide at most, rows it is high at most, so that sums and operands fit the registers, and vectors of
-// a block of one gate.
+// Vectors a tile is wide at most, and rows it is high at most, so that sums and operands fit the registers.
 constexpr int kMaxVectors = 4;
 #if defined(__AVX512F__)
 constexpr int kMaxRows[kMaxVectors] = {8, 8, 8, 6};
-constexpr int kBlockVectors = 4;
+constexpr int kPairs = 0, kUnrolled = 1;
 #else
-constexpr int kMaxRows[kMaxVectors] = {8, 6, 4, 3};
-constexpr int kBlockVectors = 2;
+constexpr int kMaxRows[kMaxVectors] = {8, 6, 4, 2};
+// Rows from which on four vectors are two tiles, each of more rows; columns k that a turn of the product's loop takes.
+constexpr int kPairs = 3, kUnrolled = 4;
 #endif
 constexpr int kHighestTile = 8;
 
@@ -28,15 +28,16 @@ struct Piece {
 // grows with its length.
 constexpr int64_t kChain = 128;
 
-// out[r][v] = sum over the pieces' columns k of a[r][k] * panel[k][v]
+// out[r * width + v] = sum over the pieces' columns k of a[r][k] * panel[k][v]
 template <typename C, int kRows, int kVectors>
-void multiply_tile(Vec<C>* out, const Piece<C>* pieces, int count, const C* panel) {
+void multiply_tile(Vec<C>* out, int width, const Piece<C>* pieces, int count, const C* panel) {
     bool first = true;
     for (const Piece<C>* piece = pieces; piece < pieces + count; ++piece) {
         const C* a = piece->a;
         const int64_t stride = piece->stride;
         for (int64_t left = piece->k; left > 0; left -= kChain, first = false) {
             Vec<C> sum[kRows][kVectors] = {};
+#pragma GCC unroll kUnrolled
             for (int64_t k = left < kChain ? left : kChain; k > 0; --k, ++a, panel += kVectors * kLanes<C>) {
                 Vec<C> w[kVectors];
 #pragma GCC unroll 4
@@ -52,7 +53,7 @@ void multiply_tile(Vec<C>* out, const Piece<C>* pieces, int count, const C* pane
             for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v) {
-                    Vec<C>& total = out[r * kVectors + v];
+                    Vec<C>& total = out[r * width + v];
                     total = first ? sum[r][v] : total + sum[r][v];
                 }
         }
@@ -60,7 +61,7 @@ void multiply_tile(Vec<C>* out, const Piece<C>* pieces, int count, const C* pane
 }
 
 template <typename C>
-using TileProduct = void (*)(Vec<C>*, const Piece<C>*, int, const C*);
+using TileProduct = void (*)(Vec<C>*, int, const Piece<C>*, int, const C*);
 
 template <typename C, int kVectors>
 TileProduct<C> tile_product(int rows) {
@@ -87,23 +88,32 @@ TileProduct<C> tile_product(int rows, int vectors) {
 }
 
 // The right operand: `units` columns for each of `gates` gates. A block is one vector of units with all its gates, or,
-// with one gate, up to kBlockVectors of units.
+// with one gate, up to kMaxVectors of units. Its columns lie in panels as wide as a tile: all of them, or two and two.
 template <typename C>
 struct Panels {
     C* data;
     int64_t k, units;
     int gates;
+    bool pairs;
 
+    Panels(int64_t depth, int64_t columns, int gates_of_unit, int64_t rows)
+        : data(nullptr), k(depth), units(columns), gates(gates_of_unit), pairs(kPairs && rows >= kPairs) {}
     int64_t vectors() const { return (units + kLanes<C> - 1) / kLanes<C>; }
-    int64_t blocks() const { return gates > 1 ? vectors() : (vectors() + kBlockVectors - 1) / kBlockVectors; }
+    int64_t blocks() const { return gates > 1 ? vectors() : (vectors() + kMaxVectors - 1) / kMaxVectors; }
     int64_t size() const { return k * gates * vectors() * kLanes<C>; }
-    int64_t first_unit(int64_t block) const { return block * (gates > 1 ? 1 : kBlockVectors) * kLanes<C>; }
+    int64_t first_unit(int64_t block) const { return block * (gates > 1 ? 1 : kMaxVectors) * kLanes<C>; }
     int width(int64_t block) const {
         if (gates > 1) return gates;
-        const int64_t left = vectors() - block * kBlockVectors;
-        return left < kBlockVectors ? int(left) : kBlockVectors;
+        const int64_t left = vectors() - block * kMaxVectors;
+        return left < kMaxVectors ? int(left) : kMaxVectors;
     }
-    C* panel(int64_t block) const { return data + first_unit(block) * gates * k; }
+    int tile_width(int64_t block) const { return pairs && width(block) == 4 ? 2 : width(block); }
+    // the panel of the block's columns from v on
+    C* panel(int64_t block, int v) const { return data + (first_unit(block) * gates + v * kLanes<C>)*k; }
+    C* at(int64_t block, int64_t row, int v) const {
+        const int tile = tile_width(block);
+        return panel(block, v / tile * tile) + (row * tile + v % tile) * kLanes<C>;
+    }
 };
 
 // panel[k][v][lane] = W[gate * units + unit][k], W (gates * units, k): the product is a W^T
@@ -111,7 +121,6 @@ template <typename T, typename C>
 void pack_transposed(const Memory<T, C>& memory, const Panels<C>& panels, const T* w, int64_t block) {
     constexpr int L = kLanes<C>;
     const int width = panels.width(block);
-    C* panel = panels.panel(block);
     for (int v = 0; v < width; ++v) {
         const int64_t unit = panels.first_unit(block) + (panels.gates > 1 ? 0 : v * L);
         const int64_t valid = panels.units - unit < L ? panels.units - unit : L;
@@ -122,7 +131,7 @@ void pack_transposed(const Memory<T, C>& memory, const Panels<C>& panels, const 
             for (int64_t lane = 0; lane < valid; ++lane)
                 square[lane] = memory.load_from(row + lane * panels.k + k, count);
             transpose<C>(square, turned);
-            for (int i = 0; i < count; ++i) store(panel + ((k + i) * width + v) * L, turned[i]);
+            for (int i = 0; i < count; ++i) store(panels.at(block, k + i, v), turned[i]);
         }
     }
 }
@@ -131,12 +140,12 @@ void pack_transposed(const Memory<T, C>& memory, const Panels<C>& panels, const 
 template <typename T, typename C>
 void pack(const Memory<T, C>& memory, const Panels<C>& panels, const T* w, int64_t block) {
     const int width = panels.width(block);
-    C* out = panels.panel(block);
     for (int64_t k = 0; k < panels.k; ++k) {
-        for (int v = 0; v < width; ++v, out += kLanes<C>) {
+        for (int v = 0; v < width; ++v) {
             const int64_t unit = panels.first_unit(block) + v * kLanes<C>;
             const int64_t left = panels.units - unit;
-            store(out, memory.load_from(w + k * panels.units + unit, left < kLanes<C> ? int(left) : kLanes<C>));
+            store(panels.at(block, k, v),
+                  memory.load_from(w + k * panels.units + unit, left < kLanes<C> ? int(left) : kLanes<C>));
         }
     }
 }

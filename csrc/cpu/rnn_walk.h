@@ -5,6 +5,9 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
+// kPlain, here and below: no lengths, resets, masks, zoneout or projection. Such a layer, which most are, is spared the
+// questions about them in every vector.
+template <bool kPlain>
 struct Rows {
     const mmfast_rnn_layer& layer;
 
@@ -14,11 +17,11 @@ struct Rows {
     // rows from a sequence's step t to its step `to`; 0 past the ends
     int64_t distance(int64_t t, int64_t to) const { return to < 0 || to >= layer.steps ? 0 : row(to, 0) - row(t, 0); }
     // whether sequence b has a step t, 0 <= t < T
-    bool active(int64_t t, int64_t b) const { return layer.lengths ? t < layer.lengths[b] : b < count(t); }
+    bool active(int64_t t, int64_t b) const { return !kPlain && layer.lengths ? t < layer.lengths[b] : b < count(t); }
     bool empty(int64_t b) const { return layer.steps == 0 || !active(0, b); }
     // whether zeros enter this row in the place of the state before it, by the walk in this direction
     bool cut(int64_t t, int64_t b, bool reverse) const {
-        if (!layer.reset) return false;
+        if (kPlain || !layer.reset) return false;
         t += reverse;
         return t < layer.steps && active(t, b) && layer.reset[row(t, b)];
     }
@@ -48,8 +51,8 @@ void each_tile(const Panels<C>& panels, const Share& share, int64_t begin, int64
                int count, const Body& body) {
     if (begin >= end) return;
     for (int64_t block = share.begin(panels.blocks()); block < share.end(panels.blocks()); ++block) {
-        const int width = panels.width(block), gates = panels.gates;
-        const int64_t rows = end - begin, highest = kMaxRows[width - 1];
+        const int width = panels.width(block), tile_width = panels.tile_width(block), gates = panels.gates;
+        const int64_t rows = end - begin, highest = kMaxRows[tile_width - 1];
         const int64_t tiles = (rows + highest - 1) / highest;
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t first = begin + rows * tile / tiles, height = begin + rows * (tile + 1) / tiles - first;
@@ -60,7 +63,8 @@ void each_tile(const Panels<C>& panels, const Share& share, int64_t begin, int64
                     here[i] = pieces[i];
                     here[i].a += first * pieces[i].stride;
                 }
-                tile_product<C>(int(height), width)(sums, here, count, panels.panel(block));
+                for (int v = 0; v < width; v += tile_width)
+                    tile_product<C>(int(height), tile_width)(sums + v, width, here, count, panels.panel(block, v));
             } else {
                 memset(sums, 0, size_t(height * width) * sizeof sums[0]);
             }
@@ -96,7 +100,7 @@ inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline void fetch_to_write(void* p) { __builtin_prefetch(p, 1, 2); }
 
 // What both walkers know of one direction of a layer.
-template <typename T, typename C>
+template <typename T, typename C, bool kPlain>
 struct Direction {
     using V = Vec<C>;
 
@@ -134,7 +138,8 @@ struct Direction {
         return moved(static_cast<U*>(p), by);
     }
 
-    bool zones() const { return zone || layer.zoneout > 0; }
+    bool zones() const { return !kPlain && (zone || layer.zoneout > 0); }
+    bool projects() const { return !kPlain && w_hr; }
     // the share of h' in h
     V stay(int64_t row, int64_t unit, int valid) const {
         if (!zone) return splat(C(layer.zoneout));
@@ -144,11 +149,11 @@ struct Direction {
     }
     V or_zero(const T* p, int64_t offset, int valid) const { return p ? memory.load_from(p + offset, valid) : V{}; }
     V dropped(V h, int64_t b, int64_t unit, int valid) const {
-        return drop ? h * memory.load_from(drop + b * P + unit, valid) : h;
+        return !kPlain && drop ? h * memory.load_from(drop + b * P + unit, valid) : h;
     }
 
     const mmfast_rnn_layer& layer;
-    Rows rows;
+    Rows<kPlain> rows;
     Memory<T, C> memory;
     bool reverse;
     int G;

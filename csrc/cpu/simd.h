@@ -123,6 +123,22 @@ template <typename V>
 inline V min_of(V a, V b) {
     return a < b ? a : b;
 }
+// a where v is negative, else b; of v = -0 either
+template <typename V>
+inline V by_sign(V v, V a, V b) {
+    return v < 0 ? a : b;
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// one instruction each, where the compiler takes two
+inline Vec<float> max_of(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Vec<double> max_of(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b); }
+inline Vec<float> by_sign(Vec<float> v, Vec<float> a, Vec<float> b) {
+    return (Vec<float>)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)v);
+}
+inline Vec<double> by_sign(Vec<double> v, Vec<double> a, Vec<double> b) {
+    return (Vec<double>)_mm256_blendv_pd((__m256d)b, (__m256d)a, (__m256d)v);
+}
+#endif
 inline Vec<float> abs_of(Vec<float> v) { return as_float(as_bits(v) & 0x7fffffff); }
 inline Vec<double> abs_of(Vec<double> v) { return as_float(as_bits(v) & 0x7fffffffffffffffLL); }
 
@@ -201,6 +217,7 @@ inline void transpose<float>(const Vec<float>* in, Vec<float>* out) {
     }
 }
 #elif defined(__AVX2__)
+// pairs of elements, of pairs and of fours change places
 template <>
 inline void transpose<float>(const Vec<float>* in, Vec<float>* out) {
     __m256 a[8], b[8];
@@ -321,11 +338,12 @@ inline V softplus_of(V x) {
 template <typename T>
 struct Exponent {
     Vec<T> minus_one, power;  // exp(r) - 1, k
+    Bits<T> whole;            // k in the low bits, under those of the shifter
 };
 
 inline Exponent<float> exponent_of(Vec<float> x) {
-    const float shifter = 12582912.0f;
-    Vec<float> k = (x * 1.44269504088896341f + shifter) - shifter;
+    const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+    const Vec<float> shifted = x * 1.44269504088896341f + shifter, k = shifted - shifter;
     Vec<float> r = x - k * 0.693145751953125f;
     r = r - k * 1.42860682030941723e-6f;
     Vec<float> q = splat(1.38825168059e-3f);
@@ -333,12 +351,12 @@ inline Exponent<float> exponent_of(Vec<float> x) {
     q = q * r + 4.16671997689e-2f;
     q = q * r + 1.66665436577e-1f;
     q = q * r + 4.99999981547e-1f;
-    return {(r * r) * q + r, k};
+    return {(r * r) * q + r, k, as_bits(shifted)};
 }
 
 inline Exponent<double> exponent_of(Vec<double> x) {
-    const double shifter = 6755399441055744.0;
-    Vec<double> k = (x * 1.4426950408889634074 + shifter) - shifter;
+    const double shifter = 6755399441055744.0;  // 1.5 * 2^52
+    const Vec<double> shifted = x * 1.4426950408889634074 + shifter, k = shifted - shifter;
     Vec<double> r = x - k * 6.93147180369123816490e-01;
     r = r - k * 1.90821492927058770002e-10;
     Vec<double> q = splat(2.5053775125185351991e-8);
@@ -351,30 +369,40 @@ inline Exponent<double> exponent_of(Vec<double> x) {
     q = q * r + 4.1666666666576809671e-2;
     q = q * r + 1.6666666666666589338e-1;
     q = q * r + 5.0000000000000051755e-1;
-    return {(r * r) * q + r, k};
+    return {(r * r) * q + r, k, as_bits(shifted)};
 }
 
-// v * 2^k for -150 <= k <= 0 (-1075 for double), subnormal results rounded once or twice
-inline Vec<float> scale_of(Vec<float> v, Vec<float> k) {
+// v * 2^k for 0.5 < v < 2 and -150 <= k <= 0 (-1080 for double), subnormal results rounded once
+inline Vec<float> scale_of(Vec<float> v, const Exponent<float>& part) {
 #if defined(__AVX512F__)
     // maskz: gcc warns of the plain form's own undefined operand
-    return (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)v, (__m512)k);
+    return (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)v, (__m512)part.power);
 #else
-    // the integer in the low bits of a float of this size; halves, so that each power is a normal number
-    Bits<float> whole = as_bits(k + 12582912.0f) - 0x4b400000;
-    Bits<float> half = whole >> 1;
-    v = v * as_float((half + 127) << 23);
-    return v * as_float((whole - half + 127) << 23);
+    // by a power that is normal, then by a constant one
+    return v * as_float((part.whole << 23) + ((127 + 64) << 23)) * 0x1p-64f;
 #endif
 }
-inline Vec<double> scale_of(Vec<double> v, Vec<double> k) {
+inline Vec<double> scale_of(Vec<double> v, const Exponent<double>& part) {
 #if defined(__AVX512F__)
-    return (Vec<double>)_mm512_maskz_scalef_pd(0xff, (__m512d)v, (__m512d)k);
+    return (Vec<double>)_mm512_maskz_scalef_pd(0xff, (__m512d)v, (__m512d)part.power);
 #else
-    Bits<double> whole = as_bits(k + 6755399441055744.0) - 0x4338000000000000LL;
-    Bits<double> half = whole >> 1;
-    v = v * as_float((half + 1023) << 52);
-    return v * as_float((whole - half + 1023) << 52);
+    return v * as_float((part.whole << 52) + ((1023LL + 512) << 52)) * 0x1p-512;
+#endif
+}
+
+// 2^k for -100 <= k <= 0
+inline Vec<float> power_of(const Exponent<float>& part) {
+#if defined(__AVX512F__)
+    return scale_of(splat(1.0f), part);
+#else
+    return as_float((part.whole << 23) + (127 << 23));
+#endif
+}
+inline Vec<double> power_of(const Exponent<double>& part) {
+#if defined(__AVX512F__)
+    return scale_of(splat(1.0), part);
+#else
+    return as_float((part.whole << 52) + (1023LL << 52));
 #endif
 }
 
@@ -391,12 +419,27 @@ template <typename T>
 constexpr T kSmallestExponent = sizeof(T) == 4 ? T(-104) : T(-746);
 
 // exp(x) for x <= 0, at most 2 ulp off, subnormal results included; NaN stays NaN.
+#if defined(__AVX512F__)
 template <typename V>
 inline V exp_negative(V x) {
     using T = decltype(x[0] + 0);
     const Exponent<T> part = exponent_of(max_of(splat(kSmallestExponent<T>), x));
-    return scale_of(part.minus_one + T(1), part.power);
+    return scale_of(part.minus_one + T(1), part);
 }
+#else
+// 2^(k + 64) of exponent_of's k is a normal number, and the same of double with 512; then down, rounded once
+inline Vec<float> exp_negative(Vec<float> x) {
+    const Exponent<float> part = exponent_of(max_of(splat(kSmallestExponent<float>), x));
+    // what the low bits of a float of this size hold, the shift makes an exponent
+    const Vec<float> raised = as_float(as_bits(part.power + (12582912.0f + 127 + 64)) << 23);
+    return (part.minus_one * raised + raised) * 0x1p-64f;
+}
+inline Vec<double> exp_negative(Vec<double> x) {
+    const Exponent<double> part = exponent_of(max_of(splat(kSmallestExponent<double>), x));
+    const Vec<double> raised = as_float(as_bits(part.power + (6755399441055744.0 + 1023 + 512)) << 52);
+    return (part.minus_one * raised + raised) * 0x1p-512;
+}
+#endif
 
 // log(1 + x) for 0 <= x < 2^(the dtype's largest exponent): 1 + x = 2^k * (1 + f), 0 <= f < 1; NaN stays NaN.
 inline Vec<float> log1p_of(Vec<float> x) {
@@ -420,7 +463,7 @@ template <typename T>
 inline Vec<T> sigmoid_lanes(Vec<T> x) {
     // exp only of what is not positive: small results keep their relative accuracy, none overflows
     Vec<T> e = exp_negative(negative_of(x));
-    Vec<T> numerator = x < 0 ? e : splat(T(1));
+    Vec<T> numerator = by_sign(x, e, splat(T(1)));
     return numerator / (e + T(1));
 }
 inline Vec<float> sigmoid_of(Vec<float> x) { return sigmoid_lanes<float>(x); }
@@ -433,7 +476,7 @@ inline Vec<T> tanh_lanes(Vec<T> x) {
     // from here on tanh is 1 to the last bit, and 2^k is still far from subnormal
     Vec<T> a = max_of(splat(T(-60)), negative_of(x + x));
     Exponent<T> part = exponent_of(a);
-    Vec<T> scale = scale_of(splat(T(1)), part.power);
+    Vec<T> scale = power_of(part);
     // the sums with 1 are exact, so that each operand is rounded once
     Vec<T> m = part.minus_one * scale + (scale - T(1));
     Vec<T> sum = part.minus_one * scale + (scale + T(1));

@@ -8,13 +8,13 @@ that are needed, each in the layout of its tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import native
-from ...dispatch import Backend, GpuBackend, Op, TorchBackend, is_watched
+from ...dispatch import Backend, GpuBackend, Op, TorchBackend
 from .. import portable
 from . import equations
 from .equations import Inputs, Term, Terms, values_dtype
@@ -126,19 +126,6 @@ class Cpu(Backend):
         gradients = empty_gradients(inputs, needed)
         native.cpu_adversarial_backward(terms, mean, inputs, dtotal, state, gradients)
         return [g for g in gradients if g is not None]
-
-
-def are_direct(x: Any, y: Any) -> bool:
-    """Whether x and y, if there is y, are dense tensors on the CPU that a kernel may read directly."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or is_watched() or not x.is_cpu:
-        return False
-    dtype = x.dtype
-    # 16-bit gradients would be rounded before they are scaled, and again after it
-    if dtype is not torch.float32 and dtype is not torch.float64:
-        return False
-    if y is not None and (type(y) is not Tensor or y.dtype is not dtype or not y.is_cpu or not y.is_contiguous()):
-        return False
-    return x.is_contiguous()
 
 
 def are_read(terms: Terms, x: Tensor) -> bool:

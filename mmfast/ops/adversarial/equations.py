@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Terms(tuple):
     """A tuple of terms that remembers what the native libraries make of it."""
 
     @functools.cached_property
-    def copies(self) -> dict[str, object]:
+    def copies(self) -> dict[str, Any]:
         """The native libraries' copies of the terms, by the library's name."""
         return {}
 

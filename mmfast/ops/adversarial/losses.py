@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from ...dispatch import autocasts, needs_formula
+from ...dispatch import EPOCH, autocasts, is_watched, needs_formula
 from . import equations
-from .backends import OP, Case, are_direct, are_read
+from .backends import OP, Case
 from .equations import IDENTITY, LEAKY_SQUARE, LECAM, MODES, SOFTPLUS, SQUARE, TILTED, Inputs, Mode, Term, Terms
-from .op import Few, is_eager, loss, loss_of_few, means_of
+from .op import Direct, is_eager, loss, loss_of_tensors, means_of
 
 Logits = Any  # a tensor, or a list, nested to any depth, of tensors
 Smoothing = float | tuple[float, float]
@@ -66,11 +67,11 @@ def adversarial_discriminator_loss(
         scale or smoothing that is a tensor.
     """
     plain = real_weight is None and fake_weight is None and not return_values and process_group is None
-    if plain and are_direct(real_logits, fake_logits):
+    if plain and type(real_logits) is type(fake_logits) is Tensor and not is_watched():
         recipe = _remembered(discriminator_recipe, 1, mode, scale, smoothing, reduction, across)
-        few = _few(recipe, real_logits, backend)
-        if few and (recipe.pairing != "pairs" or real_logits.shape == fake_logits.shape):
-            return loss_of_few(few, real_logits, fake_logits)
+        total = _at_once(recipe, (real_logits, fake_logits), backend)
+        if total is not None:
+            return total
     real, fake = _flat("real_logits", real_logits), _flat("fake_logits", fake_logits)
     if len(real) != len(fake):
         raise ValueError(
@@ -108,11 +109,11 @@ def adversarial_generator_loss(
     All else: `adversarial_discriminator_loss`. ValueError where a relativistic mode has no real logits.
     """
     plain = real_weight is None and fake_weight is None and not return_values and process_group is None
-    if plain and real_logits is None and are_direct(fake_logits, None):
+    if plain and real_logits is None and type(fake_logits) is Tensor and not is_watched():
         recipe = _remembered(_generator_recipe, 1, mode, scale, 0.0, reduction, across)
-        few = _few(recipe, fake_logits, backend)
-        if few and not recipe.pairing:
-            return loss_of_few(few, fake_logits, None)
+        total = _at_once(recipe, (fake_logits,), backend)
+        if total is not None:
+            return total
     fake = _flat("fake_logits", fake_logits)
     recipe = _remembered(_generator_recipe, len(fake), mode, scale, 0.0, reduction, across)
     weights = real_weight, fake_weight
@@ -272,14 +273,14 @@ def feature_matching(
 
 
 class Recipe(NamedTuple):
-    """A loss as the op's terms. pairing: a Mode's; kinds: how many terms a discriminator has; few: of one or two."""
+    """A loss as the op's terms. pairing: a Mode's; kinds: how many terms a discriminator has; directs: `_at_once`'s."""
 
     terms: Terms
+    directs: dict[tuple, Direct | None]
     mean: bool = True
     reduced: bool = True
     pairing: str = ""
     kinds: int = 1
-    few: Few | None = None
 
 
 _recipes: dict[tuple, Recipe] = {}
@@ -287,7 +288,7 @@ _recipes: dict[tuple, Recipe] = {}
 
 def _remembered(make: Callable[..., Recipe], *options: Any) -> Recipe:
     """make(*options), made once for the same options."""
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         return make(*options)
     key = (make, *options)
     try:
@@ -349,7 +350,7 @@ def _lecam_recipe(count: int, _: str, scale: float, __: float, reduction: str, a
 def _feature_recipe(shares: tuple[float, ...], distance: str, scale: float) -> Recipe:
     _check_number("scale", scale)
     phi = equations.ABS if distance == "l1" else SQUARE
-    return Recipe(Terms(Term(phi, 1, 0, share * scale) for share in shares))
+    return Recipe(Terms(Term(phi, 1, 0, share * scale) for share in shares), {}, pairing="pairs")
 
 
 def _recipe(terms: Sequence[Term], count: int, scale: float, reduction: str, across: str, pairing: str) -> Recipe:
@@ -361,8 +362,7 @@ def _recipe(terms: Sequence[Term], count: int, scale: float, reduction: str, acr
     scale = scale / count if across == "mean" else scale
     scaled = Terms([_scaled(term, scale) for term in terms] * count)
     mean = reduction == "mean"
-    few = Few(scaled, mean, pairing == "means") if len(scaled) <= 2 else None
-    return Recipe(scaled, mean, reduction != "none", pairing, len(terms), few)
+    return Recipe(scaled, {}, mean, reduction != "none", pairing, len(terms))
 
 
 def _check_number(name: str, option: Any) -> None:
@@ -479,6 +479,12 @@ def _adversarial(
     backend: str | None,
     centres: Tensor | None = None,
 ) -> Any:
+    plain = group is None and centres is None and all(weight is None for weight in weights)
+    if plain and not return_values and not is_watched():
+        tensors = logits[::2] + logits[1::2] if recipe.pairing == "pairs" else logits
+        total = _at_once(recipe, tensors, backend)
+        if total is not None:
+            return total
     logits = _alike(logits)
     if recipe.pairing == "pairs":
         if weights[1] is not None:
@@ -509,7 +515,12 @@ def _paired(
     return_values: bool,
     backend: str | None,
 ) -> Any:
-    tensors = _alike([*fake, *real])
+    tensors = [*fake, *real]
+    if not return_values and not relative and sample_weight is None and not is_watched():
+        total = _at_once(recipe, tensors, backend)
+        if total is not None:
+            return total
+    tensors = _alike(tensors)
     fake, real = tensors[: len(fake)], tensors[len(fake) :]
     inputs = Inputs(fake, real, _element_weights(fake, (sample_weight,)))
     if relative:
@@ -541,10 +552,24 @@ def _element_weights(logits: list[Tensor], weights: tuple[Tensor | None, ...]) -
     return found
 
 
-def _few(recipe: Recipe, x: Tensor, backend: str | None) -> Few | None:
-    """The recipe where the CPU's kernel serves it and computes gradients together with the loss."""
-    few = recipe.few
-    return few if few and recipe.reduced and are_read(few.terms, x) and _select(x, True, backend) == "cpu" else None
+def _at_once(recipe: Recipe, tensors: Sequence[Tensor], backend: str | None) -> Tensor | None:
+    """The loss in one call of the CPU's kernel with the tensors themselves, or None where that does not serve them.
+
+    Nothing may watch: `is_watched`.
+    """
+    x = tensors[0]
+    if not x.is_cpu:
+        return None
+    threads = get_num_threads()
+    key = EPOCH[0], backend, x.dtype, threads
+    try:
+        direct = recipe.directs[key]
+    except KeyError:
+        served = recipe.reduced and _select(x, True, backend) == "cpu"
+        if len(recipe.directs) > 16:  # of choices that hold no more
+            recipe.directs.clear()
+        direct = recipe.directs[key] = Direct.of(recipe.terms, recipe.mean, recipe.pairing) if served else None
+    return direct and loss_of_tensors(direct, threads, tensors)
 
 
 def _select(x: Tensor, reduced: bool, backend: str | None) -> str:
@@ -552,7 +577,7 @@ def _select(x: Tensor, reduced: bool, backend: str | None) -> str:
 
 
 def _case(device: torch.device, dtype: torch.dtype, reduced: bool) -> Case:
-    return Case(device.type, dtype, reduced, torch.compiler.is_compiling())
+    return Case(device.type, dtype, reduced, is_compiling())
 
 
 def _evaluate(recipe: Recipe, inputs: Inputs, return_values: bool, group: Any, backend: str | None) -> Any:
@@ -586,7 +611,7 @@ def _centres(inputs: Inputs, chosen: str, group: Any) -> Tensor:
 
 
 def _mean_recipe(count: int) -> Recipe:
-    return Recipe(Terms([Term(IDENTITY, 1, 0)] * count))
+    return Recipe(Terms([Term(IDENTITY, 1, 0)] * count), {})
 
 
 def _values(values: list[Tensor], recipe: Recipe) -> Tensor:

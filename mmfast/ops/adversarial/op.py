@@ -13,11 +13,12 @@ Any order of differentiation in eager: where a gradient of the backward is neede
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads, is_grad_enabled
+from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 
 from ... import native
 from ...dispatch import is_plain, needs_formula
@@ -96,81 +97,98 @@ def is_eager(tensors: Sequence[Tensor]) -> bool:
     return is_plain(tensors)
 
 
-class Few(NamedTuple):
-    """A loss of a few tensors, x or x and y: one term of x, less y if there is y, or one of each, which with `averages`
-    are each other's peers."""
+class Direct(NamedTuple):
+    """A loss of dense tensors on the CPU as one call of native code: `native.adversarial_direct`.
+
+    pairing: "pairs" of logits and others, "means" of each pair of logits, or "".
+    """
 
     terms: Terms
     mean: bool
-    averages: bool
+    pairing: str
+    call: Callable[..., Any]
+    number_of: Callable[[Tensor], float | None]
+    address: int
+    options: int
+
+    @classmethod
+    def of(cls, terms: Terms, mean: bool, pairing: str) -> Direct:
+        options = native.DIRECT_MEAN if mean else 0
+        options += {"pairs": native.DIRECT_OTHERS, "means": native.DIRECT_AVERAGES}.get(pairing, 0)
+        if all(term.phi == equations.IDENTITY for term in terms):
+            options += native.DIRECT_CONSTANT
+        return cls(terms, mean, pairing, *native.adversarial_direct(terms), options)
+
+    def inputs(self, tensors: Sequence[Tensor]) -> Inputs:
+        if self.pairing == "pairs":
+            return Inputs(tensors[: len(self.terms)], tensors[len(self.terms) :])
+        return Inputs(tensors, peers=tuple(k ^ 1 for k in range(len(tensors))) if self.pairing else ())
 
 
-def loss_of_few(few: Few, x: Tensor, y: Tensor | None) -> Tensor:
-    """The total for dense tensors on the CPU, plain, in float32 or float64; its gradients are computed with it."""
-    if torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad)):
-        return _apply_few(few, x) if y is None else _apply_few(few, x, y)
-    total = torch.empty_like(_SCALARS[x.dtype])
-    native.cpu_adversarial_few(*few, x, y, total, None, None)
-    return total
+def loss_of_tensors(direct: Direct, threads: int, tensors: Sequence[Tensor]) -> Tensor | None:
+    """The total, or None where it is not the direct call that serves these tensors."""
+    if not is_grad_enabled():
+        found = direct.call(direct.address, direct.options, threads, *tensors)
+        return found and found[0]
+    found = direct.call(direct.address, direct.options + native.DIRECT_GRADIENTS, threads, *tensors)
+    if not found or found[1] is None:
+        return found and found[0]
+    return _apply_direct((direct, *found), *tensors)
 
 
 def _is_batch(dtotal: Tensor) -> bool:
     """Whether this is a batch of cotangents: torch.autograd.grad(..., is_grads_batched=True), or within vmap."""
-    return torch._C._functorch.is_legacy_batchedtensor(dtotal) or torch._C._are_functorch_transforms_active()
+    return torch._C._functorch.is_legacy_batchedtensor(dtotal) or are_functorch_transforms_active()
 
 
-# empty_like of them takes half of what empty does
-_SCALARS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
-
-
-class LossOfFew(torch.autograd.Function):
-    """`loss_of_few` as one node, in as few steps of Python as may be: at 64 logits they are what takes the time."""
+class DirectLoss(torch.autograd.Function):
+    """`loss_of_tensors` as one node, in as few steps of Python as may be: at 64 logits they are what takes the time."""
 
     @staticmethod
-    def forward(ctx: Any, few: Few, x: Tensor, y: Tensor | None = None):
-        total, ctx.gradients = LossOfFew.compute(few, x, y)
+    def forward(ctx: Any, found: tuple, *tensors: Tensor):
+        ctx.direct, total, ctx.gradients = found
         # what save_for_backward does
-        ctx.to_save = (x,) if y is None else (x, y)
-        ctx.few = few
+        ctx.to_save = tensors
         return total
-
-    @staticmethod
-    def compute(few: Few, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """(total, its gradients by x and by y)"""
-        total = torch.empty_like(_SCALARS[x.dtype])
-        dx = torch.empty_like(x) if x.requires_grad else None
-        if y is None:
-            native.cpu_adversarial_few(*few, x, None, total, dx, None)
-            return total, (dx,)
-        dy = torch.empty_like(y) if y.requires_grad else None
-        native.cpu_adversarial_few(*few, x, y, total, dx, dy)
-        return total, (dx, dy)
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor):
         # raises where a logit was changed in place, and in a second backward
-        tensors = ctx.saved_tensors
-        if torch.is_grad_enabled() or _is_batch(dtotal):
-            return None, *LossOfFew.formula(ctx, dtotal, tensors)
-        gradients, ctx.gradients = ctx.gradients, None
+        tensors, direct, gradients = ctx.saved_tensors, ctx.direct, ctx.gradients
+        # None: of a batch of cotangents
+        scale = None if is_grad_enabled() or are_functorch_transforms_active() else direct.number_of(dtotal)
+        if scale is None:
+            return None, *_direct_formula(ctx, dtotal, tensors)
         if gradients is None:
-            gradients = LossOfFew.compute(ctx.few, *tensors)[1]
-        if dtotal.item() != 1:
+            options = direct.options + native.DIRECT_GRADIENTS
+            found = direct.call(direct.address, options, get_num_threads(), *tensors)
+            if not (found and found[1]):  # of tensors that a hook brought back in another layout
+                return None, *_direct_formula(ctx, dtotal, tensors)
+            gradients = found[1]
+        elif not gradients:
+            return None, *_constants(ctx, scale, tensors)
+        ctx.gradients = None
+        if scale != 1:
             for g in gradients:
                 if g is not None:
                     g.mul_(dtotal)
         return None, *gradients
 
-    @staticmethod
-    def formula(ctx: Any, dtotal: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """The gradients, themselves differentiable."""
-        terms, mean, averages = ctx.few
-        if len(terms) < len(tensors):
-            inputs = Inputs(tensors[:1], tensors[1:])
-        else:
-            inputs = Inputs(tensors, peers=(1, 0) if averages else ())
-        found = equations.gradient(dtotal, terms, mean, inputs)
-        return [g if need else None for g, need in zip(found, ctx.needs_input_grad[1:], strict=True)]
+
+def _direct_formula(ctx: Any, dtotal: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gradients, themselves differentiable."""
+    direct = ctx.direct
+    found = equations.gradient(dtotal, direct.terms, direct.mean, direct.inputs(tensors))
+    return [g if need else None for g, need in zip(found, ctx.needs_input_grad[1:], strict=True)]
+
+
+def _constants(ctx: Any, dtotal: float, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gradients where no logit changes them."""
+    terms, mean = ctx.direct[:2]
+    return [
+        torch.full_like(x, dtotal * term.weight * term.sign / (x.numel() if mean else 1)) if need else None
+        for term, x, need in zip(terms, tensors, ctx.needs_input_grad[1:], strict=True)
+    ]
 
 
 class AdversarialLoss(torch.autograd.Function):
@@ -224,7 +242,7 @@ class AdversarialLoss(torch.autograd.Function):
         return None, *_placed(found, needed)
 
 
-def _direct(function: Any) -> Any:
+def _unwrapped(function: Any) -> Any:
     """function.apply without what it looks up in each call.
 
     functorch's transforms, which that serves, never come here, and neither does a `vjp` in place of `backward`.
@@ -233,7 +251,7 @@ def _direct(function: Any) -> Any:
     return super(torch.autograd.Function, function).apply
 
 
-_apply, _apply_few = _direct(AdversarialLoss), _direct(LossOfFew)
+_apply, _apply_direct = _unwrapped(AdversarialLoss), _unwrapped(DirectLoss)
 
 
 def _second_order(ctx: Any, dtotal: Tensor) -> Sequence[Tensor | None]:
