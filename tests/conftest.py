@@ -14,8 +14,15 @@ from torch.utils import _pytree as pytree
 _CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if pathlib.Path(entry or ".").resolve() != _CHECKOUT]
 
+# --import-mode=importlib puts no folder of tests there
+sys.path.append(str(_CHECKOUT / "tests"))
+
+from beside import Beside  # noqa: E402
+
 import mmfast  # noqa: E402
 from mmfast import native  # noqa: E402
+
+BESIDE = pytest.StashKey[Beside]()
 
 
 def pytest_addoption(parser):
@@ -26,6 +33,7 @@ def pytest_configure(config):
     if config.option.seed is None:
         # one verdict for one commit in CI, fresh inputs everywhere else
         config.option.seed = 0 if os.environ.get("CI") else random.SystemRandom().randrange(2**31)
+    config.addinivalue_line("markers", "beside(function, *given): waits for function(beside, *given), see beside.py")
 
 
 def pytest_report_header(config):
@@ -42,6 +50,27 @@ def pytest_sessionstart(session):
         )
     if not native.available():
         raise pytest.UsageError(f"kernels cannot be tested: {native.load_error()}")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that wait for what runs beside the others come last."""
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
+
+
+def pytest_collection_finish(session):
+    if session.config.option.collectonly:
+        return
+    beside = session.config.stash[BESIDE] = Beside(session.config.option.seed)
+    session.config.add_cleanup(beside.end)
+    for item in session.items:
+        for mark in item.iter_markers("beside"):
+            beside.begin(*mark.args)
+
+
+@pytest.fixture(scope="session")
+def beside(pytestconfig):
+    """beside(function, *given): what the function that a test is marked with returned; see beside.py."""
+    return pytestconfig.stash[BESIDE]
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ import concurrent.futures
 import importlib.util
 import pathlib
 import re
-import subprocess
 import sysconfig
 import types
 
 import pybind11
+from beside import Beside
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -272,8 +272,9 @@ def changed(source: str, old: str, new: str) -> str:
     return source.replace(old, new)
 
 
-def build(folder: pathlib.Path) -> pathlib.Path:
+def build(beside: Beside) -> pathlib.Path:
     """The emulator with every bug of CUDA, the one on whose number `mmfast_planted` has."""
+    folder = beside.folder()
     for source, bugs in CUDA.items():
         text = (ROOT / "csrc" / "cuda" / source).read_text()
         for name, old, new in bugs:
@@ -287,6 +288,10 @@ def build(folder: pathlib.Path) -> pathlib.Path:
     flags = ["-std=gnu++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DMMFAST_EMULATOR", '-DMMFAST_VERSION="planted"']
     flags += [f"-I{path}" for path in (folder, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"])]
 
+    def run(*command: str | pathlib.Path) -> None:
+        done = beside.run(*command)
+        assert done.returncode == 0, done.stderr[-3000:]
+
     def compiled(source: pathlib.Path) -> pathlib.Path:
         made = folder / f"{source.stem}.o"
         run("c++", *flags, "-c", source, "-o", made)
@@ -298,8 +303,3 @@ def build(folder: pathlib.Path) -> pathlib.Path:
     library = folder / f"_emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
     run("c++", "-shared", *objects, "-o", library)
     return library
-
-
-def run(*command: str | pathlib.Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]

@@ -4,6 +4,7 @@ Triton's kernels for compute capability 8.0, 9.0 and 10.0; of the .cu files what
 fails; so do loads narrower than 16 bytes where a kernel is bound by memory. cuobjdump comes with Triton.
 """
 
+import inspect
 import pathlib
 import re
 import shutil
@@ -286,6 +287,15 @@ def test_triton_rnn(tmp_path, capsys, direction, mode, dtype, hidden, capability
     check(found, 255)
     assert found.shared <= SHARED[capability]
     assert re.search(r"HMMA|HGMMA|UTC\w*MMA", found.sass), "no matrix instruction"
+
+
+def test_no_recurrent_kernel_is_compiled_again_for_other_steps_or_batches():
+    """Not for multiples of 16 either, nor for 1: T and B are arguments that nothing is specialised for."""
+    for kernel in (rnn.forward_kernel, rnn.backward_kernel):
+        sizes = {argument.name: argument for argument in kernel.params if argument.name in ("steps", "batch")}
+        assert len(sizes) == 2
+        assert all(argument.do_not_specialize and not argument.is_constexpr for argument in sizes.values())
+    assert {"steps", "batch"}.isdisjoint(inspect.signature(rnn.plan).parameters)
 
 
 def test_no_triton_kernel_is_left_out():

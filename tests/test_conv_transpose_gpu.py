@@ -5,18 +5,13 @@ test_triton_interpreter.py runs this file there, with TRITON_INTERPRET=1. With o
 """
 
 import os
-import pathlib
-import sys
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional as F
-
-sys.path.append(str(pathlib.Path(__file__).resolve().parent))
-
 from test_module_db import CONVOLUTIONS, INFOS, hold_to_torch
+from torch.nn import functional as F
 
 import mmfast
 import mmfast.functional as MF

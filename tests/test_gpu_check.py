@@ -32,7 +32,7 @@ def test_on_a_cpu(tmp_path):
     assert "adversarial by cuda: " in summary
     assert re.search(r"cuda: \d+ launches forward \+ backward of 150 tensors", summary)
     assert re.search(r"table-GRU-T256-B64-I512-H512 forward\+backward: cudnn [\d.]+ us, cuda", summary)
-    assert "x padded (aim 1.05)" in summary
+    assert "x padded of as many rows (aim 1.05)" in summary
     assert (tmp_path / "parts" / "cudnn.txt").read_text().startswith("==== cudnn: ok")
     assert re.search(r"64>3: [\d.]+ us, [\d.]+ x floor", summary)
     assert "geometric mean" in summary

@@ -1,14 +1,9 @@
 """The recurrent op's CUDA kernels, in the emulator and on a GPU where there is one, by the rule of test_rnn.py."""
 
 import functools
-import pathlib
-import sys
 
 import pytest
 import torch
-
-sys.path.append(str(pathlib.Path(__file__).resolve().parent))
-
 from test_module_db import INFOS, RECURRENT, hold_to_torch
 from test_rnn import DTYPES, draw, hold_second_order, hold_to_formula, name_of, of_torch, on, results, triples
 

@@ -33,21 +33,31 @@ SHORT += "rnn_cluster short 2\n"
 LONG = "adversarial 0 1 5 " + " ".join(f"{k % 4}:1:0.5:1:{k % 9 + 1}" for k in range(70)) + "\n"
 
 
-@pytest.fixture(scope="module")
-def executable(tmp_path_factory):
-    if shutil.which("cmake") is None:
-        pytest.skip("cmake is not on PATH, so the sanitized executable cannot be built")
-    folder = tmp_path_factory.mktemp("sanitized")
-    for command in (["cmake", "-S", ROOT, "-B", folder, "-DMMFAST_SANITIZE=ON"], ["cmake", "--build", folder, "-j2"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+def build(beside) -> pathlib.Path:
+    folder = beside.folder()
+    targets = ["emulator_sanitized", *(f"cpu_sanitized_{isa}" for isa in native.supported_isas())]
+    configure = ["-S", ROOT, "-B", folder, "-DMMFAST_SANITIZE=ON"]
+    for command in (configure, ["--build", folder, "-j2", "--target", *targets]):
+        done = beside.run("cmake", *command)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "emulator_sanitized"
+
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH to build executables with"),
+    pytest.mark.beside.with_args(build),
+]
+
+
+@pytest.fixture
+def executable(beside):
+    return beside(build)
 
 
 def run(executable: pathlib.Path, cases: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
     path = folder / "cases.txt"
     path.write_text(cases)
-    return subprocess.run([executable, path], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([executable, path], capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_kernels_are_clean(executable, tmp_path):
@@ -77,13 +87,13 @@ def test_an_unknown_case_fails(executable, tmp_path):
 def test_cpu_kernels_are_clean(executable, isa):
     """Random calls of every op, mode, dtype, layout and extra."""
     program = executable.parent / f"cpu_sanitized_{isa}"
-    done = subprocess.run([program, "150"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([program, "150"], capture_output=True, text=True, timeout=600, check=False)
     assert (done.returncode, done.stdout) == (0, "passed: 150 calls of each op\n"), done.stdout + done.stderr
 
 
 def test_short_buffers_of_cpu_kernels_are_seen(executable):
     """Without vectors' masked loads, which the sanitizer does not see."""
     program = executable.parent / "cpu_sanitized_baseline"
-    done = subprocess.run([program, "short"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([program, "short"], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(set(re.findall(r"seen: (\w+)", done.stdout))) == 7

@@ -141,7 +141,7 @@ def _roofline(part: Any, rows: Sequence[Row], rates: Floor) -> None:
 
 
 def _scaling(part: Any, rows: Sequence[Row]) -> None:
-    panels = part.subplots(1, 3)
+    panels = part.subplots(1, 3, sharey=True)
     for axes, letter, label in zip(panels, "TBH", ("time steps", "batch", "hidden size"), strict=True):
         varied = _varied(rows, letter)
         for mode in dict.fromkeys(row.mode for _, row in varied):
