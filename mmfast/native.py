@@ -419,6 +419,25 @@ def cpu_phases_backward(window: Window, weight: torch.Tensor, dy: torch.Tensor, 
     return _cpu_conv_transpose("cpu_phases_backward", window, (None, weight, None, dy, dx, None))
 
 
+def cpu_gather_forward(
+    window: Window, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
+) -> None:
+    """Fills y (N, Cout, *out_size) from x (N, Cin, *in_size), dense both, and weight, contiguous."""
+    _cpu_conv_transpose("cpu_gather_forward", window, (x, weight, bias, y, None, None))
+
+
+def cpu_gather_backward(
+    window: Window,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dy: torch.Tensor,
+    dx: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+) -> None:
+    """Fills dx, of x's layout, and dweight, like weight contiguous, from x and dy, both dense."""
+    _cpu_conv_transpose("cpu_gather_backward", window, (x, weight, None, dy, dx, dweight))
+
+
 def cpu_depthwise_forward(
     window: Window,
     x: torch.Tensor,

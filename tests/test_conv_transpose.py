@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import random
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ import mmfast
 import mmfast.functional as MF
 from mmfast import native, numerics
 from mmfast.nn import sequential
-from mmfast.ops.conv_transpose import equations
-from mmfast.ops.conv_transpose.backends import OP, Case, empty_output
+from mmfast.ops.conv_transpose import equations, products
+from mmfast.ops.conv_transpose.backends import OP, Case, empty_output, lacks_kernels
 from mmfast.ops.conv_transpose.equations import Epilogue, Geometry
 from mmfast.ops.conv_transpose.op import backward_op, conv_transpose, forward_op
 
@@ -133,10 +134,13 @@ def test_numerics_of_the_epilogue(seed, isa, norm, activation, layout, dtype):
         ((40, 21), (5, 17), 2, 2, 0, 1),
         ((20, 12), (3, 4, 5), 2, 2, 0, 1),
         ((24, 6), (70,), 3, 3, 0, 1),
+        ((64, 32), (9, 17), 4, 2, 1, 1),
+        ((40, 33), (3, 4, 5), 3, 2, 1, 1),
+        ((128, 32), (70,), 16, 8, 4, 1),
     ],
     ids=[
         *("C3-2d", "C1-1d", "position", "C2-3d", "depthwise-1d", "depthwise-2d", "depthwise-3d"),
-        *("apart-2d", "apart-3d", "apart-1d"),
+        *("apart-2d", "apart-3d", "apart-1d", "wide-2d", "wide-3d", "wide-1d"),
     ],
 )
 def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding, groups, layout):
@@ -161,6 +165,20 @@ def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding
         runs = [outputs(tensors, g, epilogue, backend, order, at) for backend in ("cpu", "stock")]
         # dbias is a plain sum that both take with torch
         return named(*(run[:3] for run in (*runs, outputs(exact, g, epilogue, "reference", None, at))))
+
+    numerics.assert_pooled(draw, seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_numerics_of_16_bits(seed, dtype):
+    g, epilogue = geometry(2, 2, 1), Epilogue(activation="tanh")
+
+    def draw(at):
+        tensors = random_tensors(at, dtype, "none", channels=(48, 33), size=(5, 7), kernel=4)
+        tensors[1] *= 48**-0.5
+        exact = [None if x is None else x.double() for x in tensors]
+        runs = [outputs(tensors, g, epilogue, backend, None, at) for backend in ("cpu", "stock")]
+        return named(*runs, outputs(exact, g, epilogue, "reference", None, at))
 
     numerics.assert_pooled(draw, seed)
 
@@ -202,6 +220,60 @@ def test_integers_are_exact(seed, isa, row, out_channels):
     ours = outputs(tensors, g, Epilogue(activation="relu"), "cpu")[0]
     exact = equations.forward(*[None if t is None else t.double() for t in tensors], g, Epilogue(activation="relu"))[0]
     assert torch.equal(ours.double(), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+def test_products_of_matrices_are_exact(seed, isa, dtype):
+    """Blocks of several samples and parts of one, both layouts, every place written: NaN was there before."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(*shape):
+        return torch.randint(-4, 5, shape, generator=generator).to(dtype)
+
+    for _ in range(30):
+        dims = rng.choice((1, 2, 2, 3))
+        stride, dilation, kernel = ([rng.randint(1, most) for _ in range(dims)] for most in (3, 2, 5))
+        output_padding = [rng.randint(0, max(pair) - 1) for pair in zip(stride, dilation, strict=True)]
+        crop = tuple(rng.choice((0, 0, 1)) for _ in range(2 * dims))
+        g = Geometry(tuple(stride), (rng.randint(0, 2),) * dims, tuple(output_padding), tuple(dilation), 1, crop)
+        size = [rng.randint(1, (1500, 40, 9)[dims - 1]) for _ in range(dims)]
+        if min(g.out_size(size, kernel)) < 1:
+            continue
+        inputs, outputs, batch = rng.randint(1, 70), rng.randint(1, 40), rng.choice((1, 2, 9))
+        layouts = {2: LAYOUTS, 3: {"first": None, "last": torch.channels_last_3d}}.get(dims, {"first": None})
+        of_x, of_y = (layouts[rng.choice(list(layouts))] for _ in range(2))
+        x, weight = laid_out(integers(batch, inputs, *size), of_x), integers(inputs, outputs, *kernel)
+        bias = integers(outputs) if rng.random() < 0.5 else None
+        exact = equations.convolve(x.double(), weight.double(), None if bias is None else bias.double(), g)
+        y = laid_out(torch.full(exact.shape, torch.nan, dtype=dtype), of_y)
+        products.products_forward(x, weight, bias, g, y)
+        assert torch.equal(y.double(), exact)
+        dy = laid_out(integers(*y.shape), of_y)
+        dx, dweight = torch.full_like(x, torch.nan), torch.full_like(weight, torch.nan)
+        native.cpu_gather_backward(products.native_window(x, weight, g), x, weight, dy, dx, dweight)
+        exact = equations.convolve_backward(dy.double(), x.double(), weight.double(), g, (True, True, False))
+        assert torch.equal(dx.double(), exact[0])
+        assert torch.equal(dweight.double(), exact[1])
+
+
+def test_products_of_matrices_do_not_depend_on_threads(seed):
+    generator = torch.Generator().manual_seed(seed)
+    g = geometry(2, 2, 1)
+    for batch, size in ((1, (5, 7)), (5, (40, 33))):
+        x, dy = (torch.randn(batch, c, *s, generator=generator) for c, s in ((48, size), (40, [2 * n for n in size])))
+        weight = torch.randn(48, 40, 4, 4, generator=generator)
+
+        def run(threads, x=x, weight=weight, dy=dy):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            y, dx, dweight = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
+            products.products_forward(x, weight, None, g, y)
+            native.cpu_gather_backward(products.native_window(x, weight, g), x, weight, dy, dx, dweight)
+            torch.set_num_threads(before)
+            return y, dx, dweight
+
+        assert all(map(torch.equal, run(1), run(3)))
 
 
 @pytest.mark.parametrize("row", GRID, ids=IDS)
@@ -515,11 +587,15 @@ def test_a_layer_that_pytorch_serves_asks_anew_when_the_choice_may_change(monkey
 
 def test_preference():
     plain = Case("cpu", torch.float32, 64, 32, (4, 4), (2, 2), (1, 1), (0, 0), (1, 1), 1)
-    assert OP.explain(plain).backend == "torch"
+    wide = "cpu" if native.isa() == "avx2" else "torch"
+    assert OP.explain(plain).backend == wide
+    assert OP.explain(plain._replace(contiguous=False)).backend == wide
+    assert OP.explain(plain._replace(contiguous=False, gradients=False)).backend == "torch"
+    assert OP.explain(plain._replace(small=True)).backend == "torch"
     assert OP.explain(plain._replace(out_channels=3)).backend == "cpu"
     apart = plain._replace(kernel_size=(2, 2), padding=(0, 0))
     assert OP.explain(apart).backend == "cpu"
-    assert OP.explain(apart._replace(contiguous=False)).backend == "torch"
+    assert OP.explain(apart._replace(contiguous=False)).backend == wide
     normalized = plain._replace(norm="batch", activation="relu")
     assert OP.explain(normalized).backend == "cpu"
     assert OP.explain(normalized._replace(small=True)).backend == "torch"
@@ -533,7 +609,10 @@ def test_preference():
     depthwise = Case("cpu", torch.float32, 64, 64, (4,), (2,), (1,), (0,), (1,), 64)
     assert OP.explain(depthwise).backend == "cpu"
     assert OP.explain(depthwise._replace(stride=(1,))).backend == "torch"
-    assert OP.explain(plain._replace(dtype=torch.bfloat16, norm="batch")).backend == "torch"
+    assert OP.explain(depthwise._replace(gradients=False)).backend == "torch"
+    narrow = "cpu" if lacks_kernels(torch.bfloat16) else "torch"
+    assert OP.explain(plain._replace(dtype=torch.bfloat16, norm="batch")).backend == narrow
+    assert OP.explain(plain._replace(dtype=torch.bfloat16, in_channels=16)).backend == "torch"
 
 
 @pytest.mark.parametrize("norm", equations.NORMS)

@@ -12,10 +12,9 @@
 //
 // A gap times a weight that is not finite would be NaN where the formula has no term: such weights are declined.
 // Work is cut by shapes alone, and sums are added in a fixed order: results do not depend on the number of threads.
-#include <stdlib.h>
-
 #include "cpu/activation.h"
 #include "cpu/half.h"
+#include "cpu/layout.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "mmfast.h"
@@ -27,35 +26,23 @@ namespace {
 using Args = mmfast_conv_transpose_args;
 
 constexpr int64_t kBandElements = 1 << 16;  // of a band's planes: half of a second-level cache of 512 KB in float32
+constexpr int64_t kChannels = 32;           // of x that a tile reads for all phases, whole chains of terms
 constexpr int64_t kChain = 32;              // terms summed in one go: a chain's rounding error grows with its length
 #if defined(__AVX512F__)
 constexpr bool kManyRegisters = true;
 #else
 constexpr bool kManyRegisters = false;
 #endif
-constexpr int kMaxRows = kManyRegisters ? 8 : 4;
+constexpr int kMaxRows = kManyRegisters ? 8 : 6;
 // how many vectors a tile of so many rows is wide
 constexpr int width_of(int rows) {
     if (kManyRegisters) return rows == 8 ? 3 : rows == 4 ? 5 : rows == 3 ? 7 : 8;
-    return rows == 4 ? 2 : rows == 3 ? 3 : rows == 2 ? 4 : 8;
+    return rows >= 4 ? 2 : rows == 3 ? 3 : rows == 2 ? 4 : 8;
 }
-
-// malloc'd, freed with the object; null where there was no memory
-template <typename T>
-class Scratch {
-  public:
-    explicit Scratch(int64_t count) : data_(static_cast<T*>(malloc(size_t(count > 0 ? count : 1) * sizeof(T)))) {}
-    ~Scratch() { free(data_); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    T* get() const { return data_; }
-
-  private:
-    T* data_;
-};
 
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 // One dimension.
 struct Axis {
@@ -181,7 +168,8 @@ int64_t band_size(int64_t positions, int64_t elements, int64_t reach) {
 // ---- the tile: sums[r][f] = sum over terms k of weights[k][r] * source[offsets[k] + f]
 
 template <typename T, int kRows, int kVectors>
-void sum_tile(const T* source, const int64_t* offsets, int64_t terms, const T* weights, T* sums, int64_t pitch) {
+void sum_tile(const T* source, const int64_t* offsets, int64_t terms, const T* weights, T* sums, int64_t pitch,
+              bool add) {
     int64_t done = 0;
     do {
         const int64_t stop = least(terms, done + kChain);
@@ -203,36 +191,37 @@ void sum_tile(const T* source, const int64_t* offsets, int64_t terms, const T* w
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) {
                 T* at = sums + r * pitch + j * kLanes<T>;
-                store(at, done ? load(at) + sum[r][j] : sum[r][j]);
+                store(at, add ? load(at) + sum[r][j] : sum[r][j]);
             }
         done = stop;
+        add = true;
     } while (done < terms);
 }
 
 template <typename T, int kRows, int kVectors>
 void sum_vectors(const T* source, const int64_t* offsets, int64_t terms, const T* weights, T* sums, int64_t pitch,
-                 int64_t vectors) {
+                 int64_t vectors, bool add) {
     constexpr int kStep = kVectors * kLanes<T>;
     for (; vectors >= kVectors; vectors -= kVectors, source += kStep, sums += kStep)
-        sum_tile<T, kRows, kVectors>(source, offsets, terms, weights, sums, pitch);
+        sum_tile<T, kRows, kVectors>(source, offsets, terms, weights, sums, pitch, add);
     // 8, 7, 5, 4, 3 vectors, then half of them and so on
     if constexpr (kVectors > 1)
-        if (vectors) sum_vectors<T, kRows, (kVectors + 1) / 2>(source, offsets, terms, weights, sums, pitch, vectors);
+        if (vectors)
+            sum_vectors<T, kRows, (kVectors + 1) / 2>(source, offsets, terms, weights, sums, pitch, vectors, add);
 }
 
 template <typename T>
 void sum_rows(int rows, const T* source, const int64_t* offsets, int64_t terms, const T* weights, T* sums,
-              int64_t pitch, int64_t vectors) {
-#define MMFAST_ROWS(n)                                                                                            \
-    case n:                                                                                                       \
-        return sum_vectors<T, (n <= kMaxRows ? n : 1), width_of(n)>(source, offsets, terms, weights, sums, pitch, \
-                                                                    vectors)
+              int64_t pitch, int64_t vectors, bool add) {
+#define MMFAST_ROWS(n) \
+    case n:            \
+        return sum_vectors<T, n, width_of(n)>(source, offsets, terms, weights, sums, pitch, vectors, add)
     switch (rows) {
         MMFAST_ROWS(1);
         MMFAST_ROWS(2);
         MMFAST_ROWS(3);
         MMFAST_ROWS(4);
-        MMFAST_ROWS(8);
+        MMFAST_ROWS(kMaxRows);
     }
 #undef MMFAST_ROWS
 }
@@ -530,17 +519,29 @@ int forward_of(const Args& args) {
                 describe(problem, plane, band, args.in_channels, p, phases.get()[p]);
                 next += phases.get()[p].terms;
             }
+            int64_t longest = 0;  // vectors of a phase
+            for (int64_t p = 0; p < problem.phases; ++p)
+                longest = most(longest, parts_of(phases.get()[p].flat, kWidth));
             int64_t done = 0;  // channels, with those that fill up a block
             for (int64_t o = 0; o < args.out_channels; o += blocks.rows(o)) {
                 const int rows = blocks.rows(o);
-                const T* w = packed.get();
-                for (int64_t p = 0; p < problem.phases; ++p) {
-                    const Phase& phase = phases.get()[p];
-                    if (phase.flat)
-                        sum_rows(rows, planes.get() + phase.start, phase.offsets, phase.terms, w + done * phase.terms,
-                                 sums + p * pitch, problem.phases * pitch, (phase.flat + kWidth - 1) / kWidth);
-                    w += blocks.padded() * phase.terms;
-                }
+                // all phases of a tile read the same numbers: those of some channels stay in the first-level cache
+                const int64_t step = kManyRegisters ? longest : width_of(rows);
+                const int64_t channels = kManyRegisters ? args.in_channels : kChannels;
+                for (int64_t f = 0; f < longest; f += step)
+                    for (int64_t c = 0; c == 0 || c < args.in_channels; c += channels) {
+                        const T* block = packed.get();
+                        for (int64_t p = 0; p < problem.phases; block += blocks.padded() * phases.get()[p++].terms) {
+                            const Phase& phase = phases.get()[p];
+                            const int64_t vectors = least(step, parts_of(phase.flat, kWidth) - f);
+                            const int64_t taps = phase.terms / args.in_channels, first = c * taps;
+                            if (vectors > 0)
+                                sum_rows(rows, planes.get() + phase.start + f * kWidth, phase.offsets + first,
+                                         least(channels, args.in_channels - c) * taps,
+                                         block + done * phase.terms + first * rows, sums + p * pitch + f * kWidth,
+                                         problem.phases * pitch, vectors, c > 0);
+                        }
+                    }
                 for (int64_t r = 0; r < rows && o + r < args.out_channels; ++r) {
                     const T bias = args.bias ? static_cast<const T*>(args.bias)[o + r] : T(0);
                     finish_channel(args, problem, plane, phases.get(), band, sums + r * problem.phases * pitch, pitch,
@@ -611,7 +612,7 @@ void write_dx(const Args& args, const Problem& problem, const Plane& plane, Rang
     const int64_t flat = plane.flat(range[0].end - 1, range[1].end - 1, range[2].end - 1) + 1;
     for (int64_t c = 0; c < args.in_channels; c += blocks.rows(c)) {
         const int rows = blocks.rows(c);
-        sum_rows(rows, planes, offsets, terms, packed, sums, pitch, (flat + kLanes<T> - 1) / kLanes<T>);
+        sum_rows(rows, planes, offsets, terms, packed, sums, pitch, parts_of(flat, kLanes<T>), false);
         packed += terms * rows;
         for (int64_t r = 0; r < rows && c + r < args.in_channels; ++r)
             for (int64_t a = range[0].begin; a < range[0].end; ++a)

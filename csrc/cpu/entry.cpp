@@ -32,6 +32,8 @@
     X(activation_backward, mmfast_activation_args)   \
     X(phases_forward, mmfast_conv_transpose_args)    \
     X(phases_backward, mmfast_conv_transpose_args)   \
+    X(gather_forward, mmfast_conv_transpose_args)    \
+    X(gather_backward, mmfast_conv_transpose_args)   \
     X(depthwise_forward, mmfast_conv_transpose_args) \
     X(depthwise_backward, mmfast_conv_transpose_args)
 

@@ -21,7 +21,7 @@ mmfast_conv_transpose_args any_layer() {
 
 template <typename Kernel>
 bool forward_and_backward(mmfast_conv_transpose_args args, int64_t weights, const Kernel& forward,
-                          const Kernel& backward, bool has_dweight) {
+                          const Kernel& backward, int64_t dweights, bool any_layout) {
     const int64_t x = args.batch * args.in_channels * product_of(args.in_size);
     const int64_t y = args.batch * args.out_channels * product_of(args.out_size);
     Buffers buffers(args.dtype);
@@ -29,9 +29,9 @@ bool forward_and_backward(mmfast_conv_transpose_args args, int64_t weights, cons
     args.y = buffers.output(y);
     if (forward(args) != MMFAST_OK || !buffers.all_written()) return false;
     args.y = buffers.made(y, true);
-    args.x_channels_last = 0;
+    if (!any_layout) args.x_channels_last = 0;
     args.dx = buffers.output(x);
-    if (has_dweight) args.dweight = buffers.output(args.batch * weights);
+    if (dweights) args.dweight = buffers.output(dweights);
     return backward(args) == MMFAST_OK && buffers.all_written();
 }
 
@@ -41,14 +41,21 @@ bool run_phases() {
     mmfast_conv_transpose_args args = any_layer();
     args.out_channels = pick(1, 20), args.x_channels_last = int32_t(pick(0, 1));
     const int64_t weights = args.in_channels * args.out_channels * product_of(args.kernel);
-    return forward_and_backward(args, weights, phases_forward, phases_backward, false);
+    return forward_and_backward(args, weights, phases_forward, phases_backward, 0, false);
+}
+
+bool run_gather() {
+    mmfast_conv_transpose_args args = any_layer();
+    args.out_channels = pick(1, 40), args.x_channels_last = int32_t(pick(0, 1));
+    const int64_t weights = args.in_channels * args.out_channels * product_of(args.kernel);
+    return forward_and_backward(args, weights, gather_forward, gather_backward, weights, true);
 }
 
 bool run_depthwise() {
     mmfast_conv_transpose_args args = any_layer();
     args.out_channels = args.in_channels;
-    return forward_and_backward(args, args.in_channels * product_of(args.kernel), depthwise_forward, depthwise_backward,
-                                true);
+    const int64_t weights = args.in_channels * product_of(args.kernel);
+    return forward_and_backward(args, weights, depthwise_forward, depthwise_backward, args.batch * weights, false);
 }
 
 bool run_normalization() {

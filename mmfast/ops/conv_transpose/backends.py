@@ -33,6 +33,9 @@ _NO_ACTIVATION = (0, Epilogue().negative_slope)
 #: A sample of so many elements is torch's: offsets within one are 32 bits.
 _LARGE = 2**30
 
+#: Input channels from which on a convolution in 16 bits was measured faster through float32.
+_WIDENED = 32
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -148,18 +151,31 @@ class Torch(TorchBackend):
         return equations.backward(dout, x, weight, *parameters, geometry, epilogue, mask, *results)
 
 
+def lacks_kernels(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has no convolution in this dtype of 16 bits for this processor, so that PyTorch takes its own."""
+    if dtype not in (torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
+        return False
+    supported = torch.ops.mkldnn
+    is_bf16 = dtype == torch.bfloat16
+    return not (supported._is_mkldnn_bf16_supported() if is_bf16 else supported._is_mkldnn_fp16_supported())
+
+
 def prefers_products(case: Case) -> str:
     """Why `cpu` was measured faster than PyTorch for the convolution itself; empty where it was not.
 
     Measured on a Zen 4 core (AVX-512; depthwise: AVX2), torch 2.13, float32, one thread; PyTorch in its faster memory
     format.
     """
+    if lacks_kernels(case.dtype) and case.groups == 1 and case.in_channels >= _WIDENED and not case.small:
+        # Zen 3, ms of PyTorch and through float32: 128 to 64, k4 s2 p1, at 16 x 16, batch 4, bfloat16: forward 19.5 and
+        # 5.2, both gradients 314 and 11; float16: 83 and 5.0, 331 and 11
+        return "16 bits through float32"
     if case.dtype != torch.float32:
         return ""
     depthwise = case.groups > 1 and case.groups == case.in_channels == case.out_channels
-    if depthwise and len(case.stride) == 1 and case.stride[0] > 1 and (case.gradients or native.isa() != "avx512"):
-        # 512 channels, k4 s2, at 64, batch 8: forward 1.1 to 2.9 times as fast, with both gradients 1.4 to 2.2 times;
-        # with AVX-512 0.5 and 1.2 to 1.5; in 2-d up to 3.5 times in contiguous memory, but 0.8 in channels_last
+    if depthwise and len(case.stride) == 1 and case.stride[0] > 1 and case.gradients:
+        # 512 channels, k4 s2, at 64, batch 8: with both gradients 1.2 to 2.2 times as fast, the forward alone 0.5 to
+        # 0.9 times; in 2-d up to 3.5 times in contiguous memory, but 0.8 in channels_last
         return "depthwise in 1-d"
     if case.groups != 1 or case.crop:
         return ""
@@ -169,6 +185,11 @@ def prefers_products(case: Case) -> str:
     if _has_few_outputs(case):
         # 64 to 3, k4 s2 p1, at 32 x 32, batch 32, Zen 5: forward 7.4 to 2.1 ms, both gradients 9.6 to 3.1 ms
         return "few output channels"
+    if _is_wide(case) and native.isa() == "avx2" and (case.contiguous or case.gradients):
+        # Zen 3, ms of forward, dx, dweight, from contiguous to ours (channels_last): 128 to 64, k4 s2 p1, at 16 x 16,
+        # batch 32: 28.4, 27.3, 30.0 to 24.6, 24.6, 25.5 (24.4, 23.8, 33.6); 512 to 256, at 4 x 4: 31.9, 30.3, 42.8 to
+        # 22.5, 23.2, 22.6 (30.3, 26.7, 82.1)
+        return "products of matrices"
     if _is_apart(case) and case.contiguous:
         # 128 to 64, k2 s2, at 64 x 64, batch 4, Zen 5: forward 10.6 to 6.9 ms, dx 9.7 to 7.4 ms
         return "taps that do not overlap"
@@ -193,6 +214,11 @@ def _is_apart(case: Case) -> bool:
     return wide and case.kernel_size == case.stride and min(case.stride) > 1 and simple
 
 
+def _is_wide(case: Case) -> bool:
+    fits = case.in_channels >= products.LEAST_CHANNELS and case.out_channels >= products.LEAST_CHANNELS
+    return fits and min(case.kernel_size) > 1 and not _is_projection(case) and not case.small
+
+
 def _is_projection(case: Case) -> bool:
     fits = case.in_channels >= 32 and case.out_channels >= 32 and min(case.kernel_size) >= 3
     return fits and {*case.stride, *case.dilation} == {1} and {*case.padding, *case.output_padding} == {0}
@@ -204,7 +230,10 @@ def _has_few_outputs(case: Case) -> bool:
 
 
 class Cpu(Backend):
-    """csrc/cpu: what follows the convolution, and around torch's matrix products the convolution itself."""
+    """csrc/cpu: what follows the convolution, and around torch's matrix products the convolution itself.
+
+    In 16 bits for which PyTorch has no fast convolution, it is that of float32, its result rounded.
+    """
 
     name = "cpu"
 
@@ -291,6 +320,9 @@ class Cpu(Backend):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: tuple[int, float]
     ) -> Tensor:
         """activation(the convolution), dense."""
+        if _is_widened(x, geometry):
+            wide = x.float(), weight.float(), None if bias is None else bias.float()
+            return self._convolve(*wide, geometry, activation).to(x.dtype)
         method = _method(x, weight, geometry)
         if method == "depthwise":
             y = empty_output(x, weight, geometry)
@@ -299,7 +331,9 @@ class Cpu(Backend):
             y = empty_output(x, weight, geometry)
             if products.phases_forward(_dense(x), weight, bias, geometry, y, activation):
                 return y
-        if method == "one position":
+        if method == "products" and x.is_contiguous():
+            y = products.products_forward(x, weight, bias, geometry, empty_output(x, weight, geometry))
+        elif method == "one position":
             y = products.one_position_forward(x, weight, bias, geometry, empty_output(x, weight, geometry))
         else:
             y = _dense(equations.convolve(x, weight, bias, geometry))
@@ -310,11 +344,16 @@ class Cpu(Backend):
     def _convolve_backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if _is_widened(x, geometry):
+            dx, dweight, dbias = self._convolve_backward(dy.float(), x.float(), weight.float(), geometry, mask)
+            return _narrow(dx, x.dtype), _narrow(dweight, x.dtype), _narrow(dbias, x.dtype)
         method = _method(x, weight, geometry)
         if method == "depthwise":
             return products.depthwise_backward(_dense(dy), x, weight, geometry, mask)
         if method == "one position":
             return products.one_position_backward(_dense(dy), x, weight, geometry, mask)
+        if method == "products":
+            return products.products_backward(_dense(dy), _dense(x), weight, geometry, mask)
         # without fused multiply-add, a dx of few terms errs twice as much as PyTorch's
         if method == "phases" and mask[0] and x.is_contiguous() and native.isa() != "baseline":
             # the weight's gradient is torch's, 1.3 ms of 64 to 3 at 32 x 32, batch 32, where its dx takes 8.1 and ours
@@ -350,8 +389,13 @@ class Cpu(Backend):
         return dy, dweight.sum(0), dbias.sum(0)
 
 
+def _is_widened(x: Tensor, geometry: Geometry) -> bool:
+    """Whether the convolution is computed in float32 instead of its 16 bits."""
+    return x.dtype.itemsize == 2 and geometry.groups == 1 and x.shape[1] >= _WIDENED and lacks_kernels(x.dtype)
+
+
 def _method(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
-    """How the convolution of these tensors is computed: "torch", "depthwise", "phases" or "one position"."""
+    """How the convolution of these tensors is computed: "torch", or by a part of products.py."""
     if x.dtype not in (torch.float32, torch.float64) or not x.numel():
         return "torch"
     if geometry.groups > 1:
@@ -360,6 +404,8 @@ def _method(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
         return "one position"
     if weight.shape[1] <= 4:
         return "phases"
+    if products.is_wide(x, weight) and native.isa() == "avx2":
+        return "products"
     apart = tuple(weight.shape[2:]) == geometry.stride and x.is_contiguous() and weight.shape[1] > 1
     return "phases" if apart and {*geometry.dilation} == {1} else "torch"
 
@@ -384,6 +430,10 @@ def _layout(y: Tensor, norm: str) -> tuple[bool, tuple[int, int, int, int]]:
     sets, batch = (batch, 1) if norm == "instance" else (1, batch)
     # with one position, both orders are the same memory, and vectors run over channels
     return size == 1 or not y.is_contiguous(), (sets, batch, channels, size)
+
+
+def _narrow(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
 
 
 def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

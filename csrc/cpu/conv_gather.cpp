@@ -1,0 +1,621 @@
+// Transposed convolution as products of matrices, forward and both gradients, groups 1.
+//
+// Pointers, shapes and the formula: mmfast_conv_transpose_args in mmfast.h. Tap k joins output o and input i where
+// i * stride + k * dilation - before = o, in each dimension.
+//
+// Forward and dx: a row of the product is a position of one sample, read and written channels last. Positions that the
+// same taps reach make one product, whose terms are those taps' channels, so that neither a zero put in by the stride
+// nor one beyond an edge is multiplied: of a 4 x 4 image under k4 s2 p1 the latter are 23 %. The weight is packed once.
+// dweight: for each tap a product over the positions that it joins, x and dy packed in panels, places in a list.
+// Contiguous tensors are turned a block of positions at a time, which stays in the caches.
+//
+// Bound by multiplications: a tile of kRows rows times two vectors of columns keeps its sums in registers over a chain
+// of terms, at most kLongest, for a chain's rounding error grows with its length. Work is cut by shapes alone, and sums
+// are added in a fixed order: results do not depend on the number of threads.
+#include "cpu/layout.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "mmfast.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+namespace {
+
+using Args = mmfast_conv_transpose_args;
+
+#if defined(__AVX512F__)
+constexpr int kRows = 12;
+#else
+constexpr int kRows = 6;
+#endif
+constexpr int kVectors = 2;
+template <typename T>
+constexpr int kWidth = kVectors * kLanes<T>;
+constexpr int64_t kShortest = 32, kLongest = 128;
+constexpr int64_t kTargets = 2048;    // positions of a block that is written, some MB of all channels
+constexpr int64_t kInputs = 512;      // positions of a block whose products dweight sums
+constexpr int64_t kCached = 1 << 16;  // elements of rows and their sums that stay in the second-level cache
+constexpr int64_t kStrips = 8;        // strips of x that meet a tap's panel of dy while it is in the first-level cache
+
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+// How long the chains of a sum are: `parts` of them, where they are neither too short nor too long then.
+inline int64_t chain_of(int64_t terms, int64_t parts) { return most(kShortest, least(kLongest, terms / parts)); }
+
+struct Range {
+    int64_t begin, end;
+    int64_t size() const { return end - begin; }
+};
+
+// The positions of one tensor.
+struct Grid {
+    int64_t size[3], pitch[3], positions;
+
+    explicit Grid(const int64_t* sizes)
+        : size{sizes[0], sizes[1], sizes[2]}, pitch{sizes[1] * sizes[2], sizes[2], 1}, positions(sizes[0] * pitch[0]) {}
+    // the outermost axis that is not trivial, in which a range of positions is dense
+    int outermost() const { return size[0] > 1 ? 0 : size[1] > 1 ? 1 : 2; }
+};
+
+// How samples and positions are cut into blocks: several whole samples, or a part of one along the outermost axis.
+struct Blocks {
+    int axis;
+    int64_t batch, size, samples, bands, band;
+
+    Blocks(const Grid& grid, int64_t batch, int64_t positions)
+        : axis(grid.outermost()), batch(batch), size(grid.size[axis]) {
+        samples = most(1, least(batch, positions / grid.positions));
+        bands = parts_of(size, most(1, positions / grid.pitch[axis]));
+        if (samples > 1) bands = 1;
+        band = parts_of(size, bands);
+        bands = parts_of(size, band);
+    }
+    int64_t count() const { return parts_of(batch, samples) * bands; }
+    Range samples_of(int64_t block) const {
+        const int64_t n = block / bands * samples;
+        return {n, least(batch, n + samples)};
+    }
+    Range band_of(int64_t block) const {
+        const int64_t begin = block % bands * band;
+        return {begin, least(size, begin + band)};
+    }
+};
+
+// Positions of a tensor in memory, channels next to each other.
+template <typename T>
+struct Frame {
+    T* data;
+    int64_t first, pitch, sample;  // the first position that it holds; elements from one position, sample to the next
+};
+
+// rows of the sums over `count` segments of terms: row[r][offset + k] * weights[weight + k][column]
+struct Segment {
+    int64_t offset, weight, depth;
+};
+
+// out[r] = bias + the sums of row r, or += without bias
+template <typename T>
+void multiply_tile(const T* const* rows, const T* weights, const Segment* segments, int64_t count, const T* bias,
+                   T* const* out, int valid, int columns) {
+    constexpr int L = kLanes<T>;
+    const T* row[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) row[r] = rows[r];
+    Vec<T> sum[kRows][kVectors] = {};
+    for (int64_t s = 0; s < count; ++s) {
+        const T* w = weights + segments[s].weight;
+        const int64_t end = segments[s].offset + segments[s].depth;
+        for (int64_t k = segments[s].offset; k < end; ++k, w += kWidth<T>) {
+            const Vec<T> left = load(w), right = load(w + L);
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; ++r) {
+                const Vec<T> value = splat(row[r][k]);
+                sum[r][0] += value * left;
+                sum[r][1] += value * right;
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+        if (r >= valid) break;
+        if (columns == kWidth<T>) {
+            const T* start = bias ? bias : out[r];
+            store(out[r], load(start) + sum[r][0]);
+            store(out[r] + L, load(start + L) + sum[r][1]);
+            continue;
+        }
+        T lanes[kWidth<T>];
+        store(lanes, sum[r][0]);
+        store(lanes + L, sum[r][1]);
+        for (int c = 0; c < columns; ++c) out[r][c] = (bias ? bias[c] : out[r][c]) + lanes[c];
+    }
+}
+
+int threads_for(const Args& a) {
+    const int64_t taps = a.kernel[0] * a.kernel[1] * a.kernel[2];
+    const int64_t positions = a.in_size[0] * a.in_size[1] * a.in_size[2];
+    return a.batch * a.in_channels * a.out_channels * taps * positions < (1 << 18) ? 1 : a.threads;
+}
+
+// ---- forward and dx
+
+// Target positions of one axis that the same taps reach, `step` apart, and so their sources.
+struct Group {
+    int64_t first, count;
+};
+
+template <typename T>
+class Gather {
+  public:
+    Gather(const Args& args, bool forward)
+        : args_(args),
+          forward_(forward),
+          to_(forward ? args.out_size : args.in_size),
+          from_(forward ? args.in_size : args.out_size),
+          to_channels_(forward ? args.out_channels : args.in_channels),
+          from_channels_(forward ? args.in_channels : args.out_channels),
+          to_last_(forward ? args.y_channels_last : args.x_channels_last),
+          from_last_(forward ? args.x_channels_last : args.y_channels_last),
+          from_data_(static_cast<const T*>(forward ? args.x : args.y)),
+          to_data_(static_cast<T*>(forward ? args.y : args.dx)),
+          taps_(args.kernel[0] * args.kernel[1] * args.kernel[2]),
+          panels_(parts_of(to_channels_, kWidth<T>)),
+          panel_(taps_ * from_channels_ * kWidth<T>),
+          chain_(
+              chain_of(from_channels_ * taps_ / (forward ? args.stride[0] * args.stride[1] * args.stride[2] : 1), 2)),
+          row_block_(most(8, least(32, kCached / (to_channels_ + chain_) / kRows)) * kRows),
+          blocks_(to_, args.batch, kTargets),
+          packed_(panels_ * panel_),
+          bias_(panels_ * kWidth<T>) {}
+
+    int run() {
+        if (!packed_.get() || !bias_.get()) return MMFAST_OUT_OF_MEMORY;
+        const int threads = threads_for(args_);
+        parallel_for(threads, panels_, [&](int64_t panel) { pack(panel); });
+        // where there are too few blocks, threads share out columns
+        const int64_t parts = blocks_.count() < threads ? least(panels_, threads) : 1;
+        int status = MMFAST_OK;
+        parallel_for(threads, blocks_.count() * parts, [&](int64_t unit) {
+            const int64_t part = unit % parts;
+            if (!compute(unit / parts, {panels_ * part / parts, panels_ * (part + 1) / parts}))
+                __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
+        });
+        return status;
+    }
+
+  private:
+    int64_t step(int d) const { return forward_ ? args_.stride[d] : 1; }
+    int64_t from_step(int d) const { return forward_ ? 1 : args_.stride[d]; }
+
+    // The source that tap k joins with a target along axis d, or -1.
+    int64_t source(int d, int64_t at, int64_t k) const {
+        int64_t found = forward_ ? at + args_.before[d] - k * args_.dilation[d]
+                                 : at * args_.stride[d] + k * args_.dilation[d] - args_.before[d];
+        if (forward_) {
+            if (found % args_.stride[d]) return -1;
+            found /= args_.stride[d];
+        }
+        return found >= 0 && found < from_.size[d] ? found : -1;
+    }
+
+    bool same_taps(int d, int64_t a, int64_t b) const {
+        for (int64_t k = 0; k < args_.kernel[d]; ++k)
+            if ((source(d, a, k) < 0) != (source(d, b, k) < 0)) return false;
+        return true;
+    }
+
+    // The groups of the positions in range; returns their number.
+    int64_t group(int d, Range range, Group* groups) const {
+        int64_t count = 0;
+        for (int64_t phase = range.begin; phase < least(range.end, range.begin + step(d)); ++phase)
+            for (int64_t at = phase; at < range.end;) {
+                Group& next = groups[count++];
+                next = {at, 0};
+                for (; at < range.end && same_taps(d, next.first, at); at += step(d)) ++next.count;
+            }
+        return count;
+    }
+
+    // (taps, source channels, width) of one panel of target channels
+    void pack(int64_t panel) {
+        const int64_t first = panel * kWidth<T>, columns = least(kWidth<T>, to_channels_ - first);
+        const int64_t wide = args_.out_channels * taps_;
+        const int64_t to_step = forward_ ? taps_ : wide, from_step = forward_ ? wide : taps_;
+        T* packed = packed_.get() + panel * panel_;
+        if (columns < kWidth<T>) memset(packed, 0, size_t(panel_) * sizeof(T));
+        const T* weight = static_cast<const T*>(args_.weight) + first * to_step;
+        for (int64_t c = 0; c < from_channels_; ++c)
+            transpose_to(packed + c * kWidth<T>, from_channels_ * kWidth<T>, weight + c * from_step, to_step, columns,
+                         taps_);
+        const T* bias = forward_ ? static_cast<const T*>(args_.bias) : nullptr;
+        for (int64_t c = 0; c < kWidth<T>; ++c) bias_.get()[first + c] = bias && c < columns ? bias[first + c] : T(0);
+    }
+
+    // The sources of a band's targets along its axis.
+    Range sources(Range band) const {
+        const int d = blocks_.axis;
+        Range found{from_.size[d], 0};
+        for (int64_t at = band.begin; at < band.end; ++at)
+            for (int64_t k = 0; k < args_.kernel[d]; ++k) {
+                const int64_t i = source(d, at, k);
+                if (i < 0) continue;
+                found = {least(found.begin, i), most(found.end, i + 1)};
+            }
+        return found.begin < found.end ? found : Range{0, 0};
+    }
+
+    // false: no memory
+    bool compute(int64_t block, Range panels) {
+        const Range samples = blocks_.samples_of(block), band = blocks_.band_of(block);
+        const int d = blocks_.axis;
+        // the target's outermost axis may be the source's second
+        const bool dense = from_.outermost() >= d;
+        const Range needed = dense ? sources(band) : Range{0, from_.size[d]};
+        const int64_t from_pitch = dense ? from_.pitch[d] : from_.positions / from_.size[d];
+        const Range from{needed.begin * from_pitch, needed.end * from_pitch};
+        const Range to{band.begin * to_.pitch[d], band.end * to_.pitch[d]};
+        const int64_t width = panels.size() * kWidth<T>, first = panels.begin * kWidth<T>;
+        Scratch<T> source(from_last_ ? 0 : samples.size() * from.size() * from_channels_);
+        Scratch<T> target(to_last_ ? 0 : samples.size() * to.size() * width);
+        if (!source.get() || !target.get()) return false;
+        Frame<const T> read{from_data_ + samples.begin * from_.positions * from_channels_, 0, from_channels_,
+                            from_.positions * from_channels_};
+        if (!from_last_) {
+            const Frame<const T> turned{source.get(), from.begin, from_channels_, from.size() * from_channels_};
+            for (int64_t n = 0; n < samples.size(); ++n)
+                transpose_to(source.get() + n * turned.sample, from_channels_, read.data + n * read.sample + from.begin,
+                             from_.positions, from_channels_, from.size());
+            read = turned;
+        }
+        T* image = to_data_ + samples.begin * to_.positions * to_channels_;
+        Frame<T> written{image + first, 0, to_channels_, to_.positions * to_channels_};
+        if (!to_last_) written = {target.get(), to.begin, width, to.size() * width};
+        if (!multiply(read, written, samples.size(), band, panels)) return false;
+        if (to_last_) return true;
+        const int64_t columns = least(width, to_channels_ - first);
+        for (int64_t n = 0; n < samples.size(); ++n)
+            transpose_to(image + (n * to_channels_ + first) * to_.positions + to.begin, to_.positions,
+                         written.data + n * written.sample, width, to.size(), columns);
+        return true;
+    }
+
+    bool multiply(const Frame<const T>& read, const Frame<T>& written, int64_t samples, Range band, Range panels) {
+        Range range[3];
+        for (int d = 0; d < 3; ++d) range[d] = d == blocks_.axis ? band : Range{0, to_.size[d]};
+        Scratch<Group> groups(range[0].size() + range[1].size() + range[2].size());
+        Scratch<Segment> segments(taps_ * parts_of(from_channels_, chain_));
+        const int64_t most_rows = samples * range[0].size() * range[1].size() * range[2].size();
+        Scratch<int64_t> places(2 * most_rows);
+        if (!groups.get() || !segments.get() || !places.get()) return false;
+        Group* of[3];
+        int64_t counts[3];
+        Group* next = groups.get();
+        for (int d = 0; d < 3; ++d) {
+            of[d] = next;
+            counts[d] = group(d, range[d], next);
+            next += range[d].size();
+        }
+        for (int64_t a = 0; a < counts[0]; ++a)
+            for (int64_t b = 0; b < counts[1]; ++b)
+                for (int64_t c = 0; c < counts[2]; ++c) {
+                    const Group at[3] = {of[0][a], of[1][b], of[2][c]};
+                    const int64_t count = list_segments(at, read, segments.get());
+                    const int64_t rows = list_rows(at, read, written, samples, places.get());
+                    for (int64_t row = 0; row < rows; row += row_block_)
+                        multiply_rows(read.data, written.data, places.get() + 2 * row, least(row_block_, rows - row),
+                                      segments.get(), count, panels, !to_last_);
+                }
+        return true;
+    }
+
+    int64_t list_segments(const Group* at, const Frame<const T>& read, Segment* segments) const {
+        int64_t count = 0;
+        for (int64_t tap = 0; tap < taps_; ++tap) {
+            const int64_t k[3] = {tap / args_.kernel[2] / args_.kernel[1], tap / args_.kernel[2] % args_.kernel[1],
+                                  tap % args_.kernel[2]};
+            int64_t position = 0;
+            bool joins = true;
+            for (int d = 0; d < 3; ++d) {
+                const int64_t i = source(d, at[d].first, k[d]);
+                joins = joins && i >= 0;
+                position += i * from_.pitch[d];
+            }
+            for (int64_t c = 0; joins && c < from_channels_; c += chain_)
+                segments[count++] = {(position - read.first) * read.pitch + c, (tap * from_channels_ + c) * kWidth<T>,
+                                     least(chain_, from_channels_ - c)};
+        }
+        return count;
+    }
+
+    // Pairs of what is added to a segment's offset, and the place in the target; returns their number.
+    int64_t list_rows(const Group* at, const Frame<const T>& read, const Frame<T>& written, int64_t samples,
+                      int64_t* places) const {
+        int64_t from[3], to[3], start = -written.first;
+        for (int d = 0; d < 3; ++d) {
+            from[d] = from_step(d) * from_.pitch[d] * read.pitch;
+            to[d] = step(d) * to_.pitch[d] * written.pitch;
+            start += at[d].first * to_.pitch[d];
+        }
+        const int64_t* begin = places;
+        for (int64_t n = 0; n < samples; ++n)
+            for (int64_t a = 0; a < at[0].count; ++a)
+                for (int64_t b = 0; b < at[1].count; ++b)
+                    for (int64_t c = 0; c < at[2].count; ++c) {
+                        *places++ = n * read.sample + a * from[0] + b * from[1] + c * from[2];
+                        *places++ = n * written.sample + start * written.pitch + a * to[0] + b * to[1] + c * to[2];
+                    }
+        return (places - begin) / 2;
+    }
+
+    void multiply_rows(const T* read, T* written, const int64_t* places, int64_t rows, const Segment* segments,
+                       int64_t count, Range panels, bool padded) const {
+        int64_t done = 0;
+        do {
+            int64_t stop = done, depth = 0;
+            while (stop < count && (depth == 0 || depth + segments[stop].depth <= chain_))
+                depth += segments[stop++].depth;
+            for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+                const int64_t column = panel * kWidth<T>;
+                const int columns = padded ? kWidth<T> : int(least(kWidth<T>, to_channels_ - column));
+                for (int64_t row = 0; row < rows; row += kRows) {
+                    const int valid = int(least(kRows, rows - row));
+                    const T* sources[kRows];
+                    T* out[kRows];
+                    // rows past the end are the last one again, and not stored
+                    for (int r = 0; r < kRows; ++r) {
+                        const int64_t* place = places + 2 * (row + least(r, valid - 1));
+                        sources[r] = read + place[0];
+                        out[r] = written + place[1] + (panel - panels.begin) * kWidth<T>;
+                    }
+                    multiply_tile<T>(sources, packed_.get() + panel * panel_, segments + done, stop - done,
+                                     done ? nullptr : bias_.get() + column, out, valid, columns);
+                }
+            }
+            done = stop;
+        } while (done < count);
+    }
+
+    const Args& args_;
+    bool forward_;
+    Grid to_, from_;
+    int64_t to_channels_, from_channels_;
+    bool to_last_, from_last_;
+    const T* from_data_;
+    T* to_data_;
+    int64_t taps_, panels_, panel_, chain_, row_block_;
+    Blocks blocks_;
+    Scratch<T> packed_, bias_;
+};
+
+// ---- dweight
+
+// The places of one input and one output in their panels.
+struct Pair {
+    int32_t x, dy;
+};
+
+// sums[r][column] += sum over pairs of x[pair.x + r] * dy[pair.dy + column], or = where it is the first
+template <typename T>
+void add_products(const T* x, const T* dy, const Pair* pairs, int64_t count, int64_t chain, T* sums, bool first) {
+    constexpr int L = kLanes<T>;
+    do {
+        Vec<T> sum[kRows][kVectors] = {};
+        const Pair* stop = pairs + least(count, chain);
+        count -= stop - pairs;
+        for (; pairs < stop; ++pairs) {
+            const T* a = x + pairs->x;
+            const T* b = dy + pairs->dy;
+            const Vec<T> left = load(b), right = load(b + L);
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; ++r) {
+                const Vec<T> value = splat(a[r]);
+                sum[r][0] += value * left;
+                sum[r][1] += value * right;
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) {
+                T* at = sums + r * kWidth<T> + v * L;
+                store(at, first ? sum[r][v] : load(at) + sum[r][v]);
+            }
+        first = false;
+    } while (count > 0);
+}
+
+template <typename T>
+class Outer {
+  public:
+    explicit Outer(const Args& args)
+        : args_(args),
+          in_(args.in_size),
+          out_(args.out_size),
+          taps_(args.kernel[0] * args.kernel[1] * args.kernel[2]),
+          strips_(parts_of(args.in_channels, kRows)),
+          panels_(parts_of(args.out_channels, kWidth<T>)),
+          chain_(chain_of(args.batch * in_.positions, 4)),
+          blocks_(in_, args.batch, kInputs),
+          most_inputs_(blocks_.samples * blocks_.band * in_.pitch[blocks_.axis]),
+          sums_(blocks_.count() > 1 ? panels_ * strips_ * taps_ * kTile : 0),
+          strips_of_x_(strips_ * most_inputs_ * kRows),
+          pairs_(taps_ * most_inputs_),
+          counts_(taps_) {}
+
+    int run() {
+        if (!sums_.get() || !strips_of_x_.get() || !pairs_.get() || !counts_.get()) return MMFAST_OUT_OF_MEMORY;
+        const int threads = threads_for(args_);
+        int status = MMFAST_OK;
+        Range outputs{0, 0};
+        for (int64_t block = 0; block < blocks_.count(); ++block) {
+            const Range samples = blocks_.samples_of(block), band = blocks_.band_of(block);
+            if (block == 0 || blocks_.bands > 1 || samples.size() != blocks_.samples)
+                outputs = list_pairs(samples.size(), band);
+            int out_of_memory = !pack_x(samples, band);
+            parallel_for(threads, panels_, [&](int64_t panel) {
+                if (!add_panel(panel, block, samples, outputs)) __atomic_store_n(&out_of_memory, 1, __ATOMIC_RELAXED);
+            });
+            if (out_of_memory) status = MMFAST_OUT_OF_MEMORY;
+        }
+        return status;
+    }
+
+  private:
+    static constexpr int64_t kTile = kRows * kWidth<T>;
+
+    // What each tap joins, and the outputs of it along the band's axis.
+    Range list_pairs(int64_t samples, Range band) {
+        Range outputs{out_.size[blocks_.axis], 0};
+        for (int pass = 0; pass < 2; ++pass)  // the places depend on where the outputs begin
+            for (int64_t tap = 0; tap < taps_; ++tap) {
+                const int64_t k[3] = {tap / args_.kernel[2] / args_.kernel[1], tap / args_.kernel[2] % args_.kernel[1],
+                                      tap % args_.kernel[2]};
+                Pair* pairs = pairs_.get() + tap * most_inputs_;
+                int64_t i[3], o[3], count = 0;
+                Range range[3];
+                for (int d = 0; d < 3; ++d) range[d] = d == blocks_.axis ? band : Range{0, in_.size[d]};
+                const auto joins = [&](int d) {
+                    o[d] = i[d] * args_.stride[d] + k[d] * args_.dilation[d] - args_.before[d];
+                    return o[d] >= 0 && o[d] < out_.size[d];
+                };
+                for (i[0] = range[0].begin; i[0] < range[0].end; ++i[0])
+                    for (i[1] = range[1].begin; joins(0) && i[1] < range[1].end; ++i[1])
+                        for (i[2] = range[2].begin; joins(1) && i[2] < range[2].end; ++i[2]) {
+                            if (!joins(2)) continue;
+                            if (pass == 0) {
+                                const int64_t at = o[blocks_.axis];
+                                outputs = {least(outputs.begin, at), most(outputs.end, at + 1)};
+                                continue;
+                            }
+                            int64_t x = -band.begin * in_.pitch[blocks_.axis], dy = -first_output(outputs);
+                            for (int d = 0; d < 3; ++d) x += i[d] * in_.pitch[d], dy += o[d] * out_.pitch[d];
+                            for (int64_t n = 0; n < samples; ++n)
+                                pairs[count++] = {int32_t((x * samples + n) * kRows),
+                                                  int32_t((dy * samples + n) * kWidth<T>)};
+                        }
+                counts_.get()[tap] = count;
+            }
+        return outputs;
+    }
+
+    // Whether a range along the band's axis is a range of outputs.
+    bool dense() const { return out_.outermost() >= blocks_.axis; }
+    int64_t first_output(Range outputs) const { return dense() ? outputs.begin * out_.pitch[blocks_.axis] : 0; }
+    int64_t outputs_of(Range outputs) const {
+        return dense() ? most(0, outputs.size()) * out_.pitch[blocks_.axis] : out_.positions;
+    }
+
+    // (strips, positions, samples, rows); false: no memory
+    bool pack_x(Range samples, Range band) {
+        const int64_t first = band.begin * in_.pitch[blocks_.axis], count = band.size() * in_.pitch[blocks_.axis];
+        const int64_t channels = args_.in_channels;
+        const T* x = static_cast<const T*>(args_.x) + samples.begin * in_.positions * channels;
+        Scratch<T> turned(args_.x_channels_last ? 0 : count * channels);
+        if (!turned.get()) return false;
+        for (int64_t n = 0; n < samples.size(); ++n, x += in_.positions * channels) {
+            if (!args_.x_channels_last) transpose_to(turned.get(), channels, x + first, in_.positions, channels, count);
+            const T* image = args_.x_channels_last ? x + first * channels : turned.get();
+            for (int64_t strip = 0; strip < strips_; ++strip) {
+                T* to = strips_of_x_.get() + (strip * most_inputs_ + n) * kRows;
+                const T* from = image + strip * kRows;
+                const int64_t valid = least(kRows, channels - strip * kRows);
+                for (int64_t i = 0; i < count; ++i, to += samples.size() * kRows, from += channels) {
+                    if (valid == kRows)
+                        memcpy(to, from, sizeof(T) * kRows);
+                    else
+                        for (int r = 0; r < kRows; ++r) to[r] = r < valid ? from[r] : T(0);
+                }
+            }
+        }
+        return true;
+    }
+
+    // false: no memory
+    bool add_panel(int64_t panel, int64_t block, Range samples, Range outputs) {
+        const int64_t begin = first_output(outputs), count = outputs_of(outputs);
+        const bool whole = blocks_.count() == 1;
+        Scratch<T> packed(count * samples.size() * kWidth<T>), own(whole ? kStrips * taps_ * kTile : 0);
+        if (!packed.get() || !own.get()) return false;
+        pack_dy(panel, samples, begin, count, packed.get());
+        for (int64_t first = 0; first < strips_; first += kStrips) {
+            const int64_t last = least(strips_, first + kStrips);
+            T* sums = whole ? own.get() : sums_.get() + (panel * strips_ + first) * taps_ * kTile;
+            for (int64_t tap = 0; tap < taps_; ++tap)
+                for (int64_t strip = first; strip < last; ++strip)
+                    add_products(strips_of_x_.get() + strip * most_inputs_ * kRows, packed.get(),
+                                 pairs_.get() + tap * most_inputs_, counts_.get()[tap], chain_,
+                                 sums + ((strip - first) * taps_ + tap) * kTile, block == 0);
+            for (int64_t strip = first; block == blocks_.count() - 1 && strip < last; ++strip)
+                write(panel, strip, sums + (strip - first) * taps_ * kTile);
+        }
+        return true;
+    }
+
+    // (positions, samples, width)
+    void pack_dy(int64_t panel, Range samples, int64_t begin, int64_t count, T* packed) const {
+        const int64_t channels = args_.out_channels, first = panel * kWidth<T>;
+        const int64_t columns = least(kWidth<T>, channels - first), step = samples.size() * kWidth<T>;
+        if (columns < kWidth<T>) memset(packed, 0, size_t(count * step) * sizeof(T));
+        for (int64_t n = 0; n < samples.size(); ++n, packed += kWidth<T>) {
+            const T* image = static_cast<const T*>(args_.y) + (samples.begin + n) * out_.positions * channels;
+            if (!args_.y_channels_last) {
+                transpose_to(packed, step, image + first * out_.positions + begin, out_.positions, columns, count);
+                continue;
+            }
+            for (int64_t i = 0; i < count; ++i)
+                memcpy(packed + i * step, image + (begin + i) * channels + first, size_t(columns) * sizeof(T));
+        }
+    }
+
+    void write(int64_t panel, int64_t strip, const T* sums) {
+        const int64_t first = panel * kWidth<T>, columns = least(kWidth<T>, args_.out_channels - first);
+        const int64_t channel = strip * kRows;
+        T* dweight = static_cast<T*>(args_.dweight) + (channel * args_.out_channels + first) * taps_;
+        for (int64_t r = 0; r < least(kRows, args_.in_channels - channel); ++r)
+            transpose_to(dweight + r * args_.out_channels * taps_, taps_, sums + r * kWidth<T>, kTile, taps_, columns);
+    }
+
+    const Args& args_;
+    Grid in_, out_;
+    int64_t taps_, strips_, panels_, chain_;
+    Blocks blocks_;
+    int64_t most_inputs_;
+    Scratch<T> sums_, strips_of_x_;
+    Scratch<Pair> pairs_;
+    Scratch<int64_t> counts_;
+};
+
+template <typename T>
+int backward_of(const Args& args) {
+    const int status = args.dx ? Gather<T>(args, false).run() : MMFAST_OK;
+    return status || !args.dweight ? status : Outer<T>(args).run();
+}
+
+}  // namespace
+
+int gather_forward(const Args& args) {
+    switch (args.dtype) {
+        case MMFAST_FLOAT32:
+            return Gather<float>(args, true).run();
+        case MMFAST_FLOAT64:
+            return Gather<double>(args, true).run();
+        default:
+            return MMFAST_INVALID_ARGUMENT;
+    }
+}
+
+int gather_backward(const Args& args) {
+    switch (args.dtype) {
+        case MMFAST_FLOAT32:
+            return backward_of<float>(args);
+        case MMFAST_FLOAT64:
+            return backward_of<double>(args);
+        default:
+            return MMFAST_INVALID_ARGUMENT;
+    }
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

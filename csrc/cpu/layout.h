@@ -1,0 +1,49 @@
+// Memory of a kernel's own, and the transposition that fills and empties it.
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "cpu/simd.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+
+// Aligned to a cache line, freed with the object; null where there was no memory.
+template <typename T>
+class Scratch {
+  public:
+    explicit Scratch(int64_t count)
+        : data_(static_cast<T*>(aligned_alloc(64, (size_t(count > 0 ? count : 1) * sizeof(T) + 63) / 64 * 64))) {}
+    ~Scratch() { free(data_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    T* get() const { return data_; }
+
+  private:
+    T* data_;
+};
+
+// to[j * to_step + i] = from[i * from_step + j] for i < rows, j < columns
+template <typename T>
+void transpose_to(T* to, int64_t to_step, const T* from, int64_t from_step, int64_t rows, int64_t columns) {
+    constexpr int L = kLanes<T>;
+    int64_t j = 0;
+    for (; j + L <= columns; j += L) {
+        int64_t i = 0;
+        for (; i + L <= rows; i += L) {
+            Vec<T> square[L], turned[L];
+#pragma GCC unroll 16
+            for (int k = 0; k < L; ++k) square[k] = load(from + (i + k) * from_step + j);
+            transpose<T>(square, turned);
+#pragma GCC unroll 16
+            for (int k = 0; k < L; ++k) store(to + (j + k) * to_step + i, turned[k]);
+        }
+        for (; i < rows; ++i)
+            for (int k = 0; k < L; ++k) to[(j + k) * to_step + i] = from[i * from_step + j + k];
+    }
+    for (; j < columns; ++j)
+        for (int64_t i = 0; i < rows; ++i) to[j * to_step + i] = from[i * from_step + j];
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast
