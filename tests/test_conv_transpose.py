@@ -13,9 +13,10 @@ import mmfast.functional as MF
 from mmfast import native, numerics
 from mmfast.nn import sequential
 from mmfast.ops.conv_transpose import equations, products
-from mmfast.ops.conv_transpose.backends import OP, Case, empty_output, lacks_kernels
+from mmfast.ops.conv_transpose.backends import OP, Case, empty_output
 from mmfast.ops.conv_transpose.equations import Epilogue, Geometry
 from mmfast.ops.conv_transpose.op import backward_op, conv_transpose, forward_op
+from mmfast.ops.product import has_products
 
 LAYOUTS = {"first": None, "last": torch.channels_last}
 ACTIVATIONS = equations.ACTIVATIONS
@@ -610,7 +611,7 @@ def test_preference():
     assert OP.explain(depthwise).backend == "cpu"
     assert OP.explain(depthwise._replace(stride=(1,))).backend == "torch"
     assert OP.explain(depthwise._replace(gradients=False)).backend == "torch"
-    narrow = "cpu" if lacks_kernels(torch.bfloat16) else "torch"
+    narrow = "torch" if has_products(torch.bfloat16) else "cpu"
     assert OP.explain(plain._replace(dtype=torch.bfloat16, norm="batch")).backend == narrow
     assert OP.explain(plain._replace(dtype=torch.bfloat16, in_channels=16)).backend == "torch"
 
@@ -629,6 +630,26 @@ def test_op_is_registered_as_torch_wants_it(seed, norm):
     leaves = [None if x is None else x.detach() for x in tensors[:5]]
     mask = [x is not None for x in leaves]
     torch.library.opcheck(backward_op, (torch.randn_like(out), *leaves, *moments, saved, *flat, mask, "cpu"))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 2, 3), (0, 1, 3, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "groups", "size", "stride"),
+    [((64, 64), 1, 6, 2), ((64, 3), 1, 6, 2), ((64, 64), 64, 6, 2), ((64, 64), 1, 1, 1), ((8, 8), 1, 6, 2)],
+    ids=["products", "few outputs", "depthwise", "one position", "torch"],
+)
+def test_gradients_are_laid_out_as_the_fake_says(seed, order, channels, groups, size, stride):
+    """In which order x is in memory, whatever kernel serves: a compiled graph checks it."""
+    generator = torch.Generator().manual_seed(seed)
+    there = [(4, channels[0], size, size)[axis] for axis in order]
+    x = torch.randn(there, generator=generator).permute([order.index(axis) for axis in range(4)])
+    weight = torch.randn(channels[0], channels[1] // groups, 4, 4, generator=generator)
+    g = geometry(2, stride)._replace(groups=groups)
+    flat = (*map(list, g[:4]), g.groups, list(g.crop), "none", 1e-5, "none", 0.0)
+    dout = torch.randn_like(forward_op(x, weight, *[None] * 5, *flat, False, "cpu")[0])
+    mask = [True, True, False, False, False]
+    dx, dweight, *_ = backward_op(dout, x, weight, *[None] * 5, x.new_empty(0), *flat, mask, "cpu")
+    assert dx.stride() == torch.empty_like(x).stride() and dweight.stride() == torch.empty_like(weight).stride()
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

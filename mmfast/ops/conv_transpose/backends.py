@@ -22,6 +22,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend, GpuBackend, Op, TorchBackend
 from .. import portable
+from ..product import has_products
 from . import equations, products
 from .equations import Epilogue, Geometry
 
@@ -151,22 +152,13 @@ class Torch(TorchBackend):
         return equations.backward(dout, x, weight, *parameters, geometry, epilogue, mask, *results)
 
 
-def lacks_kernels(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has no convolution in this dtype of 16 bits for this processor, so that PyTorch takes its own."""
-    if dtype not in (torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
-        return False
-    supported = torch.ops.mkldnn
-    is_bf16 = dtype == torch.bfloat16
-    return not (supported._is_mkldnn_bf16_supported() if is_bf16 else supported._is_mkldnn_fp16_supported())
-
-
 def prefers_products(case: Case) -> str:
     """Why `cpu` was measured faster than PyTorch for the convolution itself; empty where it was not.
 
     Measured on a Zen 4 core (AVX-512; depthwise: AVX2), torch 2.13, float32, one thread; PyTorch in its faster memory
     format.
     """
-    if lacks_kernels(case.dtype) and case.groups == 1 and case.in_channels >= _WIDENED and not case.small:
+    if not has_products(case.dtype) and case.groups == 1 and case.in_channels >= _WIDENED and not case.small:
         # Zen 3, ms of PyTorch and through float32: 128 to 64, k4 s2 p1, at 16 x 16, batch 4, bfloat16: forward 19.5 and
         # 5.2, both gradients 314 and 11; float16: 83 and 5.0, 331 and 11
         return "16 bits through float32"
@@ -391,7 +383,7 @@ class Cpu(Backend):
 
 def _is_widened(x: Tensor, geometry: Geometry) -> bool:
     """Whether the convolution is computed in float32 instead of its 16 bits."""
-    return x.dtype.itemsize == 2 and geometry.groups == 1 and x.shape[1] >= _WIDENED and lacks_kernels(x.dtype)
+    return geometry.groups == 1 and x.shape[1] >= _WIDENED and not has_products(x.dtype)
 
 
 def _method(x: Tensor, weight: Tensor, geometry: Geometry) -> str:

@@ -128,7 +128,14 @@ def _forward_differentiable(*args):
 def _backward_kernel(*args):
     mask, backend = args[-2:]
     gradients = OP.backends[backend].backward(*args[:9], *_unflatten(args[9:-2]), mask)
-    return [args[0].new_empty(0) if gradient is None else gradient for gradient in gradients]
+    pairs = zip(gradients, args[1:6], strict=True)
+    return [args[0].new_empty(0) if g is None else _laid_out_as_fake(g, tensor) for g, tensor in pairs]
+
+
+def _laid_out_as_fake(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """PyTorch's convolution, and kernels, give a gradient of mixed layouts in another one than the tensor's."""
+    strides = torch.empty_like(tensor, device="meta").stride()
+    return gradient if gradient.stride() == strides else torch.empty_like(tensor).copy_(gradient)
 
 
 def _backward_fake(*args):
