@@ -15,17 +15,26 @@ SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_ch
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not on PATH")
 
 
+def command(folder: pathlib.Path, **environment: str) -> tuple[list, dict]:
+    return ["bash", SCRIPT, "--cpu"], {**os.environ, "OUT": str(folder), "PYTHON": sys.executable, **environment}
+
+
 def run(folder: pathlib.Path, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OUT": str(folder), "PYTHON": sys.executable, **environment}
-    return subprocess.run(
-        ["bash", SCRIPT, "--cpu"], env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
+    words, variables = command(folder, **environment)
+    return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=400, check=False)
 
 
-def test_on_a_cpu(tmp_path):
-    done = run(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-5000:]
-    summary = (tmp_path / "summary.txt").read_text()
+def run_whole(beside) -> tuple[pathlib.Path, subprocess.CompletedProcess]:
+    folder = beside.folder()
+    words, variables = command(folder)
+    return folder, beside.run(*words, env=variables)
+
+
+@pytest.mark.beside.with_args(run_whole)
+def test_on_a_cpu(beside):
+    folder, done = beside(run_whole)
+    assert done.returncode == 0, done.stdout + done.stderr + (folder / "log.txt").read_text()[-5000:]
+    summary = (folder / "summary.txt").read_text()
     assert done.stdout == summary
     for part in ("machine", "correct", "numerics", "losses", "recurrent", "decoders", "tests", "cudnn", "speed"):
         assert f"{part}: ok, " in summary
@@ -33,14 +42,14 @@ def test_on_a_cpu(tmp_path):
     assert re.search(r"cuda: \d+ launches forward \+ backward of 150 tensors", summary)
     assert re.search(r"table-GRU-T256-B64-I512-H512 forward\+backward: cudnn [\d.]+ us, cuda", summary)
     assert "x padded of as many rows (aim 1.05)" in summary
-    assert (tmp_path / "parts" / "cudnn.txt").read_text().startswith("==== cudnn: ok")
+    assert (folder / "parts" / "cudnn.txt").read_text().startswith("==== cudnn: ok")
     assert re.search(r"64>3: [\d.]+ us, [\d.]+ x floor", summary)
     assert "geometric mean" in summary
     assert "every part passed" in summary
     for name in ("numerics", "speed"):
-        assert json.loads((tmp_path / f"{name}.json").read_text())["rows"]
-        assert (tmp_path / f"{name}.md").read_text()
-    assert "passed" in (tmp_path / "log.txt").read_text()
+        assert json.loads((folder / f"{name}.json").read_text())["rows"]
+        assert (folder / f"{name}.md").read_text()
+    assert "passed" in (folder / "log.txt").read_text()
 
 
 def test_a_part_that_fails_is_in_the_summary(tmp_path):
