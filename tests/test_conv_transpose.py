@@ -366,7 +366,8 @@ def test_gradients_that_are_not_finite(seed, isa, out_channels, kernel, stride):
         dout[0, 0, 1, 1], dout[1, 2, 3, 2] = torch.nan, torch.inf
         (dx,) = torch.autograd.grad(out, tensors[0], dout)
         expected = equations.convolve_backward(dout, x, weight, g, (True, False, False))[0]
-        torch.testing.assert_close(dx, expected, equal_nan=True)
+        # sums of 180 products on either side; how accurate they are, the rule judges
+        torch.testing.assert_close(dx, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 def test_nan_spoils_the_moments_of_its_channel_only(seed, isa):
