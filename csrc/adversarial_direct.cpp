@@ -18,7 +18,7 @@ constexpr int64_t kFew = 4096;
 struct Torch {
     const DlpackExchange* exchange = nullptr;  // null: this torch has none, and no call is served
     PyTypeObject* tensor = nullptr;
-    PyObject *empty_like = nullptr, *requires_grad = nullptr;
+    PyObject *empty_like = nullptr, *requires_grad = nullptr, *is_neg = nullptr;
     PyObject *single = nullptr, *dual = nullptr;  // tensors without dimensions, float32 and float64
 };
 
@@ -40,10 +40,12 @@ Torch ask_torch() {
     found.tensor = reinterpret_cast<PyTypeObject*>(PyObject_GetAttrString(torch, "Tensor"));
     found.empty_like = PyObject_GetAttrString(torch, "empty_like");
     found.requires_grad = PyUnicode_InternFromString("requires_grad");
+    found.is_neg = PyUnicode_InternFromString("is_neg");
     found.single = scalar_of(torch, "float32");
     found.dual = scalar_of(torch, "float64");
     Py_DECREF(torch);
-    if (!found.tensor || !found.empty_like || !found.requires_grad || !found.single || !found.dual) return found;
+    if (!found.tensor || !found.empty_like || !found.requires_grad || !found.is_neg || !found.single || !found.dual)
+        return found;
     PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(found.tensor), "__dlpack_c_exchange_api__");
     if (!capsule) return found;
     const auto* exchange = static_cast<DlpackExchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
@@ -85,6 +87,14 @@ bool have_one_shape(const DlpackTensor& x, const DlpackTensor& y) {
     return true;
 }
 
+// whether what is in memory is the tensor itself, and not its negative
+bool is_itself(PyObject* tensor) {
+    PyObject* negative = PyObject_CallMethodNoArgs(tensor, torch_of().is_neg);
+    Py_XDECREF(negative);
+    if (!negative) PyErr_Clear();
+    return negative == Py_False;
+}
+
 // false where the object is no torch.Tensor that is dense, on the CPU, of float32 or float64
 bool view(PyObject* object, DlpackTensor& x, View& found) {
     const Torch& torch = torch_of();
@@ -98,7 +108,7 @@ bool view(PyObject* object, DlpackTensor& x, View& found) {
     for (int i = 0; i < x.ndim; ++i) size *= x.shape[i];
     if (!x.data && size) return false;
     found = {static_cast<char*>(x.data) + x.byte_offset, size, x.bits == 32 ? MMFAST_FLOAT32 : MMFAST_FLOAT64};
-    return is_contiguous(x, size);
+    return is_contiguous(x, size) && is_itself(object);
 }
 
 PyObject* empty_like(PyObject* x) { return PyObject_Vectorcall(torch_of().empty_like, &x, 1, nullptr); }

@@ -307,6 +307,7 @@ def compute_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether kernels may be called on these tensors directly: eager, no subclass, nobody listening to dispatch.
 
+    Of a tensor that stands for its negative (the imaginary part of a conjugate) PyTorch's dispatcher makes a plain one.
     torch.jit.trace listens, too: of a kernel called directly it would record nothing but the output's allocation.
     """
     return (
@@ -314,7 +315,9 @@ def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
         and _get_tracing_state() is None
         and _len_torch_dispatch_stack() == 0
         and _PLAIN.issuperset(map(type, tensors))  # all() of a generator takes three times as long
+        and not any(map(_is_negative, tensors))
     )
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_is_negative = torch.Tensor.is_neg

@@ -132,3 +132,16 @@ def test_a_tensor_without_memory(name, without):
 def test_logits_without_memory(without):
     with pytest.raises(RuntimeError, match="no memory"):
         functional.adversarial_discriminator_loss(without(torch.ones(5)), torch.ones(5), "hinge", backend="cpu")
+
+
+def test_tensors_that_stand_for_their_negative(seed):
+    """As the imaginary part of a conjugate does."""
+    x = torch.randn(6)
+    for mode in ("hinge", "relativistic"):
+        found = functional.adversarial_discriminator_loss(torch._neg_view(x), x, mode, backend="cpu")
+        assert torch.equal(found, functional.adversarial_discriminator_loss(-x, x, mode, backend="cpu"))
+    for name in ("rnn", "phases", "depthwise"):
+        build, draw = MODULES[name]
+        module, x = build(), draw()
+        found, expected = (pytree.tree_leaves(module(each))[0] for each in (torch._neg_view(x), -x))
+        assert torch.equal(found, expected)
