@@ -6,6 +6,7 @@ a classic autograd.Function entered from the Autograd key: a compiled graph hold
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,10 +51,10 @@ def as_its_forward(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        some = next((g for g in gradients if g is not None), None)
-        if some is None or not torch._C._is_any_autocast_enabled():
+        if not torch._C._is_any_autocast_enabled():
             return backward(ctx, *gradients)
-        with outside_autocast(some.device.type):
+        devices = {g.device.type for g in gradients if g is not None}
+        with outside_autocast(devices.pop()) if devices else contextlib.nullcontext():
             return backward(ctx, *gradients)
 
     return run

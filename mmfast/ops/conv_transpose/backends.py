@@ -195,11 +195,6 @@ def _slope_refusals(case: Case) -> list[str]:
     return [f"leaky_relu's negative slope is {case.negative_slope} (supported: at least 0)"]
 
 
-def _strided_as(dout: Tensor, saved: Tensor) -> Tensor:
-    """dout in the layout of saved, which is dense."""
-    return dout if dout.stride() == saved.stride() else torch.empty_like(saved).copy_(dout)
-
-
 def _is_apart(case: Case) -> bool:
     wide = case.in_channels >= 32 and case.out_channels >= 32 and len(case.kernel_size) > 1
     simple = {*case.dilation} == {1} and {*case.padding, *case.output_padding} == {0}
@@ -365,7 +360,7 @@ class Cpu(Backend):
         if not epilogue.normalizes and epilogue.activation == "none":
             return dout, nothing, nothing
         saved = _dense(saved)
-        dout = _strided_as(dout, saved)
+        dout = products.laid_out_as(saved, dout)
         dy = torch.empty_like(saved)
         if not epilogue.normalizes:
             native.cpu_activation_backward(activation, saved, dout, dy)
@@ -501,7 +496,7 @@ class Triton(GpuBackend):
         if saved.numel() and (epilogue.normalizes or epilogue.activation != "none"):
             kernels = portable.kernels(__package__)[0]
             saved = _dense(saved)
-            dout = _strided_as(dout, saved)
+            dout = products.laid_out_as(saved, dout)
             dy = torch.empty_like(saved)
             with portable.on_device(saved):
                 if epilogue.normalizes:
@@ -596,7 +591,7 @@ class Cuda(GpuBackend):
         dy = dout
         if saved.numel() and (epilogue.normalizes or epilogue.activation != "none"):
             saved = _aligned(_dense(saved))
-            dout = _aligned(_strided_as(dout, saved))
+            dout = _aligned(products.laid_out_as(saved, dout))
             dy = torch.empty_like(saved)
             activation = (_NATIVE_ACTIVATIONS[epilogue.activation], epilogue.negative_slope)
             if epilogue.normalizes:

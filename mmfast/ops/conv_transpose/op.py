@@ -24,6 +24,7 @@ from ..library import as_its_forward, below_autograd, define, needs_gradient, no
 from . import equations
 from .backends import OP, empty_output, keeps_result, moments_dtype, moments_shape, results_of
 from .equations import Epilogue, Geometry
+from .products import laid_out_as
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var"
 _GEOMETRY = "int[] stride, int[] padding, int[] output_padding, int[] dilation, int groups, int[] crop"
@@ -129,13 +130,8 @@ def _backward_kernel(*args):
     mask, backend = args[-2:]
     gradients = OP.backends[backend].backward(*args[:9], *_unflatten(args[9:-2]), mask)
     pairs = zip(gradients, args[1:6], strict=True)
-    return [args[0].new_empty(0) if g is None else _laid_out_as_fake(g, tensor) for g, tensor in pairs]
-
-
-def _laid_out_as_fake(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """PyTorch's convolution, and kernels, give a gradient of mixed layouts in another one than the tensor's."""
-    strides = torch.empty_like(tensor, device="meta").stride()
-    return gradient if gradient.stride() == strides else torch.empty_like(tensor).copy_(gradient)
+    # PyTorch's convolution, and kernels, give a gradient of mixed layouts in another one than the fake says
+    return [args[0].new_empty(0) if g is None else laid_out_as(tensor, g) for g, tensor in pairs]
 
 
 def _backward_fake(*args):

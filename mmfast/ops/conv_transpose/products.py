@@ -162,13 +162,13 @@ def products_backward(
     if own_dx is not None or mask[1]:
         window = native_window(x, weight, geometry)
         native.cpu_gather_backward(window, x, weight.contiguous() if mask[0] else weight, dy, own_dx, dweight)
-    dweight = None if dweight is None else _laid_out_as(weight, dweight)
+    dweight = None if dweight is None else laid_out_as(weight, dweight)
     return dx, dweight, _sum_positions(dy) if mask[2] else None
 
 
-def _laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
-    """The contiguous gradient in the memory format of x."""
-    return gradient if x.is_contiguous() else torch.empty_like(x).copy_(gradient)
+def laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
+    """The dense gradient in the layout of x, or of torch.empty_like(x) where x is not dense."""
+    return gradient if gradient.stride() == x.stride() else torch.empty_like(x).copy_(gradient)
 
 
 def is_depthwise(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -199,6 +199,6 @@ def depthwise_backward(
     if mask[0] or mask[1]:
         window = native_window(x, weight, geometry)
         native.cpu_depthwise_backward(window, x.contiguous(), weight.contiguous(), dy, dx, shares)
-    dx = None if dx is None else _laid_out_as(x, dx)
-    dweight = None if shares is None else _laid_out_as(weight, shares.sum(0))
+    dx = None if dx is None else laid_out_as(x, dx)
+    dweight = None if shares is None else laid_out_as(weight, shares.sum(0))
     return dx, dweight, _sum_positions(dy) if mask[2] else None

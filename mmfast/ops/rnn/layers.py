@@ -198,7 +198,7 @@ def _recurrent(
     chosen = OP.select_by(facts, _rnn_case, backend)
     if chosen != "torch":
         one: Any = equations.sequence if formula else partial(sequence, backend=chosen)
-        if not (torch._C._is_any_autocast_enabled() and autocasts(input.device.type)):
+        if not autocasts(input.device.type):
             return _recurrent_by_layers(one, mode, input, states or (), weights, options)
         in_float32 = _rnn_case(*facts).stays_float32
         if found := _recurrent_outside_autocast(in_float32, one, mode, input, states or (), weights, options):
