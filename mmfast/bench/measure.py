@@ -14,7 +14,6 @@ import functools
 import gc
 import math
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -243,8 +243,8 @@ def _sample(contender: Contender, start: int, repeats: int, device: str) -> tupl
 
 
 def _timing(contender: Contender, samples: list[float]) -> Timing:
-    cuts = statistics.quantiles(samples, n=10, method="inclusive")
-    return Timing(cuts[1], cuts[4], cuts[7], min(samples), contender.first, rounds=len(samples))
+    low, median, high = (float(cut) for cut in np.quantile(samples, (0.2, 0.5, 0.8)))
+    return Timing(low, median, high, min(samples), contender.first, rounds=len(samples))
 
 
 def _audit(bout: Bout, field_of: list[Contender], row: Row) -> None:
