@@ -193,9 +193,7 @@ if INTERPRETED:
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize(("mode", "count", "forward", "backward"), CAPTURED)
-def test_a_long_list_while_its_stream_is_captured(
-    seed, mode, count, forward, backward, backend, launches, monkeypatch
-):
+def test_a_long_list_while_its_stream_is_captured(seed, mode, count, forward, backward, backend, launches, monkeypatch):
     """Then no table is copied from the host: 512 terms go by value, in as many launches as a shorter list, a longer
     one in groups, each of as many launches. The result is the same."""
     real, fake = (
