@@ -223,8 +223,9 @@ def test_integers_are_exact(seed, isa, row, out_channels):
     assert torch.equal(ours.double(), exact)
 
 
+@pytest.mark.parametrize("method", ["gather", "phases"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
-def test_products_of_matrices_are_exact(seed, isa, dtype):
+def test_products_of_matrices_are_exact(seed, isa, dtype, method):
     """Blocks of several samples and parts of one, both layouts, every place written: NaN was there before."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -248,17 +249,23 @@ def test_products_of_matrices_are_exact(seed, isa, dtype):
         bias = integers(outputs) if rng.random() < 0.5 else None
         exact = equations.convolve(x.double(), weight.double(), None if bias is None else bias.double(), g)
         y = laid_out(torch.full(exact.shape, torch.nan, dtype=dtype), of_y)
-        products.products_forward(x, weight, bias, g, y)
+        window = products.native_window(x, weight, g)
+        if method == "gather":
+            native.cpu_gather_forward(window, x, weight, bias, y)
+        else:
+            native.cpu_phases_forward(window, x, weight, bias, y, (0, 0.0))
+            x = x.contiguous()
         assert torch.equal(y.double(), exact)
         dy = laid_out(integers(*y.shape), of_y)
         dx, dweight = torch.full_like(x, torch.nan), torch.full_like(weight, torch.nan)
-        native.cpu_gather_backward(products.native_window(x, weight, g), x, weight, dy, dx, dweight)
+        getattr(native, f"cpu_{method}_backward")(window, x, weight, dy, dx, dweight)
         exact = equations.convolve_backward(dy.double(), x.double(), weight.double(), g, (True, True, False))
         assert torch.equal(dx.double(), exact[0])
         assert torch.equal(dweight.double(), exact[1])
 
 
-def test_products_of_matrices_do_not_depend_on_threads(seed):
+@pytest.mark.parametrize("method", ["gather", "phases"])
+def test_products_of_matrices_do_not_depend_on_threads(seed, method):
     generator = torch.Generator().manual_seed(seed)
     g = geometry(2, 2, 1)
     for batch, size in ((1, (5, 7)), (5, (40, 33))):
@@ -269,8 +276,9 @@ def test_products_of_matrices_do_not_depend_on_threads(seed):
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             y, dx, dweight = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
-            products.products_forward(x, weight, None, g, y)
-            native.cpu_gather_backward(products.native_window(x, weight, g), x, weight, dy, dx, dweight)
+            window = products.native_window(x, weight, g)
+            getattr(native, f"cpu_{method}_forward")(window, x, weight, None, y, *[(0, 0.0)] * (method == "phases"))
+            getattr(native, f"cpu_{method}_backward")(window, x, weight, dy, dx, dweight)
             torch.set_num_threads(before)
             return y, dx, dweight
 
@@ -394,17 +402,20 @@ def test_values_that_are_not_finite(seed, isa):
 def test_gradients_that_are_not_finite(seed, isa, out_channels, kernel, stride):
     g = geometry(2, stride, 0 if stride == 3 else 1)
     generator = torch.Generator().manual_seed(seed)
-    x, weight = torch.randn(2, 6, 4, 5, generator=generator), torch.randn(6, out_channels, kernel, kernel)
+    # channels enough for dweight to be ours, too
+    x, weight = torch.randn(2, 48, 4, 5, generator=generator), torch.randn(48, out_channels, kernel, kernel)
     for value in (1.0, torch.inf):
-        weight[3, -1, 0, 0] = value
-        tensors = (x.clone().requires_grad_(), weight, *[None] * 5)
+        # at an edge, beyond which taps reach
+        weight[3, -1, 0, 0] = x[1, 2, 0, 0] = value
+        tensors = (x.clone().requires_grad_(), weight.clone().requires_grad_(), *[None] * 5)
         out = conv_transpose(tensors, g, Epilogue(), "cpu")[0]
         dout = torch.randn(out.shape, generator=generator)
         dout[0, 0, 1, 1], dout[1, 2, 3, 2] = torch.nan, torch.inf
-        (dx,) = torch.autograd.grad(out, tensors[0], dout)
-        expected = equations.convolve_backward(dout, x, weight, g, (True, False, False))[0]
-        # sums of 180 products on either side; how accurate they are, the rule judges
-        torch.testing.assert_close(dx, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+        found = torch.autograd.grad(out, tensors[:2], dout)
+        expected = equations.convolve_backward(dout, x, weight, g, (True, True, False))
+        # sums of 180 products and more on either side; how accurate they are, the rule judges
+        for ours, theirs in zip(found, expected[:2], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 def test_nan_spoils_the_moments_of_its_channel_only(seed, isa):
@@ -632,6 +643,10 @@ def test_preference():
     assert OP.explain(plain._replace(contiguous=False, gradients=False)).backend == "torch"
     assert OP.explain(plain._replace(small=True)).backend == "torch"
     assert OP.explain(plain._replace(out_channels=3)).backend == "cpu"
+    few = Case("cpu", torch.float32, 16, 1, (7,), (1,), (3,), (0,), (1,), 1)
+    assert OP.explain(few).backend == "cpu"
+    assert OP.explain(few._replace(small=True)).backend == "torch"
+    assert OP.explain(few._replace(in_channels=4)).backend == "torch"
     apart = plain._replace(kernel_size=(2, 2), padding=(0, 0))
     assert OP.explain(apart).backend == "cpu"
     assert OP.explain(apart._replace(contiguous=False)).backend == wide
