@@ -285,6 +285,15 @@ def test_products_of_matrices_do_not_depend_on_threads(seed, method):
         assert all(map(torch.equal, run(1), run(3)))
 
 
+def check_orders(call, wanted):
+    """First and second order against differences; a gradient to be differentiated is the one that is not."""
+    once = torch.autograd.grad(call(*wanted).sin().sum(), wanted)
+    again = torch.autograd.grad(call(*wanted).sin().sum(), wanted, create_graph=True)
+    torch.testing.assert_close([g.detach() for g in again], list(once))
+    assert torch.autograd.gradcheck(call, wanted, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, wanted, fast_mode=True)
+
+
 @pytest.mark.parametrize("row", GRID, ids=IDS)
 @pytest.mark.parametrize("norm", equations.NORMS)
 def test_gradients_of_both_orders(seed, row, norm):
@@ -300,8 +309,7 @@ def test_gradients_of_both_orders(seed, row, norm):
         full = tuple(next(given) if x is not None else None for x in tensors[:5])
         return conv_transpose((*full, *tensors[5:]), g, epilogue, "cpu")[0]
 
-    assert torch.autograd.gradcheck(call, wanted, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, wanted, fast_mode=True)
+    check_orders(call, wanted)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -314,8 +322,7 @@ def test_gradients_of_every_activation(seed, activation, norm):
     def call(*leaves):
         return conv_transpose((*leaves, *[None] * (7 - len(leaves))), g, epilogue, "cpu")[0]
 
-    assert torch.autograd.gradcheck(call, wanted, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, wanted, fast_mode=True)
+    check_orders(call, wanted)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -323,11 +330,41 @@ def test_slopes_are_as_precise_as_their_dtype(seed, activation):
     """Finer than gradcheck looks."""
     u = torch.randn(100, dtype=torch.float64).requires_grad_()
     (expected,) = torch.autograd.grad(equations.activate(u, activation, 0.2).sum(), u)
-    torch.testing.assert_close(equations.activation_slope(u, activation, 0.2), expected, rtol=1e-12, atol=1e-12)
-    of_value = equations.slope_of_value(equations.activate(u, activation, 0.2), activation, 0.2)
+    ones = torch.ones_like(u)
+    found = equations.activate_backward(ones, u, activation, 0.2)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    out = equations.activate(u, activation, 0.2)
+    of_value = equations.activate_backward_of_value(ones, out, activation, 0.2)
     assert (of_value is None) == (activation in ("none", "silu", "gelu"))
     if of_value is not None:
         torch.testing.assert_close(of_value, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_third_order_through_a_norm(seed, affine):
+    """PyTorch's own batch norm is wrong here: its second-order formula takes mean and variance for constants."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, c = (torch.randn(s, generator=generator).double() for s in [(3, 2, 4), (2, 3, 3), (3, 3, 6)])
+    norm = [torch.randn(3, generator=generator).double().requires_grad_() for _ in range(2)] if affine else [None] * 2
+    leaves = [x.requires_grad_(), weight.requires_grad_(), *(p for p in norm if p is not None)]
+    g, epilogue = geometry(1), Epilogue("batch", 1e-3, "tanh")
+
+    def ours():
+        return conv_transpose((x, weight, None, *norm, None, None), g, epilogue, "cpu")[0]
+
+    def plain():
+        return equations.forward(x, weight, None, *norm, None, None, g, epilogue)[0]
+
+    def orders(call):
+        found = []
+        scalar = (call() * c).sum()
+        for _ in range(3):
+            gradients = torch.autograd.grad(scalar, leaves, create_graph=True, materialize_grads=True)
+            found += gradients
+            scalar = sum((gradient.square() * (1 + k)).sum() for k, gradient in enumerate(gradients))
+        return [x.detach() for x in found]
+
+    torch.testing.assert_close(orders(ours), orders(plain), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
