@@ -671,7 +671,8 @@ def test_preference():
     assert OP.explain(plain._replace(groups=64, out_channels=64)).backend == "torch"
     depthwise = Case("cpu", torch.float32, 64, 64, (4,), (2,), (1,), (0,), (1,), 64)
     assert OP.explain(depthwise).backend == "cpu"
-    assert OP.explain(depthwise._replace(stride=(1,), gradients=False)).backend == "cpu"
+    assert OP.explain(depthwise._replace(gradients=False)).backend == "cpu"
+    assert OP.explain(depthwise._replace(stride=(1,))).backend == "torch"
     assert OP.explain(depthwise._replace(stride=(4,))).backend == "cpu"
     assert OP.explain(depthwise._replace(stride=(4,), gradients=False)).backend == "torch"
     narrow = "torch" if has_products(torch.bfloat16) else "cpu"

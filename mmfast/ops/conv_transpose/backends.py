@@ -170,9 +170,9 @@ def prefers_products(case: Case) -> str:
     if case.dtype != torch.float32:
         return ""
     depthwise = case.groups > 1 and case.groups == case.in_channels == case.out_channels
-    if depthwise and len(case.stride) == 1 and (case.gradients or case.stride[0] <= 2):
+    if depthwise and len(case.stride) == 1 and (case.stride[0] == 2 or (case.stride[0] > 2 and case.gradients)):
         # Granite Rapids, 512 channels, k4 s2, at 64, batch 8: forward 0.69 to 0.38 ms, both gradients 1.72 to 0.42 ms;
-        # 64 channels, k16 s8: 0.33 to 0.36 ms, 1.00 to 0.38 ms. In 2-d the forward is 0.2 to 3.4 times as fast
+        # 64 channels, k16 s8: 0.33 to 0.36 ms, 1.00 to 0.38 ms. In 2-d, or k6 s1, the forward may take twice as long
         return "depthwise in 1-d"
     if case.groups != 1 or case.crop:
         return ""
@@ -219,9 +219,10 @@ def _is_projection(case: Case) -> bool:
 
 
 def _has_few_outputs(case: Case) -> bool:
-    terms = case.in_channels * math.prod(case.kernel_size)
-    fits = case.out_channels <= products.FEW_OUTPUTS and case.in_channels >= 8 and terms > case.in_channels
-    return fits and (terms >= 512 or not case.small)
+    fits = case.out_channels <= products.FEW_OUTPUTS and case.in_channels >= 8 and math.prod(case.kernel_size) > 1
+    image = case.kernel_size == (4, 4) and case.stride == (2, 2) and case.in_channels >= 32
+    # many phases of a few positions each: 30 to 3 in 3-d, k4 s3, at 2 x 3 x 7 took 1.6 times as long
+    return fits and math.prod(case.stride) <= 8 and (image or not case.small)
 
 
 class Cpu(Backend):
