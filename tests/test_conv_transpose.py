@@ -171,11 +171,12 @@ def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_numerics_of_16_bits(seed, dtype):
-    g, epilogue = geometry(2, 2, 1), Epilogue(activation="tanh")
+@pytest.mark.parametrize(("size", "stride", "padding"), [((5, 7), 2, 1), ((1, 1), 1, 0)], ids=["spread", "position"])
+def test_numerics_of_16_bits(seed, dtype, size, stride, padding):
+    g, epilogue = geometry(2, stride, padding), Epilogue(activation="tanh")
 
     def draw(at):
-        tensors = random_tensors(at, dtype, "none", channels=(48, 33), size=(5, 7), kernel=4)
+        tensors = random_tensors(at, dtype, "none", channels=(48, 33), size=size, kernel=4)
         tensors[1] *= 48**-0.5
         exact = [None if x is None else x.double() for x in tensors]
         runs = [outputs(tensors, g, epilogue, backend, None, at) for backend in ("cpu", "stock")]
@@ -398,9 +399,13 @@ def test_values_that_are_not_finite(seed, isa):
             assert ours[0].isnan().any()
 
 
-@pytest.mark.parametrize(("out_channels", "kernel", "stride"), [(3, 4, 2), (20, 3, 3)], ids=["C3", "apart"])
-def test_gradients_that_are_not_finite(seed, isa, out_channels, kernel, stride):
-    g = geometry(2, stride, 0 if stride == 3 else 1)
+@pytest.mark.parametrize(
+    ("out_channels", "kernel", "stride", "groups"),
+    [(3, 4, 2, 1), (20, 3, 3, 1), (1, 4, 2, 48)],
+    ids=["C3", "apart", "depthwise"],
+)
+def test_gradients_that_are_not_finite(seed, isa, out_channels, kernel, stride, groups):
+    g = geometry(2, stride, 0 if stride == 3 else 1, groups=groups)
     generator = torch.Generator().manual_seed(seed)
     # channels enough for dweight to be ours, too
     x, weight = torch.randn(2, 48, 4, 5, generator=generator), torch.randn(48, out_channels, kernel, kernel)
@@ -659,12 +664,16 @@ def test_preference():
     projection = plain._replace(stride=(1, 1), padding=(0, 0))
     assert OP.explain(projection).backend == "cpu"
     assert OP.explain(projection._replace(spread=True)).backend == "torch"
+    assert OP.explain(projection._replace(dtype=torch.bfloat16)).backend == "cpu"
+    if has_products(torch.float16):
+        assert OP.explain(projection._replace(dtype=torch.float16, gradients=False)).backend == "torch"
     assert OP.explain(plain._replace(groups=32)).backend == "torch"
     assert OP.explain(plain._replace(groups=64, out_channels=64)).backend == "torch"
     depthwise = Case("cpu", torch.float32, 64, 64, (4,), (2,), (1,), (0,), (1,), 64)
     assert OP.explain(depthwise).backend == "cpu"
-    assert OP.explain(depthwise._replace(stride=(1,))).backend == "torch"
-    assert OP.explain(depthwise._replace(gradients=False)).backend == "torch"
+    assert OP.explain(depthwise._replace(stride=(1,), gradients=False)).backend == "cpu"
+    assert OP.explain(depthwise._replace(stride=(4,))).backend == "cpu"
+    assert OP.explain(depthwise._replace(stride=(4,), gradients=False)).backend == "torch"
     narrow = "torch" if has_products(torch.bfloat16) else "cpu"
     assert OP.explain(plain._replace(dtype=torch.bfloat16, norm="batch")).backend == narrow
     assert OP.explain(plain._replace(dtype=torch.bfloat16, in_channels=16)).backend == "torch"
