@@ -3,7 +3,7 @@
 `forward(x, weights, h0, c0, layer, keep)` gives (y, hn, cn, gates, cell), and
 `backward(given, x, weights, h0, c0, layer, saved, need)` the gradients of (x, h0, c0, *weights). Shapes of x, weights
 and states: equations.py; of what is saved, (y, gates, cell): csrc/mmfast.h. Where there is none of it - cn without an
-LSTM, gates and cell of an RNN or without `keep` -, a tensor is empty.
+LSTM, gates and cell of an RNN or without `keep` -, it is None, and of the op's outputs an empty tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .. import portable
 from ..product import has_products, product
 from . import equations
 from .equations import GATES, MODES, Layer, Weights
-from .products import input_gradient, input_side, sum_over_rows
+from .products import chain_of, input_gradient, input_side, sum_over_rows
 
 
 class Case(NamedTuple):
@@ -92,6 +92,11 @@ class Sizes(NamedTuple):
     hidden: int
     output: int
 
+    @property
+    def chain(self) -> int:
+        """Rows that `sum_over_rows` may sum in one chain."""
+        return chain_of(self.steps, self.batch)
+
 
 def sizes_of(x: Tensor, weights: Sequence[Tensor], layer: Layer) -> Sizes:
     rows, output = weights[1].shape
@@ -119,6 +124,9 @@ def empty_outputs(x: Tensor, weights: Sequence[Tensor], layer: Layer, keep: bool
 class Walker(Backend):
     """Kernels for the walk through time; all products over whole sequences are torch's."""
 
+    #: Whether the walks add b_ih to gx and sum the gradients of the biases.
+    walks_biases = False
+
     def walk(
         self,
         layer: Layer,
@@ -128,7 +136,7 @@ class Walker(Backend):
         c0: Tensor | None,
         gx: Tensor,
         kept: tuple[Tensor | None, Tensor | None],
-        results: tuple[Tensor, Tensor, Tensor],
+        results: tuple[Tensor, Tensor, Tensor | None],
     ) -> None:
         """Fills kept, (gates, cell) or None each, and results, (y, hn, cn)."""
         raise NotImplementedError
@@ -143,24 +151,27 @@ class Walker(Backend):
         saved: Sequence[Tensor],
         given: Sequence[Tensor | None],
         results: tuple[Tensor | None, ...],
+        biases: Sequence[Tensor | None],
     ) -> None:
-        """Fills results, (dgates, dm, dh, u, previous, dh0, dc0); None: not wanted."""
+        """Fills results, (dgates, dm, dh, u, previous, dh0, dc0), and where it `walks_biases` their gradients, of each
+        direction (db_ih, db_hh); None: not wanted."""
         raise NotImplementedError
 
     def forward(
         self, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, layer: Layer, keep: bool
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
-        gx = input_side(x.reshape(sizes.rows, x.shape[-1]), parts)
-        y, hn, cn, gates, cell = empty_outputs(x, weights, layer, False, sizes.batch)
-        if keep and GATES[layer.mode] > 1:
-            gates = gx
+        gx = input_side(x.reshape(sizes.rows, x.shape[-1]), parts, not self.walks_biases)
+        y = x.new_empty((*x.shape[:-1], layer.directions * sizes.output))
+        hn = x.new_empty((layer.directions, sizes.batch, sizes.output))
+        cn = x.new_empty((layer.directions, sizes.batch, sizes.hidden)) if layer.mode == "LSTM" else None
+        gates = gx if keep and GATES[layer.mode] > 1 else None
+        cell = None
         if keep and (GATES[layer.mode] > 1 or layer.zones):
             # the kernel leaves out what is past a length
             empty = y.new_empty if layer.lengths is None else y.new_zeros
             cell = empty((sizes.rows, layer.directions * sizes.hidden))
-        kept = (gates, cell) if keep else (None, None)
-        self.walk(layer, sizes, parts, h0, c0, gx, kept, (y, hn, cn))
+        self.walk(layer, sizes, parts, h0, c0, gx, (gates, cell), (y, hn, cn))
         return y, hn, cn, gates, cell
 
     def backward(self, *arguments: Any) -> list[Tensor | None]:
@@ -191,8 +202,14 @@ class Walker(Backend):
             previous = y.new_empty((sizes.rows, width))
         dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format) if h0 is not None and need[1] else None
         dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format) if c0 is not None and need[2] else None
-        dense = [_dense(d) for d in given]
-        self.walk_back(layer, sizes, parts, h0, c0, saved, dense, (dgates, dm, dh, u, previous, dh0, dc0))
+        biases: list[Tensor | None] = []
+        for d in range(directions) if each > 3 else ():
+            wanted = need[5 + d * each : 7 + d * each]
+            biases += [dgates.new_empty(weights[1].shape[0]) if want else None for want in wanted]
+        dense, results = [_dense(d) for d in given], (dgates, dm, dh, u, previous, dh0, dc0)
+        self.walk_back(layer, sizes, parts, h0, c0, saved, dense, results, biases)
+        if not self.walks_biases:
+            _sum_biases(dgates, dm, biases)
         dx = None
         if need[0]:
             dx = input_gradient(dgates, [part.w_ih for part in parts], GATES[layer.mode]).view(x.shape)
@@ -202,7 +219,8 @@ class Walker(Backend):
         for d in range(directions):
             mine = dgates if directions == 1 else dgates.chunk(2, 1)[d]
             wanted = need[3 + d * each : 3 + (d + 1) * each]
-            dweights += _weight_gradients(mine, x, side, d, wanted[: each // 2 * 2])
+            dweights += _weight_gradients(mine, x, side, d, wanted)
+            dweights += biases[2 * d : 2 * d + 2]
             if dh is not None and u is not None:
                 dweights.append(_projection_gradient(dh, u, sizes, d) if wanted[-1] else None)
         return [dx, dh0, dc0, *dweights], (dgates, dm)
@@ -212,6 +230,7 @@ class Cpu(Walker):
     """csrc/cpu/rnn.cpp, rnn_cell.cpp"""
 
     name = "cpu"
+    walks_biases = True
 
     def refusals(self, case: Case) -> list[str]:
         return native.cpu_refusals("the input is", case.device, case.dtype) + _beyond_autocast(case)
@@ -260,12 +279,12 @@ class Cpu(Walker):
 
     def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
         row, alive = native_layer(layer, sizes, parts, h0, c0)
-        native.cpu_rnn_forward(row, gx, *kept, *results)
+        native.cpu_rnn_forward(row, gx, kept, results, [_dense(part.b_ih) for part in parts])
         del alive
 
-    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results) -> None:
+    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results, biases) -> None:
         row, alive = native_layer(layer, sizes, parts, h0, c0)
-        native.cpu_rnn_backward(row, saved, given, results)
+        native.cpu_rnn_backward(row, saved, given, results, biases)
         del alive
 
 
@@ -332,7 +351,7 @@ class Cuda(Walker, GpuBackend):
             if c is not None and narrow:
                 cn[d].copy_(c)
 
-    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results) -> None:
+    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results, biases) -> None:
         if _fits_on_chip(layer, sizes, saved[0]):
             row, alive = _device_layer(layer, sizes, parts, h0, c0)
             native.cuda_rnn_backward(row, self.rounds(saved[0]), saved, given, results)
@@ -456,7 +475,7 @@ class Triton(Walker, GpuBackend):
             kernels = portable.kernels(__package__)[0]
             kernels.forward(layer, shape, parts, _dense(h0), _dense(c0), gx, kept, results)
 
-    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results) -> None:
+    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results, biases) -> None:
         shape = sizes.steps, sizes.batch, sizes.hidden
         dgates, dm, _, _, *others = results
         with portable.on_device(saved[0]):
@@ -502,18 +521,18 @@ class _RecurrentSide(NamedTuple):
 
     def times(self, dgates: Tensor, direction: int, out: Tensor) -> None:
         """out = dgates^T times the state before each row"""
-        size, batch = self.sizes.output, self.sizes.batch
+        size, batch, chain = self.sizes.output, self.sizes.batch, self.sizes.chain
         columns = slice(direction * size, (direction + 1) * size)
         if self.previous is not None:
-            sum_over_rows(dgates, self.previous[:, columns], out)
+            sum_over_rows(dgates, self.previous[:, columns], out, chain)
             return
         y, rest = self.y[:, columns], self.sizes.rows - batch
         # time-major and padded: the state before is the output `batch` rows before, or after in the reverse direction
         if direction == 0:
-            sum_over_rows(dgates[batch:], y[:rest], out)
+            sum_over_rows(dgates[batch:], y[:rest], out, chain)
             first = dgates[:batch]
         else:
-            sum_over_rows(dgates[:rest], y[batch:], out)
+            sum_over_rows(dgates[:rest], y[batch:], out, chain)
             first = dgates[rest:]
         if self.h0 is not None:
             product(first.t(), self.h0[direction], out=out, add=True)
@@ -523,32 +542,44 @@ def _projection_gradient(dh: Tensor, u: Tensor, sizes: Sizes, direction: int) ->
     """Of one direction's W_hr: dh^T u"""
     left = dh[:, direction * sizes.output : (direction + 1) * sizes.output]
     right = u[:, direction * sizes.hidden : (direction + 1) * sizes.hidden]
-    return sum_over_rows(left, right, u.new_empty((sizes.output, sizes.hidden)))
+    return sum_over_rows(left, right, u.new_empty((sizes.output, sizes.hidden)), sizes.chain)
 
 
-def _weight_gradients(dgates: Tensor, x: Tensor, side: _RecurrentSide, direction: int, need: Sequence[bool]) -> list:
-    """Of one direction's (W_ih, W_hh[, b_ih, b_hh])."""
+def _weight_gradients(
+    dgates: Tensor, x: Tensor, side: _RecurrentSide, direction: int, need: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of one direction's (W_ih, W_hh)."""
     hidden = side.sizes.hidden
     gradients: list[Tensor | None] = [None, None]
     if need[0]:
-        gradients[0] = sum_over_rows(dgates, x, dgates.new_empty((dgates.shape[1], x.shape[1])))
-    dm = None if side.dm is None else side.dm[:, direction * hidden : (direction + 1) * hidden]
+        dw = dgates.new_empty((dgates.shape[1], x.shape[1]))
+        gradients[0] = sum_over_rows(dgates, x, dw, side.sizes.chain)
     if need[1]:
         dw = gradients[1] = dgates.new_empty((dgates.shape[1], side.sizes.output))
-        if dm is None:
+        if side.dm is None:
             side.times(dgates, direction, dw)
         else:
             side.times(dgates[:, : 2 * hidden], direction, dw[: 2 * hidden])
-            side.times(dm, direction, dw[2 * hidden :])
-    if len(need) == 2:
-        return gradients
-    if not (need[2] or need[3]):
-        return [*gradients, None, None]
-    db = dgates.sum(0)
-    db_hh = None
-    if need[3]:
-        db_hh = db.clone() if dm is None else torch.cat([db[: 2 * hidden], dm.sum(0)])
-    return [*gradients, db if need[2] else None, db_hh]
+            side.times(side.dm[:, direction * hidden : (direction + 1) * hidden], direction, dw[2 * hidden :])
+    return gradients
+
+
+def _sum_biases(dgates: Tensor, dm: Tensor | None, biases: Sequence[Tensor | None]) -> None:
+    """Fills the gradients, of each direction (db_ih, db_hh)."""
+    for i in range(0, len(biases), 2):
+        db_ih, db_hh = biases[i : i + 2]
+        if db_ih is None and db_hh is None:
+            continue
+        direction, rows = i // 2, dgates.shape[1] // (len(biases) // 2)
+        sums = dgates[:, direction * rows : (direction + 1) * rows].sum(0)
+        if db_ih is not None:
+            db_ih.copy_(sums)
+        if db_hh is None:
+            continue
+        db_hh.copy_(sums)
+        if dm is not None:
+            hidden = rows // 3
+            db_hh[2 * hidden :] = dm[:, direction * hidden : (direction + 1) * hidden].sum(0)
 
 
 OP = Op("rnn", Case, [Cpu(), Cuda(), Triton(), TorchBackend()])

@@ -12,21 +12,21 @@ from .equations import Weights
 
 #: Columns of the result from which on torch.mm sums in blocks; with fewer its rms error was up to 7 times as large.
 WIDE = 16
-#: Rows up to which torch.mm sums them in one chain; longer ones it sums in blocks.
-ONE_CHAIN = 512
+#: Rows from which on torch.mm sums in blocks, of as many or fewer.
+BLOCK = 384
 #: Elements of the result up to which a sum over an LSTM's gates is made gate by gate.
 SMALL = 1 << 16
 
 
-def input_side(x: Tensor, parts: Sequence[Weights]) -> Tensor:
-    """x W_ih^T + b_ih of all directions: (N, D G H)"""
-    if len(parts) == 1:
-        return product(x, parts[0].w_ih.t(), parts[0].b_ih)
-    width = parts[0].w_ih.shape[0]
-    gx = x.new_empty((x.shape[0], len(parts) * width))
-    for part, out in zip(parts, gx.split(width, 1), strict=True):
-        product(x, part.w_ih.t(), part.b_ih, out)
-    return gx
+def input_side(x: Tensor, parts: Sequence[Weights], biases: bool = True) -> Tensor:
+    """x W_ih^T of all directions, with b_ih or without: (N, D G H)"""
+    gx: Tensor | None = None
+    if len(parts) > 1:
+        gx = x.new_empty((x.shape[0], len(parts) * parts[0].w_ih.shape[0]))
+    outs = [None] if gx is None else gx.chunk(len(parts), 1)
+    for part, out in zip(parts, outs, strict=True):
+        found = product(x, part.w_ih.t(), part.b_ih if biases else None, out)
+    return found if gx is None else gx
 
 
 def input_gradient(dgates: Tensor, w_ih: Sequence[Tensor], gates: int) -> Tensor:
@@ -53,24 +53,35 @@ def _input_gradient_transposed(each: Sequence[Tensor], w_ih: Sequence[Tensor]) -
 
 def _by_gates(dgates: Tensor, w_ih: Tensor) -> Tensor:
     """dgates W_ih of four gates, each a sum of its own."""
-    of_gates, w = dgates.unflatten(1, (4, -1)).transpose(0, 1), w_ih.unflatten(0, (4, -1))
     if w_ih.shape[1] < WIDE <= len(dgates):
+        of_gates, w = dgates.unflatten(1, (4, -1)).transpose(0, 1), w_ih.unflatten(0, (4, -1))
         return torch.bmm(w.transpose(1, 2), of_gates.transpose(1, 2)).sum(0).t().contiguous()
-    return torch.bmm(of_gates, w).sum(0)
+    first, *rest = zip(dgates.chunk(4, 1), w_ih.chunk(4), strict=True)
+    dx = torch.mm(*first)
+    for part, w in rest:
+        dx.addmm_(part, w)
+    return dx
 
 
-def sum_over_rows(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """out = left^T right"""
+def chain_of(steps: int, batch: int) -> int:
+    """Rows of a sequence tensor that a sum may take in one chain to be as accurate as PyTorch's loop.
+
+    It sums each step's rows and then the steps: chains of `batch` and of `steps`, whose rms error is as one's of both.
+    """
+    return max(16, (steps + batch) * 3 // 2)
+
+
+def sum_over_rows(left: Tensor, right: Tensor, out: Tensor, chain: int) -> Tensor:
+    """out = left^T right, its sums made of chains of so many rows, or of BLOCK"""
     rows = left.shape[0]
     if is_loop(left) or prefers_native(left.t(), right):
         return product(left.t(), right, out=out)
-    if right.shape[1] < WIDE <= left.shape[1]:
-        return out.copy_(sum_over_rows(right, left, out.new_empty(out.shape[::-1])).t())
-    if rows > ONE_CHAIN or out.dtype != torch.float32:
+    if right.shape[1] < max(WIDE, left.shape[1] // 8) and left.shape[1] >= WIDE:
+        # a product of few columns takes longer than one of few rows
+        return out.copy_(sum_over_rows(right, left, out.new_empty(out.shape[::-1]), chain).t())
+    if chain >= min(rows, BLOCK) or out.dtype != torch.float32:
         return torch.mm(left.t(), right, out=out)
-    # in four: PyTorch adds step after step, which is more accurate than one chain over all rows
-    part = max(16, -(-rows // 4))
-    torch.mm(left[:part].t(), right[:part], out=out)
-    for start in range(part, rows, part):
-        out.addmm_(left[start : start + part].t(), right[start : start + part])
+    torch.mm(left[:chain].t(), right[:chain], out=out)
+    for start in range(chain, rows, chain):
+        out.addmm_(left[start : start + chain].t(), right[start : start + chain])
     return out

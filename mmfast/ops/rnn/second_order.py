@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..product import product
 from .equations import GATES, Layer, Weights, split
-from .products import sum_over_rows
+from .products import chain_of, sum_over_rows
 
 
 def serves(x: Tensor, weights: Sequence[Tensor], layer: Layer) -> bool:
@@ -353,4 +353,5 @@ def _weight_gradients(part: Part, found: Found) -> list[Tensor | None]:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left^T right of (T * B, m) and (T, B, n)"""
-    return sum_over_rows(left, right.flatten(0, 1), left.new_empty(left.shape[1], right.shape[2]))
+    out = left.new_empty(left.shape[1], right.shape[2])
+    return sum_over_rows(left, right.flatten(0, 1), out, chain_of(*right.shape[:2]))
