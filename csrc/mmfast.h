@@ -95,14 +95,14 @@ typedef struct {
 } mmfast_adversarial_args;
 
 #define MMFAST_ADVERSARIAL_CHUNK 4096
-#define MMFAST_ADVERSARIAL_TERM 48
+#define MMFAST_ADVERSARIAL_TERM 72
 
 int mmfast_cpu_adversarial_forward(const mmfast_adversarial_args* args);
 // dlogits_k = dtotal * weight_k * w * phi_k'(sign_k * (x - other) + shift_k) * sign_k [/ n_k], rounded once;
 // dother_k = -dlogits_k.
 int mmfast_cpu_adversarial_backward(const mmfast_adversarial_args* args);
 // The same on the current CUDA device; every pointer but args and terms is device memory. Two launches a forward and
-// one a backward; while the stream is captured as many for each 64 terms.
+// one a backward; while the stream is captured as many for each 450 to 1,000 terms.
 int mmfast_cuda_adversarial_forward(const mmfast_adversarial_args* args);
 int mmfast_cuda_adversarial_backward(const mmfast_adversarial_args* args);
 

@@ -163,12 +163,13 @@ def isa() -> str:
 
 def beats_mkl() -> bool:
     """Whether the CPU kernels' vectors are wider than MKL's, which are AVX2's unless the processor is Intel's."""
-    return _wide_vectors() and library().isa() == "avx512"
+    return available() and not is_intel() and library().isa() == "avx512"
 
 
 @functools.cache
-def _wide_vectors() -> bool:
-    return available() and not library().is_intel()
+def is_intel() -> bool:
+    """Whether the processor is Intel's."""
+    return bool(library().is_intel())
 
 
 def set_isa(name: str) -> None:

@@ -339,6 +339,8 @@ def test_cuda(cubins, capsys, stem, architecture):
     with capsys.disabled():
         print(f"\n{stem}.cu\n{HEAD}", *(found.row() for found in kernels), sep="\n", end="")
     assert kernels
+    # of each dtype, for tables of few terms and of as many as go by value while a stream is captured
+    assert stem != "adversarial" or sum(", 32256>" in found.kernel for found in kernels) == 16
     for found in kernels:
         # 512 threads a block where it holds 256 units, else at most 256
         alone = stem in ("rnn_resident", "rnn_cluster") and "256" not in found.kernel

@@ -589,7 +589,7 @@ def test_a_layer_that_pytorch_serves_asks_anew_when_the_choice_may_change(monkey
 
 def test_preference():
     plain = Case("cpu", torch.float32, 64, 32, (4, 4), (2, 2), (1, 1), (0, 0), (1, 1), 1)
-    wide = "cpu" if native.isa() == "avx2" else "torch"
+    wide = "cpu" if native.isa() == "avx2" or (native.isa() == "avx512" and native.is_intel()) else "torch"
     assert OP.explain(plain).backend == wide
     assert OP.explain(plain._replace(contiguous=False)).backend == wide
     assert OP.explain(plain._replace(contiguous=False, gradients=False)).backend == "torch"
@@ -601,8 +601,9 @@ def test_preference():
     normalized = plain._replace(norm="batch", activation="relu")
     assert OP.explain(normalized).backend == "cpu"
     assert OP.explain(normalized._replace(small=True)).backend == "torch"
-    last = OP.explain(normalized._replace(contiguous=False)).backend
-    assert last == ("torch" if native.isa() == "avx512" else "cpu")
+    unified = normalized._replace(stride=(1, 1), contiguous=False)
+    assert OP.explain(unified).backend == ("torch" if native.isa() == "avx512" else "cpu")
+    assert OP.explain(normalized._replace(contiguous=False)).backend == (wide if native.isa() == "avx512" else "cpu")
     projection = plain._replace(stride=(1, 1), padding=(0, 0))
     assert OP.explain(projection).backend == "cpu"
     assert OP.explain(projection._replace(spread=True)).backend == "torch"

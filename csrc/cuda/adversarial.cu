@@ -1,16 +1,17 @@
 // The adversarial loss: value_k = weight_k * reduce_i w_i * phi_k(u_i), u_i = sign_k * (x_i - other_i) + shift_k;
 // total = sum_k value_k.
 //
-// Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. A list of at most kMaxTerms terms travels by value
-// in the kernel's arguments, a longer one in a table that is copied to scratch (while a stream is captured, when
-// nothing is to be copied from the host, in groups of kMaxTerms). So a list of any length costs one launch backward and
-// two forward: the second adds up the first one's sums. Where terms have the mean of others' logits as their centre,
-// the first launch adds up those and the second all else, its last block to finish the sums. Each tensor is cut into
-// chunks of MMFAST_ADVERSARIAL_CHUNK elements, one block a chunk. A chunk's elements are added by thread in float32
-// (float64 for float64 logits), threads by a tree, chunks by lane and then by a tree in float64, terms in order: the
-// same bits each time, and no sync. Forward reads each element once, backward reads it once and writes its gradient:
-// both are bound by memory. Backward: d = dtotal * weight_k [/ n_k] * sign_k * w_i * phi_k'(u), less the peer's part,
-// rounded once.
+// Pointers, shapes and dtypes: mmfast_adversarial_args in mmfast.h. The terms are a table of columns, one a field, in
+// which a field that is the same for all is held once. A table of at most kNarrow bytes, which is 60 to 120 terms,
+// travels by value in the kernel's arguments, a longer one is copied to scratch. So a list of any length costs one
+// launch backward and two forward: the second adds up the first one's sums. While a stream is captured, when nothing is
+// to be copied from the host, up to kWide bytes go by value, 450 to 1,000 terms, to kernels of their own, and a longer
+// list goes in groups. Where terms have the mean of others' logits as their centre, the first launch adds up those and
+// the second all else, its last block to finish the sums. Each tensor is cut into chunks of MMFAST_ADVERSARIAL_CHUNK
+// elements, one block a chunk. A chunk's elements are added by thread in float32 (float64 for float64 logits), threads
+// by a tree, chunks by lane and then by a tree in float64, terms in order: the same bits each time, and no sync.
+// Forward reads each element once, backward reads it once and writes its gradient: both are bound by memory. Backward:
+// d = dtotal * weight_k [/ n_k] * sign_k * w_i * phi_k'(u), less the peer's part, rounded once.
 
 #include "cuda/device.h"
 
@@ -20,10 +21,12 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kChunk = MMFAST_ADVERSARIAL_CHUNK;
+// bytes of a table among a kernel's arguments, which are at most 4 KB before CUDA 12.1 and then 32,764 bytes
+constexpr int kNarrow = 3584;
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
-constexpr int kMaxTerms = 16;  // the arguments are at most 4 KB
+constexpr int kWide = kNarrow;
 #else
-constexpr int kMaxTerms = 64;
+constexpr int kWide = 32256;
 #endif
 
 // log(1 + exp(u)) = max(u, 0) + log1p(exp(-|u|)): nothing cancels and nothing overflows
@@ -68,20 +71,33 @@ MMFAST_DEVICE C slope_of(C u, C tilt) {
 
 template <typename T>
 struct Term {
+    int first_chunk;
     Global<const T> x, other;
     Global<const Compute<T>> centre, weights, peer_slope;
     Global<T> dx, dother;  // backward only
     int64_t size, per_weight;
-    double per_weight_inverse;  // a 64-bit division is a call, around which registers would spill
+    // inverses: a 64-bit division is a call, around which registers would spill
+    double per_weight_inverse;
     Compute<T> sign, shift, tilt;
     Compute<T> factor;  // backward only: weight * sign [/ size]
-    double scale;       // weight [/ size]
+    double scale;       // forward only: weight [/ size]
     // forward only, of the term whose logits' mean is the centre, where that is not known yet
-    double peer_size;
+    double peer_inverse;                // of its size
     int peer_first_chunk, peer_chunks;  // of all terms' chunks
-    int phi;
-    int first_chunk;
+    uint8_t phi;
     bool has_other, has_centre, is_measured, has_weights, has_peer, wants_dx, wants_dother;
+
+    static constexpr int kFields = 27;
+    // f(field) for each field, in order
+    template <typename F>
+    MMFAST_HOST_DEVICE static void each_field(F& f) {
+        f(&Term::first_chunk), f(&Term::x), f(&Term::other), f(&Term::centre), f(&Term::weights);
+        f(&Term::peer_slope), f(&Term::dx), f(&Term::dother), f(&Term::size), f(&Term::per_weight);
+        f(&Term::per_weight_inverse), f(&Term::sign), f(&Term::shift), f(&Term::tilt), f(&Term::factor);
+        f(&Term::scale), f(&Term::peer_inverse), f(&Term::peer_first_chunk), f(&Term::peer_chunks), f(&Term::phi);
+        f(&Term::has_other), f(&Term::has_centre), f(&Term::is_measured), f(&Term::has_weights);
+        f(&Term::has_peer), f(&Term::wants_dx), f(&Term::wants_dother);
+    }
 
     // the factor of element i
     MMFAST_DEVICE Compute<T> weight(int64_t i) const {
@@ -113,23 +129,67 @@ struct Term {
     }
 };
 
+// Where a field of all terms begins in a table's bytes, and how far it is from one term to the next.
+struct Column {
+    int at, stride;
+};
 template <typename T>
-struct Table {
-    Term<T> terms[kMaxTerms];
-    Global<const Term<T>> longer;  // instead of them, in device memory, of any length
-    int count;
-    bool is_long;
+struct Columns {
+    Column columns[Term<T>::kFields];
+};
 
-    // copies, since a reference to either would have to read both through a cache
-    MMFAST_DEVICE Term<T> at(int k) const { return is_long ? longer.data()[k] : terms[k]; }
-    MMFAST_DEVICE int first_chunk(int k) const { return is_long ? longer.data()[k].first_chunk : terms[k].first_chunk; }
+template <typename T>
+struct Reader {
+    const Columns<T>& columns;
+    const unsigned char* bytes;
+    int k;
+    Term<T> term{};
+    int i = 0;
+    template <typename V>
+    MMFAST_HOST_DEVICE void operator()(V Term<T>::* field) {
+        const Column column = columns.columns[i++];
+        term.*field = *reinterpret_cast<const V*>(bytes + column.at + k * column.stride);
+    }
+};
+
+// The bytes of an address on the device, and as many of a view in the emulator, where that is more.
+constexpr int kAddress = 8, kView = int(sizeof(Global<char>));
+
+template <typename T, int kBytes>
+struct Table {
+    Columns<T> columns;
+    int count, step;              // step: half the least power of two that is at least count
+    Global<const double> longer;  // instead of bytes, in device memory
+    bool is_long;
+    alignas(8) unsigned char bytes[kBytes * kView / kAddress];
+
+    // f(bytes): a pointer that may be to either would have to read both through a cache
+    template <typename F>
+    MMFAST_DEVICE auto with_bytes(const F& f) const {
+        if (kBytes == kNarrow && is_long) return f(reinterpret_cast<const unsigned char*>(longer.data()));
+        return f(bytes);
+    }
+    MMFAST_DEVICE Term<T> at(int k) const {
+        return with_bytes([&](const unsigned char* from) {
+            Reader<T> reader{columns, from, k};
+            Term<T>::each_field(reader);
+            return reader.term;
+        });
+    }
+    MMFAST_DEVICE int first_chunk(int k) const {
+        return with_bytes([&](const unsigned char* from) {
+            Reader<T> reader{columns, from, k};
+            reader(&Term<T>::first_chunk);
+            return reader.term.first_chunk;
+        });
+    }
 
     // The term whose chunk this block has: the last that begins at or before it, so empty terms have none.
     MMFAST_DEVICE Term<T> find(int64_t block) const {
         int k = 0;
         MMFAST_NO_UNROLL
-        for (int step = is_long ? 1 << 30 : kMaxTerms / 2; step > 0; step /= 2)
-            if (step < count - k && first_chunk(k + step) <= block) k += step;
+        for (int i = step; i > 0; i /= 2)
+            if (i < count - k && first_chunk(k + i) <= block) k += i;
         return at(k);
     }
 };
@@ -141,8 +201,8 @@ template <typename T>
 struct Chunk {
     using C = Compute<T>;
     // sixteen elements at a time, whose code is repeated so often; float64 is rare and need not be fast
-    static constexpr int kWidth = kVector<T>, kVectors = sizeof(T) == 4 ? 4 : 2;
-    static constexpr int kBatches = kPerThread / (kWidth * kVectors);
+    static constexpr int kWidth = kVector<T>, kVectors = sizeof(T) == 8 ? 1 : 16 / kWidth;
+    static constexpr int kElements = kWidth * kVectors, kBatches = kPerThread / kElements;
 
     const Term<T>& term;
     int64_t offset;
@@ -171,60 +231,30 @@ struct Chunk {
         return difference(x, term.has_other ? load(term.other, offset + i) : x);
     }
 
-    // Some vectors of this thread in a whole chunk, all loaded before any of them is used.
-    struct Vectors {
-        Vector<T, kWidth> x[kVectors], other[kVectors];
-    };
     MMFAST_DEVICE static int start(int batch, int j) {
         return ((batch * kVectors + j) * kThreads + thread_index()) * kWidth;
     }
-    MMFAST_DEVICE void load_batch(Vectors& v, int batch) const {
+    // Some of this thread's elements in a whole chunk, all loaded before any of them is used.
+    MMFAST_DEVICE void load_batch(C* differences, int batch) const {
+        Vector<T, kWidth> x[kVectors], other[kVectors];
         MMFAST_UNROLL
-        for (int j = 0; j < kVectors; ++j) v.x[j] = load_vector<kWidth>(term.x + offset, start(batch, j));
-        if (!term.has_other) return;
+        for (int j = 0; j < kVectors; ++j) x[j] = load_vector<kWidth>(term.x + offset, start(batch, j));
+        if (term.has_other) {
+            MMFAST_UNROLL
+            for (int j = 0; j < kVectors; ++j) other[j] = load_vector<kWidth>(term.other + offset, start(batch, j));
+        }
         MMFAST_UNROLL
-        for (int j = 0; j < kVectors; ++j) v.other[j] = load_vector<kWidth>(term.other + offset, start(batch, j));
+        for (int j = 0; j < kVectors; ++j) MMFAST_UNROLL
+        for (int i = 0; i < kWidth; ++i) differences[j * kWidth + i] = difference(x[j].at[i], other[j].at[i]);
     }
 };
-
-// This thread's part of the sum of w * part(difference), or of part alone, over the chunk.
-template <bool kWeighted, typename T, typename Part>
-MMFAST_DEVICE Compute<T> sum_over(const Chunk<T>& chunk, const Part& part) {
-    using C = Compute<T>;
-    C sum = 0;
-    if (chunk.is_whole()) {
-        MMFAST_NO_UNROLL
-        for (int batch = 0; batch < Chunk<T>::kBatches; ++batch) {
-            typename Chunk<T>::Vectors v;
-            chunk.load_batch(v, batch);
-            MMFAST_UNROLL
-            for (int j = 0; j < Chunk<T>::kVectors; ++j) MMFAST_UNROLL
-            for (int i = 0; i < Chunk<T>::kWidth; ++i) sum += part(chunk.difference(v.x[j].at[i], v.other[j].at[i]));
-        }
-        return sum;
-    }
-    MMFAST_NO_UNROLL
-    for (int i = thread_index(); i < chunk.size; i += kThreads) {
-        const C y = part(chunk.difference_at(i));
-        sum += kWeighted ? chunk.term.weight(chunk.offset + i) * y : y;
-    }
-    return sum;
-}
-
-// Of w * phi or of its derivative.
-template <int kPhi, bool kSlope, typename T>
-MMFAST_DEVICE Compute<T> thread_sum(const Chunk<T>& chunk) {
-    return sum_over<true>(chunk, [&](Compute<T> difference) {
-        return kSlope ? chunk.term.template slope<kPhi>(difference) : chunk.term.template value<kPhi>(difference);
-    });
-}
 
 template <int k>
 struct Phi {
     static constexpr int value = k;
 };
 
-// f(phi) with phi as a constant
+// f(phi) with phi as a constant: inside of loops over loads, whose code is then not repeated for each
 template <typename F>
 MMFAST_DEVICE void with_phi(int phi, const F& f) {
     switch (phi) {
@@ -249,6 +279,55 @@ MMFAST_DEVICE void with_phi(int phi, const F& f) {
     }
 }
 
+// This thread's part of the sum of w * phi over the chunk, or of w * phi'.
+template <bool kSlope, typename T>
+MMFAST_DEVICE Compute<T> thread_sum(const Chunk<T>& chunk) {
+    using C = Compute<T>;
+    const Term<T>& term = chunk.term;
+    C sum = 0;
+    const auto evaluate = [&](auto phi, C difference) {
+        constexpr int k = decltype(phi)::value;
+        return kSlope ? term.template slope<k>(difference) : term.template value<k>(difference);
+    };
+    if (chunk.is_whole()) {
+        MMFAST_NO_UNROLL
+        for (int batch = 0; batch < Chunk<T>::kBatches; ++batch) {
+            C differences[Chunk<T>::kElements];
+            chunk.load_batch(differences, batch);
+            with_phi(term.phi, [&](auto phi) {
+                MMFAST_UNROLL
+                for (int i = 0; i < Chunk<T>::kElements; ++i) sum += evaluate(phi, differences[i]);
+            });
+        }
+        return sum;
+    }
+    MMFAST_NO_UNROLL
+    for (int i = thread_index(); i < chunk.size; i += kThreads) {
+        const C difference = chunk.difference_at(i), weight = term.weight(chunk.offset + i);
+        with_phi(term.phi, [&](auto phi) { sum += weight * evaluate(phi, difference); });
+    }
+    return sum;
+}
+
+// This thread's part of the sum of the logits.
+template <typename T>
+MMFAST_DEVICE Compute<T> logit_sum(const Chunk<T>& chunk) {
+    Compute<T> sum = 0;
+    if (chunk.is_whole()) {
+        MMFAST_NO_UNROLL
+        for (int batch = 0; batch < Chunk<T>::kBatches; ++batch) {
+            Compute<T> x[Chunk<T>::kElements];
+            chunk.load_batch(x, batch);
+            MMFAST_UNROLL
+            for (int i = 0; i < Chunk<T>::kElements; ++i) sum += x[i];
+        }
+        return sum;
+    }
+    MMFAST_NO_UNROLL
+    for (int i = thread_index(); i < chunk.size; i += kThreads) sum += chunk.difference_at(i);
+    return sum;
+}
+
 // The sum of these chunks' sums, by lane and then by a tree, in every lane.
 MMFAST_DEVICE double sum_of(Global<double> sums, int first, int after) {
     double sum = 0;
@@ -268,13 +347,14 @@ struct Totals {
     bool first, has_values, has_slopes, has_means;
 
     // a warp a term, then thread 0 the terms in order
-    MMFAST_DEVICE void add_up(const Table<T>& table) const {
+    template <int kBytes>
+    MMFAST_DEVICE void add_up(const Table<T, kBytes>& table) const {
         for (int k = warp_index(); k < table.count; k += kThreads / 32) {
             const Term<T> term = table.at(k);
             const int begin = term.first_chunk, end = k + 1 < table.count ? table.first_chunk(k + 1) : chunks;
             const double value = term.scale * sum_of(sums, begin, end);
             const double slope = has_slopes ? term.scale * double(term.sign) * sum_of(slope_sums, begin, end) : 0;
-            const double mean = has_means ? sum_of(mean_sums, begin, end) / double(term.size) : 0;
+            const double mean = has_means ? sum_of(mean_sums, begin, end) * (1.0 / double(term.size)) : 0;
             if (lane_index() != 0) continue;
             store(term_values, k, value);
             if (has_values) store(values, k, Compute<T>(value));
@@ -291,10 +371,10 @@ struct Totals {
 };
 
 // The sums of the logits themselves, whose means are to be centres; block 0 sets the counter of blocks to 0.
-template <typename T>
+template <typename T, int kBytes>
 struct Measure {
     static constexpr int kThreads = device::kThreads;
-    Table<T> table;
+    Table<T, kBytes> table;
     Global<double> mean_sums;
     Global<uint32_t> counter;
 
@@ -304,17 +384,18 @@ struct Measure {
         const SharedArray<C> warp_sums = shared_array<C>(cursor, 32);
         const Term<T> term = table.find(block_index());
         const Chunk<T> chunk(term, block_index());
-        const C sum = block_sum<kThreads>(sum_over<false>(chunk, [](C x) { return x; }), warp_sums);
+        const C sum = block_sum<kThreads>(logit_sum(chunk), warp_sums);
         if (thread_index() != 0) return;
         store(mean_sums, block_index(), double(sum));
         if (block_index() == 0) store(counter, 0, 0u);
     }
 };
 
-template <typename T>
+template <typename T, int kBytes>
 struct Forward {
     static constexpr int kThreads = device::kThreads;
-    Table<T> table;
+    static constexpr int kBlocksAtOnce = 8;  // left to choose, the compiler takes fewer registers and spills
+    Table<T, kBytes> table;
     Totals<T> totals;
     Global<double> all_mean_sums;
     Global<uint32_t> counter;
@@ -329,17 +410,14 @@ struct Forward {
         Chunk<T> chunk(term, block_index());
         if (term.is_measured) {
             const int first = term.peer_first_chunk;
-            chunk.centre = C(sum_of(all_mean_sums, first, first + term.peer_chunks) / term.peer_size);
+            chunk.centre = C(sum_of(all_mean_sums, first, first + term.peer_chunks) * term.peer_inverse);
         }
-        C part = 0;
-        with_phi(term.phi, [&](auto phi) { part = thread_sum<decltype(phi)::value, false>(chunk); });
-        const C sum = block_sum<kThreads>(part, warp_sums);
+        const C sum = block_sum<kThreads>(thread_sum<false>(chunk), warp_sums);
         if (thread_index() == 0) store(totals.sums, block_index(), double(sum));
         if (totals.has_slopes) {
             // a second look at the chunk, which the cache still has
             barrier();
-            with_phi(term.phi, [&](auto phi) { part = thread_sum<decltype(phi)::value, true>(chunk); });
-            const C slope = block_sum<kThreads>(part, warp_sums);
+            const C slope = block_sum<kThreads>(thread_sum<true>(chunk), warp_sums);
             if (thread_index() == 0) store(totals.slope_sums, block_index(), double(slope));
         }
         if (!finishes) return;
@@ -356,59 +434,63 @@ struct Forward {
     }
 };
 
-template <typename T>
+template <typename T, int kBytes>
 struct Finish {
     static constexpr int kThreads = device::kThreads;
-    Table<T> table;
+    Table<T, kBytes> table;
     Totals<T> totals;
 
     MMFAST_DEVICE void operator()() const { totals.add_up(table); }
 };
 
-// dx = slope * factor + offset, dother = -dx, where they are wanted
-template <int kPhi, typename T>
+// dx = w * slope * factor + offset, dother = -dx, where they are wanted
+template <typename T>
 MMFAST_DEVICE void thread_gradient(const Chunk<T>& chunk, Compute<T> factor, Compute<T> offset) {
     using C = Compute<T>;
-    constexpr int kWidth = Chunk<T>::kWidth;
+    constexpr int kWidth = Chunk<T>::kWidth, kElements = Chunk<T>::kElements;
     const Term<T>& term = chunk.term;
-    const auto gradient = [&](C difference, C weight) {
-        return weight * term.template slope<kPhi>(difference) * factor + offset;
-    };
     const bool aligned = (!term.wants_dx || is_aligned<kWidth>(term.dx + chunk.offset)) &&
                          (!term.wants_dother || is_aligned<kWidth>(term.dother + chunk.offset));
     if (chunk.is_whole() && aligned) {
         MMFAST_NO_UNROLL
         for (int batch = 0; batch < Chunk<T>::kBatches; ++batch) {
-            typename Chunk<T>::Vectors v;
-            chunk.load_batch(v, batch);
+            C d[kElements];
+            chunk.load_batch(d, batch);
+            with_phi(term.phi, [&](auto phi) {
+                MMFAST_UNROLL
+                for (int i = 0; i < kElements; ++i)
+                    d[i] = term.template slope<decltype(phi)::value>(d[i]) * factor + offset;
+            });
             MMFAST_UNROLL
             for (int j = 0; j < Chunk<T>::kVectors; ++j) {
-                const int start = chunk.start(batch, j);
                 Vector<T, kWidth> dx, dother;
                 MMFAST_UNROLL
                 for (int i = 0; i < kWidth; ++i) {
-                    const C d = gradient(chunk.difference(v.x[j].at[i], v.other[j].at[i]), C(1));
-                    dx.at[i] = from_float<T>(d);
-                    dother.at[i] = from_float<T>(-d);
+                    dx.at[i] = from_float<T>(d[j * kWidth + i]);
+                    dother.at[i] = from_float<T>(-d[j * kWidth + i]);
                 }
-                if (term.wants_dx) store_vector(term.dx + chunk.offset, start, dx);
-                if (term.wants_dother) store_vector(term.dother + chunk.offset, start, dother);
+                if (term.wants_dx) store_vector(term.dx + chunk.offset, chunk.start(batch, j), dx);
+                if (term.wants_dother) store_vector(term.dother + chunk.offset, chunk.start(batch, j), dother);
             }
         }
         return;
     }
     MMFAST_NO_UNROLL
     for (int i = thread_index(); i < chunk.size; i += kThreads) {
-        const C d = gradient(chunk.difference_at(i), term.weight(chunk.offset + i));
+        const C difference = chunk.difference_at(i), weight = term.weight(chunk.offset + i);
+        C d = 0;
+        with_phi(term.phi, [&](auto phi) {
+            d = weight * term.template slope<decltype(phi)::value>(difference) * factor + offset;
+        });
         if (term.wants_dx) store(term.dx, chunk.offset + i, from_float<T>(d));
         if (term.wants_dother) store(term.dother, chunk.offset + i, from_float<T>(-d));
     }
 }
 
-template <typename T>
+template <typename T, int kBytes>
 struct Backward {
     static constexpr int kThreads = device::kThreads;
-    Table<T> table;
+    Table<T, kBytes> table;
     Global<const T> dtotal;
 
     MMFAST_DEVICE void operator()() const {
@@ -418,12 +500,11 @@ struct Backward {
         const Chunk<T> chunk(term, block_index());
         const C scale = to_float(load(dtotal, 0));
         const C offset = term.has_peer ? -scale * load(term.peer_slope, 0) / C(term.size) : C(0);
-        with_phi(term.phi,
-                 [&](auto phi) { thread_gradient<decltype(phi)::value>(chunk, C(scale * term.factor), offset); });
+        thread_gradient(chunk, C(scale * term.factor), offset);
     }
 };
 
-int64_t chunks_of(const mmfast_adversarial_term& term) { return (term.size + kChunk - 1) / kChunk; }
+int64_t chunks_of(int64_t size) { return (size + kChunk - 1) / kChunk; }
 
 double scale_of(const mmfast_adversarial_args& args, const mmfast_adversarial_term& term) {
     return args.mean ? term.weight / double(term.size) : term.weight;
@@ -438,7 +519,8 @@ int64_t peer_of(const mmfast_adversarial_args& args, const mmfast_adversarial_te
 }
 
 template <typename T>
-Term<T> term_of(const mmfast_adversarial_args& args, const mmfast_adversarial_term& from, Buffers& buffers) {
+Term<T> term_of(const mmfast_adversarial_args& args, const mmfast_adversarial_term& from, bool is_forward,
+                Buffers& buffers) {
     using C = Compute<T>;
     Term<T> term{};
     term.x = buffers.input<T>(from.logits, from.size);
@@ -448,9 +530,9 @@ Term<T> term_of(const mmfast_adversarial_args& args, const mmfast_adversarial_te
     const int64_t peer = peer_of<C>(args, from);
     term.is_measured = peer >= 0;
     if (term.is_measured) {
-        for (int64_t k = 0; k < peer; ++k) term.peer_first_chunk += int(chunks_of(args.terms[k]));
-        term.peer_chunks = int(chunks_of(args.terms[peer]));
-        term.peer_size = double(args.terms[peer].size);
+        for (int64_t k = 0; k < peer; ++k) term.peer_first_chunk += int(chunks_of(args.terms[k].size));
+        term.peer_chunks = int(chunks_of(args.terms[peer].size));
+        term.peer_inverse = 1.0 / double(args.terms[peer].size);
     } else if (from.centre) {
         term.centre = buffers.input<C>(from.centre, 1);
     }
@@ -468,24 +550,82 @@ Term<T> term_of(const mmfast_adversarial_args& args, const mmfast_adversarial_te
     term.sign = C(from.sign);
     term.shift = C(from.shift);
     term.tilt = C(from.tilt);
-    term.scale = scale_of(args, from);
-    term.factor = C(term.scale * from.sign);
-    term.phi = from.phi;
+    const double scale = scale_of(args, from);
+    if (is_forward)
+        term.scale = scale;
+    else
+        term.factor = C(scale * from.sign);
+    term.phi = uint8_t(from.phi);
     return term;
 }
 
-// Some of a call's terms, as a kernel is given them: all, or kMaxTerms from `begin` on.
+template <typename V>
+constexpr int kWidthOf = int(sizeof(V));
+template <typename V>
+constexpr int kWidthOf<Global<V>> = kAddress;
+
+// Writes terms into columns.
+template <typename T>
+struct Packer {
+    const Term<T>* terms;
+    int count;
+    unsigned char* bytes;
+    Columns<T>& columns;
+    int i = 0, used = 0, size = 0;  // size: of the table on the device
+
+    template <typename V>
+    MMFAST_HOST_DEVICE static bool same(const V& a, const V& b) {
+        const auto p = reinterpret_cast<const unsigned char*>(&a), q = reinterpret_cast<const unsigned char*>(&b);
+        for (size_t j = 0; j < sizeof(V); ++j)
+            if (p[j] != q[j]) return false;
+        return true;
+    }
+    template <typename V>
+    MMFAST_HOST_DEVICE void operator()(V Term<T>::* field) {
+        int n = 1;
+        for (int k = 1; k < count && n == 1; ++k)
+            if (!same(terms[k].*field, terms[0].*field)) n = count;
+        columns.columns[i++] = {used, n == 1 ? 0 : int(sizeof(V))};
+        for (int k = 0; k < n; ++k) reinterpret_cast<V*>(bytes + used)[k] = terms[k].*field;
+        // the next column is aligned whatever its type
+        used += (n * int(sizeof(V)) + 7) / 8 * 8;
+        size += (n * kWidthOf<V> + 7) / 8 * 8;
+    }
+};
+
+// Some of a call's terms, as a kernel is given them.
 template <typename T>
 struct Group {
-    std::vector<Term<T>> terms;
     int64_t begin, chunks = 0;
+    int count, size;
+    Columns<T> columns;
+    std::vector<double> bytes;
 
-    Group(const mmfast_adversarial_args& args, int64_t begin, int64_t count, Buffers& buffers) : begin(begin) {
-        for (int64_t k = begin; k < args.count && k < begin + count; ++k) {
-            terms.push_back(term_of<T>(args, args.terms[k], buffers));
-            terms.back().first_chunk = int(chunks);
-            chunks += chunks_of(args.terms[k]);
+    Group(const std::vector<Term<T>>& all, int64_t begin, int64_t count) : begin(begin), count(int(count)) {
+        std::vector<Term<T>> terms(all.begin() + begin, all.begin() + begin + count);
+        for (Term<T>& term : terms) {
+            term.first_chunk = int(chunks);
+            chunks += chunks_of(term.size);
         }
+        bytes.resize(size_t(count) * MMFAST_ADVERSARIAL_TERM);
+        Packer<T> packer{terms.data(), this->count, reinterpret_cast<unsigned char*>(bytes.data()), columns};
+        Term<T>::each_field(packer);
+        bytes.resize(size_t(packer.used) / sizeof(double));
+        size = packer.size;
+    }
+
+    template <int kBytes>
+    Table<T, kBytes> table(Global<const double> longer, bool is_long) const {
+        Table<T, kBytes> table{};
+        table.columns = columns;
+        table.count = count;
+        for (table.step = 1; table.step < count; table.step *= 2) continue;
+        table.step /= 2;
+        table.longer = longer;
+        table.is_long = is_long;
+        const auto from = reinterpret_cast<const unsigned char*>(bytes.data());
+        for (size_t i = 0; !is_long && i < bytes.size() * sizeof(double); ++i) table.bytes[i] = from[i];
+        return table;
     }
 };
 
@@ -494,23 +634,21 @@ template <typename T>
 struct Scratch {
     Global<double> running_total, term_values, sums, slope_sums, mean_sums;
     Global<uint32_t> counter;
-    Global<Term<T>> terms;
-    static_assert(sizeof(Term<T>) <= MMFAST_ADVERSARIAL_TERM * sizeof(double), "a term fits into its part of scratch");
+    Global<double> table;
+    static_assert(sizeof(Term<T>) + 8 * Term<T>::kFields <= MMFAST_ADVERSARIAL_TERM * sizeof(double),
+                  "a term fits into its part of scratch, each field aligned");
 
-    Scratch(const mmfast_adversarial_args& args, bool is_long, bool is_forward, Buffers& buffers) {
+    Scratch(const mmfast_adversarial_args& args, int64_t table_size, bool is_forward, Buffers& buffers) {
         double* next = static_cast<double*>(args.scratch);
         const auto take = [&](int64_t n) {
             double* const from = next;
             next += n;
             return from;
         };
-        if (is_long) {
-            terms = buffers.scratch<Term<T>>(take(0), args.count);
-            take(args.count * MMFAST_ADVERSARIAL_TERM);
-        }
+        if (table_size) table = buffers.scratch<double>(take(table_size), table_size);
         if (!is_forward) return;
         int64_t chunks = 0;
-        for (int64_t k = 0; k < args.count; ++k) chunks += chunks_of(args.terms[k]);
+        for (int64_t k = 0; k < args.count; ++k) chunks += chunks_of(args.terms[k].size);
         running_total = buffers.scratch<double>(take(1), 1);
         counter = buffers.scratch<uint32_t>(take(1), 1);
         term_values = buffers.scratch<double>(take(args.count), args.count);
@@ -555,33 +693,53 @@ Totals<T> totals_of(const mmfast_adversarial_args& args, const Group<T>& group, 
     return totals;
 }
 
+template <typename T>
+std::vector<Term<T>> terms_of(const mmfast_adversarial_args& args, bool is_forward, Buffers& buffers) {
+    std::vector<Term<T>> terms;
+    for (int64_t k = 0; k < args.count; ++k) terms.push_back(term_of<T>(args, args.terms[k], is_forward, buffers));
+    return terms;
+}
+
 // All groups of a call, and the table of the one that is too long for a kernel's arguments.
 template <typename T>
 struct Groups {
     std::vector<Group<T>> groups;
-    bool is_long;
+    bool is_long, is_wide;  // the table is in scratch; it goes by value to the kernels of longer ones
     Scratch<T> scratch;
     int status = MMFAST_OK;
 
     Groups(const mmfast_adversarial_args& args, bool is_forward, Buffers& buffers)
-        : is_long(args.count > kMaxTerms && !is_capturing(args.stream)), scratch(args, is_long, is_forward, buffers) {
-        const int64_t step = is_long ? args.count : kMaxTerms;
-        for (int64_t begin = 0; begin < args.count; begin += step) groups.emplace_back(args, begin, step, buffers);
-        if (is_long) status = upload(scratch.terms, groups[0].terms.data(), args.count, args.stream);
-    }
-    Table<T> table(const Group<T>& group) const {
-        Table<T> table{};
-        table.count = int(group.terms.size());
-        table.is_long = is_long;
+        : groups(cut(terms_of<T>(args, is_forward, buffers), is_capturing(args.stream))),
+          is_long(!is_narrow() && !is_capturing(args.stream)),
+          is_wide(!is_narrow() && !is_long),
+          scratch(args, is_long ? int64_t(groups[0].bytes.size()) : 0, is_forward, buffers) {
         if (is_long)
-            table.longer = as_const(scratch.terms);
-        else
-            for (int k = 0; k < table.count; ++k) table.terms[k] = group.terms[size_t(k)];
-        return table;
+            status = upload(scratch.table, groups[0].bytes.data(), int64_t(groups[0].bytes.size()), args.stream);
+    }
+    template <int kBytes>
+    Table<T, kBytes> table(const Group<T>& group) const {
+        return group.template table<kBytes>(is_long ? as_const(scratch.table) : Global<const double>{}, is_long);
+    }
+
+  private:
+    bool is_narrow() const { return groups.empty() || (groups.size() == 1 && groups[0].size <= kNarrow); }
+    // All terms; or in as few groups of equal length as go by value.
+    static std::vector<Group<T>> cut(const std::vector<Term<T>>& terms, bool by_value) {
+        const int64_t all = int64_t(terms.size());
+        std::vector<Group<T>> groups;
+        for (int64_t parts = 1, fitting = -1; fitting < int64_t(groups.size()); ++parts) {
+            const int64_t step = (all + parts - 1) / parts;
+            groups.clear(), fitting = 0;
+            for (int64_t begin = 0; begin < all; begin += step) {
+                groups.emplace_back(terms, begin, step < all - begin ? step : all - begin);
+                fitting += !by_value || groups.back().size <= kWide;
+            }
+        }
+        return groups;
     }
 };
 
-template <typename T>
+template <int kBytes, typename T>
 int forward(const mmfast_adversarial_args& args, const Groups<T>& all, const Outputs<T>& outputs) {
     const int shared_bytes = 32 * int(sizeof(Compute<T>)) + 16;
     const auto launch_each = [&](const auto& launch_group) {
@@ -594,15 +752,15 @@ int forward(const mmfast_adversarial_args& args, const Groups<T>& all, const Out
         return status;
     };
     const auto measure = [&](const Group<T>& group, int64_t done) {
-        Measure<T> kernel{};
-        kernel.table = all.table(group);
+        Measure<T, kBytes> kernel{};
+        kernel.table = all.template table<kBytes>(group);
         kernel.mean_sums = all.scratch.mean_sums + done;
         kernel.counter = all.scratch.counter;
         return launch(kernel, group.chunks, shared_bytes, args.stream);
     };
     const auto evaluate = [&](const Group<T>& group, int64_t done) {
-        Forward<T> kernel{};
-        kernel.table = all.table(group);
+        Forward<T, kBytes> kernel{};
+        kernel.table = all.template table<kBytes>(group);
         kernel.totals = totals_of(args, group, all.scratch, outputs, done);
         kernel.all_mean_sums = all.scratch.mean_sums;
         kernel.counter = all.scratch.counter;
@@ -610,7 +768,7 @@ int forward(const mmfast_adversarial_args& args, const Groups<T>& all, const Out
         kernel.finishes = args.means && group.chunks > 0;
         const int status = launch(kernel, group.chunks, shared_bytes, args.stream);
         if (status != MMFAST_OK || kernel.finishes) return status;
-        const Finish<T> finish{kernel.table, kernel.totals};
+        const Finish<T, kBytes> finish{kernel.table, kernel.totals};
         return launch(finish, 1, 0, args.stream);
     };
     const int status = args.means ? launch_each(measure) : int(MMFAST_OK);
@@ -623,22 +781,26 @@ int forward(const mmfast_adversarial_args& args) {
     const Groups<T> all(args, true, buffers);
     const Outputs<T> outputs(args, buffers);
     if (all.status != MMFAST_OK) return buffers.finish(all.status);
-    return buffers.finish(forward(args, all, outputs));
+    return buffers.finish(all.is_wide ? forward<kWide>(args, all, outputs) : forward<kNarrow>(args, all, outputs));
+}
+
+template <int kBytes, typename T>
+int backward(const mmfast_adversarial_args& args, const Groups<T>& all, Global<const T> dtotal) {
+    int status = MMFAST_OK;
+    for (const Group<T>& group : all.groups) {
+        const Backward<T, kBytes> kernel{all.template table<kBytes>(group), dtotal};
+        if (status == MMFAST_OK) status = launch(kernel, group.chunks, 0, args.stream);
+    }
+    return status;
 }
 
 template <typename T>
 int backward(const mmfast_adversarial_args& args) {
     Buffers buffers;
     const Groups<T> all(args, false, buffers);
-    Backward<T> kernel{};
-    kernel.dtotal = buffers.input<T>(args.dtotal, 1);
-    int status = all.status;
-    for (const Group<T>& group : all.groups) {
-        if (status != MMFAST_OK) break;
-        kernel.table = all.table(group);
-        status = launch(kernel, group.chunks, 0, args.stream);
-    }
-    return buffers.finish(status);
+    const Global<const T> dtotal = buffers.input<T>(args.dtotal, 1);
+    if (all.status != MMFAST_OK) return buffers.finish(all.status);
+    return buffers.finish(all.is_wide ? backward<kWide>(args, all, dtotal) : backward<kNarrow>(args, all, dtotal));
 }
 
 int unknown_dtype() { return fail(MMFAST_INVALID_ARGUMENT, "the kernel was given a dtype that it does not take"); }

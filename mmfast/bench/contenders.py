@@ -1,7 +1,8 @@
 """Who competes on a case: equal weights, equal data, equal precision; and the float64 truth they are checked against.
 
 PyTorch runs twice under two names, and how far the two differ is the noise; where another memory format may serve it
-better, it runs in that too. mmfast runs as a user gets it (its own choice of backend), and once for each backend.
+better, it runs in that too. mmfast runs as a user gets it (its own choice of backend), and once for each backend, but
+for a whole model's step, which is long.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Bout:
         yield Contender(OURS, compute, self.sets)
         if compiling and compiled == "both":
             yield Contender(OURS_COMPILED, self.computation(self.ours(), compiled=True), self.sets)
-        for backend in self.backends(compute):
+        for backend in self.backends(compute) if self.mode != STEP else ():
             yield Contender(f"{OURS} {backend}", compute, self.sets, backend)
 
     def ours(self) -> torch.nn.Module:
@@ -156,7 +157,8 @@ class Bout:
 
     def _input_sets(self) -> list[Inputs]:
         first = self._inputs()
-        count = ROTATED_BYTES // max(1, sum(x.nbytes for x in first))
+        # a step's own weights and activations fill the caches, and float64 takes long for each set
+        count = 2 if self.mode == STEP else ROTATED_BYTES // max(1, sum(x.nbytes for x in first))
         return [first, *(self._inputs() for _ in range(max(1, min(count, MOST_SETS) - 1)))]
 
     def _inputs(self) -> Inputs:

@@ -177,10 +177,11 @@ def prefers_products(case: Case) -> str:
     if _has_few_outputs(case):
         # 64 to 3, k4 s2 p1, at 32 x 32, batch 32, Zen 5: forward 7.4 to 2.1 ms, both gradients 9.6 to 3.1 ms
         return "few output channels"
-    if _is_wide(case) and native.isa() == "avx2" and (case.contiguous or case.gradients):
+    if _is_wide(case) and products.multiplies(case.stride) and (case.contiguous or case.gradients):
         # Zen 3, ms of forward, dx, dweight, from contiguous to ours (channels_last): 128 to 64, k4 s2 p1, at 16 x 16,
         # batch 32: 28.4, 27.3, 30.0 to 24.6, 24.6, 25.5 (24.4, 23.8, 33.6); 512 to 256, at 4 x 4: 31.9, 30.3, 42.8 to
-        # 22.5, 23.2, 22.6 (30.3, 26.7, 82.1)
+        # 22.5, 23.2, 22.6 (30.3, 26.7, 82.1). Granite Rapids: 22.8, 13.0, 14.3 to 12.1, 14.5, 12.6 (11.8, 10.4, 12.9);
+        # 21.2, 16.3, 19.8 to 11.4, 12.0, 10.0 (20.5, 18.6, 28.6)
         return "products of matrices"
     if _is_apart(case) and case.contiguous:
         # 128 to 64, k2 s2, at 64 x 64, batch 4, Zen 5: forward 10.6 to 6.9 ms, dx 9.7 to 7.4 ms
@@ -391,7 +392,7 @@ def _method(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
         return "one position"
     if weight.shape[1] <= 4:
         return "phases"
-    if products.is_wide(x, weight) and native.isa() == "avx2":
+    if products.is_wide(x, weight) and products.multiplies(geometry.stride):
         return "products"
     apart = tuple(weight.shape[2:]) == geometry.stride and x.is_contiguous() and weight.shape[1] > 1
     return "phases" if apart and {*geometry.dilation} == {1} else "torch"

@@ -140,6 +140,14 @@ def is_wide(x: Tensor, weight: Tensor) -> bool:
     return min(weight.shape[:2]) >= LEAST_CHANNELS and x.numel() >= _LEAST_POSITIONS * x.shape[1]
 
 
+def multiplies(stride: Sequence[int]) -> bool:
+    """Whether products of matrices were measured faster on this processor; with AVX-512 on Intel's alone."""
+    if native.isa() == "avx512":
+        # with one phase only, oneDNN's convolutions are as fast
+        return native.is_intel() and max(stride) > 1
+    return native.isa() == "avx2"
+
+
 def products_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, y: Tensor) -> Tensor:
     """Fills y, (N, Cout, *size) and dense, with conv_transpose(x) + bias, and returns it. x is dense, groups is 1."""
     native.cpu_gather_forward(native_window(x, weight, geometry), x, weight.contiguous(), bias, y)
