@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..product import is_loop, prefers_native, product
-from .equations import Weights
+from .equations import GATES, Layer, Weights
 
 #: Columns of the result from which on torch.mm sums in blocks; with fewer its rms error was up to 7 times as large.
 WIDE = 16
 #: Rows from which on torch.mm sums in blocks, of as many or fewer.
 BLOCK = 384
+#: Rows up to which oneDNN's LSTM was more accurate than one chain.
+FEW_ROWS = 512
 #: Elements of the result up to which a sum over an LSTM's gates is made gate by gate.
 SMALL = 1 << 16
+
+
+class Sizes(NamedTuple):
+    """Of a layer's call: N rows, steps, batch, hidden size, size of h (the projection's or the hidden size), and the
+    rows that `sum_over_rows` may sum in one chain."""
+
+    rows: int
+    steps: int
+    batch: int
+    hidden: int
+    output: int
+    chain: int
+
+
+def sizes_of(x: Tensor, weights: Sequence[Tensor], layer: Layer) -> Sizes:
+    rows, output = weights[1].shape
+    if layer.batch_sizes is not None:
+        steps, batch = layer.batch_sizes.shape[0], int(layer.batch_sizes[0])
+    else:
+        steps, batch = x.shape[:2]
+    count = steps * batch if layer.batch_sizes is None else x.shape[0]
+    return Sizes(count, steps, batch, rows // GATES[layer.mode], output, chain_of(layer.mode, steps, batch))
 
 
 def input_side(x: Tensor, parts: Sequence[Weights], biases: bool = True) -> Tensor:
@@ -63,11 +88,15 @@ def _by_gates(dgates: Tensor, w_ih: Tensor) -> Tensor:
     return dx
 
 
-def chain_of(steps: int, batch: int) -> int:
-    """Rows of a sequence tensor that a sum may take in one chain to be as accurate as PyTorch's loop.
+def chain_of(mode: str, steps: int, batch: int) -> int:
+    """Rows of a sequence tensor that a sum may take in one chain to be as accurate as PyTorch's.
 
-    It sums each step's rows and then the steps: chains of `batch` and of `steps`, whose rms error is as one's of both.
+    Its loop sums each step's rows and then the steps: chains of `batch` and of `steps`, whose rms error is as one's of
+    both. oneDNN's LSTM sums all rows as torch.mm does, but few of them in shorter chains.
     """
+    if mode == "LSTM":
+        rows = steps * batch
+        return BLOCK if rows > FEW_ROWS else max(16, -(-rows // 4))
     return max(16, (steps + batch) * 3 // 2)
 
 
@@ -85,3 +114,75 @@ def sum_over_rows(left: Tensor, right: Tensor, out: Tensor, chain: int) -> Tenso
     for start in range(chain, rows, chain):
         out.addmm_(left[start : start + chain].t(), right[start : start + chain])
     return out
+
+
+class RecurrentSide(NamedTuple):
+    """What the gradient of W_hh is made of: the states before, or what they are taken from."""
+
+    y: Tensor
+    h0: Tensor | None
+    previous: Tensor | None
+    sizes: Sizes
+    dm: Tensor | None
+
+    def times(self, dgates: Tensor, direction: int, out: Tensor) -> None:
+        """out = dgates^T times the state before each row"""
+        size, batch, chain = self.sizes.output, self.sizes.batch, self.sizes.chain
+        columns = slice(direction * size, (direction + 1) * size)
+        if self.previous is not None:
+            sum_over_rows(dgates, self.previous[:, columns], out, chain)
+            return
+        y, rest = self.y[:, columns], self.sizes.rows - batch
+        # time-major and padded: the state before is the output `batch` rows before, or after in the reverse direction
+        if direction == 0:
+            sum_over_rows(dgates[batch:], y[:rest], out, chain)
+            first = dgates[:batch]
+        else:
+            sum_over_rows(dgates[:rest], y[batch:], out, chain)
+            first = dgates[rest:]
+        if self.h0 is not None:
+            product(first.t(), self.h0[direction], out=out, add=True)
+
+
+def projection_gradient(dh: Tensor, u: Tensor, sizes: Sizes, direction: int) -> Tensor:
+    """Of one direction's W_hr: dh^T u"""
+    left = dh[:, direction * sizes.output : (direction + 1) * sizes.output]
+    right = u[:, direction * sizes.hidden : (direction + 1) * sizes.hidden]
+    return sum_over_rows(left, right, u.new_empty((sizes.output, sizes.hidden)), sizes.chain)
+
+
+def weight_gradients(
+    dgates: Tensor, x: Tensor, side: RecurrentSide, direction: int, need: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of one direction's (W_ih, W_hh)."""
+    hidden = side.sizes.hidden
+    gradients: list[Tensor | None] = [None, None]
+    if need[0]:
+        dw = dgates.new_empty((dgates.shape[1], x.shape[1]))
+        gradients[0] = sum_over_rows(dgates, x, dw, side.sizes.chain)
+    if need[1]:
+        dw = gradients[1] = dgates.new_empty((dgates.shape[1], side.sizes.output))
+        if side.dm is None:
+            side.times(dgates, direction, dw)
+        else:
+            side.times(dgates[:, : 2 * hidden], direction, dw[: 2 * hidden])
+            side.times(side.dm[:, direction * hidden : (direction + 1) * hidden], direction, dw[2 * hidden :])
+    return gradients
+
+
+def sum_biases(dgates: Tensor, dm: Tensor | None, biases: Sequence[Tensor | None]) -> None:
+    """Fills the gradients, of each direction (db_ih, db_hh)."""
+    for i in range(0, len(biases), 2):
+        db_ih, db_hh = biases[i : i + 2]
+        if db_ih is None and db_hh is None:
+            continue
+        direction, rows = i // 2, dgates.shape[1] // (len(biases) // 2)
+        sums = dgates[:, direction * rows : (direction + 1) * rows].sum(0)
+        if db_ih is not None:
+            db_ih.copy_(sums)
+        if db_hh is None:
+            continue
+        db_hh.copy_(sums)
+        if dm is not None:
+            hidden = rows // 3
+            db_hh[2 * hidden :] = dm[:, direction * hidden : (direction + 1) * hidden].sum(0)
