@@ -178,7 +178,8 @@ typedef struct {
     int32_t x_channels_last, y_channels_last;
     int64_t batch, in_channels, out_channels;
     int64_t in_size[3], out_size[3], kernel[3], stride[3], dilation[3], before[3];
-    const void* x;  // (batch, in_channels, *in_size) contiguous, depthwise, else or channels last; phases' dx: null
+    const void* x;       // (batch, in_channels, *in_size) contiguous; of a forward that is not depthwise, or of the
+                         // gather's, perhaps channels last
     const void* weight;  // (in_channels, out_channels, *kernel) contiguous; depthwise (in_channels, *kernel)
     const void* bias;    // (out_channels,), or null: 0; forward only
     void* y;             // (batch, out_channels, *out_size), contiguous or channels last; backward: dy, only read
@@ -190,10 +191,10 @@ typedef struct {
     int32_t threads;
 } mmfast_conv_transpose_args;
 
-// Both decline weights that are not finite. The backward is dx.
+// Any Cout, best few. The backward declines what is not finite: the weight for dx, what it found for dweight.
 int mmfast_cpu_phases_forward(const mmfast_conv_transpose_args* args);
 int mmfast_cpu_phases_backward(const mmfast_conv_transpose_args* args);
-// Products of matrices: neither an activation nor the phases' refusal. dx: of x's layout, or null: not wanted.
+// Products of matrices, without an activation. dx: of x's layout, or null: not wanted.
 int mmfast_cpu_gather_forward(const mmfast_conv_transpose_args* args);
 int mmfast_cpu_gather_backward(const mmfast_conv_transpose_args* args);
 // Each output channel has an input channel of its own: in_channels = out_channels, the sum over i and k only.

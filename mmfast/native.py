@@ -408,17 +408,24 @@ def cpu_phases_forward(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     activation: tuple[int, float],
+) -> None:
+    """Fills y (N, Cout, *out_size) from x (N, Cin, *in_size), dense both, and weight, contiguous."""
+    _cpu_conv_transpose("cpu_phases_forward", window, (x, weight, bias, y, None, None), activation)
+
+
+def cpu_phases_backward(
+    window: Window,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dy: torch.Tensor,
+    dx: torch.Tensor | None,
+    dweight: torch.Tensor | None,
 ) -> bool:
-    """Fills y (N, Cout, *out_size) from x (N, Cin, *in_size), dense both, and weight, contiguous.
+    """Fills dx (N, Cin, *in_size) and dweight from dy, contiguous or channels last; the others contiguous.
 
-    False: the weight is not finite, and nothing was done.
+    False: the weight, or dweight, is not finite, and what was filled is not to be used.
     """
-    return _cpu_conv_transpose("cpu_phases_forward", window, (x, weight, bias, y, None, None), activation)
-
-
-def cpu_phases_backward(window: Window, weight: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor) -> bool:
-    """Fills dx (N, Cin, *in_size) from dy, contiguous or channels last; the others contiguous. False: see forward."""
-    return _cpu_conv_transpose("cpu_phases_backward", window, (None, weight, None, dy, dx, None))
+    return _cpu_conv_transpose("cpu_phases_backward", window, (x, weight, None, dy, dx, dweight))
 
 
 def cpu_gather_forward(

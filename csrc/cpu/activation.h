@@ -6,12 +6,17 @@
 namespace mmfast {
 namespace MMFAST_ISA {
 
-// tanh within 1 ulp where it is near 1, for its slope 1 - tanh^2 is taken from it: 1 - 2 / (exp(2|x|) + 1).
+// tanh within 1 ulp where it is near 1, for its slope 1 - tanh^2 is taken from it: with e = exp(-2|x|) it is
+// 1 - 2e / (1 + e) there, and (1 - e) / (1 + e) below, where nothing cancels as tanh_of takes 1 - e.
 template <typename V>
 inline V steep_tanh(V x) {
-    const V size = abs_of(x);
-    const V far = with_sign(V{} + 1 - sigmoid_of(-(size + size)) * 2, x);
-    return size < 0.55f ? tanh_of(x) : far;
+    using T = decltype(x[0] + 0);
+    const Exponent<T> part = exponent_of(max_of(splat(T(-60)), negative_of(x + x)));
+    const V scale = power_of(part);
+    const Bits<T> near = abs_of(x) < T(0.55);
+    const V e = part.minus_one * scale + scale, rest = part.minus_one * scale + (scale - T(1));
+    const V ratio = (near ? rest : e + e) / (part.minus_one * scale + (scale + T(1)));
+    return with_sign(abs_of(near ? ratio : T(1) - ratio), x);
 }
 
 // The standard normal distribution function at z, 0 rather than tiny far below 0; NaN stays NaN. With a = |z| /

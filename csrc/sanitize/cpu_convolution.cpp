@@ -31,7 +31,7 @@ bool forward_and_backward(mmfast_conv_transpose_args args, int64_t weights, cons
     args.y = buffers.made(y, true);
     if (!any_layout) args.x_channels_last = 0;
     args.dx = buffers.output(x);
-    if (dweights) args.dweight = buffers.output(dweights);
+    args.dweight = buffers.output(dweights);
     return backward(args) == MMFAST_OK && buffers.all_written();
 }
 
@@ -41,7 +41,7 @@ bool run_phases() {
     mmfast_conv_transpose_args args = any_layer();
     args.out_channels = pick(1, 20), args.x_channels_last = int32_t(pick(0, 1));
     const int64_t weights = args.in_channels * args.out_channels * product_of(args.kernel);
-    return forward_and_backward(args, weights, phases_forward, phases_backward, 0, false);
+    return forward_and_backward(args, weights, phases_forward, phases_backward, weights, false);
 }
 
 bool run_gather() {

@@ -12,7 +12,7 @@ from the caller: a batch norm in evaluation. "moments" only tells mean and var, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,32 +106,35 @@ def activate(u: Tensor, activation: str, negative_slope: float) -> Tensor:
     return u if activation == "none" else getattr(torch if activation in ("tanh", "sigmoid") else F, activation)(u)
 
 
-def activation_slope(u: Tensor, activation: str, negative_slope: float) -> Tensor:
-    """activation'(u), itself differentiable; at 0 as torch's, and 1 where a relu's u is NaN."""
-    if activation in ("relu", "leaky_relu"):
-        return torch.ones_like(u).masked_fill(u <= 0, 0.0 if activation == "relu" else negative_slope)
-    if activation == "tanh":
-        return 1 - u.tanh().square()
-    s = u.sigmoid()
-    if activation == "sigmoid":
-        return s * (1 - s)
+def activate_backward(dout: Tensor, u: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """dout * activation'(u), itself differentiable; at 0 as torch's, and dout where a relu's u is NaN."""
+    aten = torch.ops.aten
+    if activation == "relu":
+        return aten.threshold_backward(dout, u, 0)
+    if activation == "leaky_relu":
+        return aten.leaky_relu_backward(dout, u, negative_slope, False)
     if activation == "silu":
-        return s * (1 + u * (1 - s))
+        s = u.sigmoid()
+        return dout * (s * (1 + u * (1 - s)))
     if activation == "gelu":
         density = torch.exp(-0.5 * u * u) * 0.3989422804014327
-        return 0.5 * (1 + torch.erf(u * 0.7071067811865476)) + u * density
-    return torch.ones_like(u)
+        return dout * (0.5 * (1 + torch.erf(u * 0.7071067811865476)) + u * density)
+    of_value = activate_backward_of_value(dout, activate(u, activation, negative_slope), activation, negative_slope)
+    return dout if of_value is None else of_value
 
 
-def slope_of_value(out: Tensor, activation: str, negative_slope: float) -> Tensor | None:
-    """activation'(u) of out = activation(u), itself differentiable; None where out does not tell it."""
+def activate_backward_of_value(dout: Tensor, out: Tensor, activation: str, negative_slope: float) -> Tensor | None:
+    """`activate_backward` of out = activation(u); None where out does not tell it."""
+    aten = torch.ops.aten
     if activation == "tanh":
-        return 1 - out.square()
+        return aten.tanh_backward(dout, out)
     if activation == "sigmoid":
-        return out * (1 - out)
+        return aten.sigmoid_backward(dout, out)
+    if activation == "relu":
+        return aten.threshold_backward(dout, out, 0)
     # of a falling slope out does not tell on which side of 0 it was
-    if activation == "relu" or (activation == "leaky_relu" and negative_slope >= 0):
-        return activation_slope(out, activation, negative_slope)
+    if activation == "leaky_relu" and negative_slope >= 0:
+        return aten.leaky_relu_backward(dout, out, negative_slope, True)
     return None
 
 
@@ -172,6 +175,77 @@ def _argument(normalized: Tensor, norm_weight: Tensor | None, norm_bias: Tensor 
     return u if norm_bias is None else u + _spread(norm_bias, normalized)
 
 
+class NormBackward(torch.autograd.Function):
+    """(dy, dnorm_weight, dnorm_bias) of a norm over all but y's second dimension, from u's gradient du.
+
+    With xhat = (y - mean) / sigma, N elements of a channel, w = norm_weight or 1 and <> a channel's mean,
+        dy = w / sigma * (du - <du> - xhat <du xhat>),  dnorm_weight = N <du xhat>,  dnorm_bias = N <du>.
+    These are one pass of torch's. Its gradients by du, y and w, of g = dy's gradient, p and q = dnorm_weight's and
+    dnorm_bias's, are in closed form, of a few passes:
+        by w      N / sigma * (<g du> - <g> <du> - <g xhat> <du xhat>)
+        by du     w / sigma * (g - <g> - xhat <g xhat>) + p xhat + q
+        by y      -w / sigma^2 * (xhat (<g du> - <g> <du> - 3 <g xhat> <du xhat>) + <du xhat> (g - <g>)
+                  + <g xhat> (du - <du>)) + p / sigma * (du - <du> - xhat <du xhat>)
+    Beyond that it goes by `_norm_backward`: PyTorch's batch norm takes mean and sigma for constants there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, du: Tensor, y: Tensor, norm_weight: Tensor | None, mean: Tensor, rstd: Tensor, eps: float):
+        ctx.eps = eps
+        found = _batch_norm_backward(du, y, norm_weight, mean, rstd, eps)
+        ctx.save_for_backward(du, y, norm_weight, mean, rstd, *found[1:])
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, p: Tensor, q: Tensor):
+        du, y, w, mean, rstd, of_weight, of_bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # aliases, for du may be a function of y
+            aliases: Any = (None if x is None else x.view_as(x) for x in (du, y, w))
+            du, y, w = aliases
+            wanted = [x for x in (du, y, w) if x is not None and x.requires_grad]
+            pairs = zip(_norm_backward(du, y, w, ctx.eps), (g, p, q), strict=True)
+            made, along = zip(*((made, gradient) for made, gradient in pairs if made.requires_grad), strict=True)
+            found = iter(torch.autograd.grad(made, wanted, along, create_graph=True, materialize_grads=True))
+            return *(next(found) if asked else None for asked in ctx.needs_input_grad[:3]), None, None, None
+        dims, count = moment_dims(y.dim(), "batch"), y.numel() // max(1, y.shape[1])
+        by_du, of_g_weight, of_g_bias = _batch_norm_backward(g, y, w, mean, rstd, ctx.eps)
+        a, b, c = of_g_bias / count, of_g_weight / count, (g * du).mean(dims)  # <g>, <g xhat>, <g du>
+        of_du, of_both = of_bias / count, of_weight / count  # <du>, <du xhat>
+        scale = rstd if w is None else rstd * w
+        steep = -scale * rstd
+        # by y: along * (y - mean) + of_g * g + of_slope * du + rest
+        of_g, of_slope = steep * of_both, steep * b + p * rstd
+        along = rstd * (steep * (c - a * of_du - 3 * b * of_both) - p * rstd * of_both)
+        rest = -of_g * a - of_slope * of_du
+        centred = y - _spread(mean, y)
+        by_du = by_du.addcmul_(centred, _spread(p * rstd, y)).add_(_spread(q, y))
+        by_y = centred.mul_(_spread(along, y)).add_(_spread(rest, y))
+        by_y.addcmul_(g, _spread(of_g, y)).addcmul_(du, _spread(of_slope, y))
+        by_w = None if w is None else count * rstd * (c - a * of_du - b * of_both)
+        return by_du, by_y, by_w, None, None, None
+
+
+def _batch_norm_backward(
+    du: Tensor, y: Tensor, norm_weight: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight = torch.ones_like(rstd) if norm_weight is None else norm_weight
+    given = du, y, weight, None, None, mean, rstd, True, eps, [True, True, True]
+    return torch.ops.aten.native_batch_norm_backward(*given)
+
+
+def _norm_backward(du: Tensor, y: Tensor, norm_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What NormBackward computes, differentiable as often as one likes."""
+    dims = moment_dims(y.dim(), "batch")
+    mean, var = moments(y, "batch")
+    normalized = _normalized(y, mean, var, eps)
+    dnorm_weight, dnorm_bias = (du * normalized).sum(dims), du.sum(dims)
+    dnormalized = du if norm_weight is None else du * _spread(norm_weight, du)
+    along = (dnormalized * normalized).mean(dims, keepdim=True)
+    dnormalized = dnormalized - dnormalized.mean(dims, keepdim=True) - normalized * along
+    return dnormalized * _spread((var + eps).rsqrt(), y), dnorm_weight, dnorm_bias
+
+
 def backward(
     dout: Tensor,
     x: Tensor,
@@ -189,35 +263,59 @@ def backward(
 ) -> list[Tensor | None]:
     """dout times the gradients with respect to x, weight, bias, norm_weight, norm_bias, as a differentiable formula.
 
-    mask: for each of the five whether it is asked for; None stands for those that are not. mean and var are read for
-    norm "given" only: elsewhere they are functions of x, weight and bias. y, out: `forward`'s, differentiable, where
-    they are known: each may spare the convolution.
+    mask: for each of the five whether it is asked for; None stands for those that are not. mean and var, constants for
+    norm "given", are elsewhere taken for the functions of x, weight and bias that they are; they, y and out are
+    `forward`'s where they are known, y and out differentiable: each may spare the convolution.
     """
     dnorm_weight = dnorm_bias = None
     activation = epilogue.activation, epilogue.negative_slope
-    if not epilogue.normalizes and epilogue.activation == "none":
-        dy = dout
-    elif not epilogue.normalizes:
-        slope = None if out is None else slope_of_value(out, *activation)
-        if slope is None:
-            slope = activation_slope(convolve(x, weight, bias, geometry) if y is None else y, *activation)
-        dy = dout * slope
+    if not epilogue.normalizes:
+        of_value = None if out is None else activate_backward_of_value(dout, out, *activation)
+        if of_value is None and epilogue.activation != "none":
+            y = convolve(x, weight, bias, geometry) if y is None else y
+            of_value = activate_backward(dout, y, *activation)
+        dy = dout if of_value is None else of_value
     else:
         y = convolve(x, weight, bias, geometry) if y is None else y
         wide = _wide(y)
-        if epilogue.measures:
-            mean, var = moments(wide, epilogue.norm)
-        assert var is not None
-        normalized = _normalized(wide, mean, var, epilogue.eps)
-        u = _argument(normalized, norm_weight, norm_bias)
-        du = dout * activation_slope(u, *activation)
-        every = [0, *range(2, y.dim())]
-        dnorm_weight, dnorm_bias = (du * normalized).sum(every), du.sum(every)
-        dnormalized = du if norm_weight is None else du * _spread(norm_weight, du)
-        if epilogue.measures:
-            dims = moment_dims(y.dim(), epilogue.norm)
-            along = (dnormalized * normalized).mean(dims, keepdim=True)
-            dnormalized = dnormalized - dnormalized.mean(dims, keepdim=True) - normalized * along
-        dy = dnormalized * _spread((var + epilogue.eps).rsqrt(), y)
+        if mean is None or var is None:
+            mean, var = moments(wide.detach(), epilogue.norm)
+        du = dout.to(wide.dtype)
+        norm_weight, norm_bias = (None if p is None else p.to(wide.dtype) for p in (norm_weight, norm_bias))
+        if epilogue.activation != "none":
+            du = activate_backward(du, _argument_of(wide, norm_weight, norm_bias, mean, var, epilogue), *activation)
+        dy, dnorm_weight, dnorm_bias = _through_norm(du, wide, norm_weight, mean, var, epilogue)
     gradients = [*convolve_backward(dy.to(x.dtype), x, weight, geometry, mask[:3]), dnorm_weight, dnorm_bias]
     return [gradient if asked else None for gradient, asked in zip(gradients, mask, strict=True)]
+
+
+def _argument_of(
+    y: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor, var: Tensor, epilogue: Epilogue
+) -> Tensor:
+    """u, differentiable where a gradient goes by it."""
+    if epilogue.activation in ("relu", "leaky_relu"):
+        norm_weight, norm_bias = (None if x is None else x.detach() for x in (norm_weight, norm_bias))
+        return _argument(_normalized(y.detach(), mean, var, epilogue.eps), norm_weight, norm_bias)
+    if epilogue.measures:
+        mean, var = moments(y, epilogue.norm)
+    return _argument(_normalized(y, mean, var, epilogue.eps), norm_weight, norm_bias)
+
+
+def _through_norm(
+    du: Tensor, y: Tensor, norm_weight: Tensor | None, mean: Tensor, var: Tensor, epilogue: Epilogue
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dy, dnorm_weight, dnorm_bias) of u's gradient du."""
+    rstd = (var + epilogue.eps).rsqrt()
+    if epilogue.norm == "given":
+        dims = moment_dims(y.dim(), "batch")
+        dnorm_weight, dnorm_bias = (du * _normalized(y, mean, var, epilogue.eps)).sum(dims), du.sum(dims)
+        return du * _spread(rstd if norm_weight is None else rstd * norm_weight, y), dnorm_weight, dnorm_bias
+    if epilogue.norm == "batch":
+        return NormBackward.apply(du, y, norm_weight, mean, rstd, epilogue.eps)
+    # each sample's channel is one of a batch of one
+    weight = None if norm_weight is None else norm_weight.repeat(len(y))
+    one = (1, -1, *y.shape[2:])
+    parts = du.reshape(one), y.reshape(one), weight, mean.flatten(), rstd.flatten()
+    dy, *of_samples = NormBackward.apply(*parts, epilogue.eps)
+    dnorm_weight, dnorm_bias = (x.view(mean.shape).sum(0) for x in of_samples)
+    return dy.view(y.shape), dnorm_weight, dnorm_bias

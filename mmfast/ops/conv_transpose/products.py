@@ -2,7 +2,7 @@
 
 One position: y is x (N, Cin) times the window of weight (Cin, Cout * taps) that is not cropped away; nothing is summed.
 
-By phases: the native library computes it and dx directly, csrc/cpu/conv_phases.cpp; dweight is torch's.
+By phases, few output channels, or taps that do not overlap: csrc/cpu/conv_phases.cpp; dweight of many is torch's.
 
 By products of matrices, many channels: csrc/cpu/conv_gather.cpp; what is channels last but for dweight is torch's.
 
@@ -19,6 +19,9 @@ from torch import Tensor
 from ... import native
 from ..product import prefers_native, product
 from .equations import Geometry, convolve_backward
+
+#: Output channels up to which a layer has few of them.
+FEW_OUTPUTS = 4
 
 #: Channels that torch.mm sums in one go: one product over all of them errs 1.8 x as much as PyTorch's convolution.
 _CHANNELS = 32
@@ -114,20 +117,37 @@ def phases_forward(
     geometry: Geometry,
     y: Tensor,
     activation: tuple[int, float],
-) -> bool:
-    """Fills y, (N, Cout, *size) and dense, with activation(conv_transpose(x) + bias). x is dense, groups is 1.
+) -> Tensor:
+    """Fills y, (N, Cout, *size) and dense, with activation(conv_transpose(x) + bias), and returns it.
 
-    False: the weight is not finite, and y was not filled.
+    x is dense, groups is 1.
     """
+    native.cpu_phases_forward(native_window(x, weight, geometry), x, weight.contiguous(), bias, y, activation)
+    return y
+
+
+def phases_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the convolution in `phases_forward` that mask asks for; dy is dense, x contiguous."""
+    dx = dweight = None
     window = native_window(x, weight, geometry)
-    return native.cpu_phases_forward(window, x, weight.contiguous(), bias, y, activation)
-
-
-def phases_dx(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor | None:
-    """The gradient of x in `phases_forward`, contiguous; dy is dense. None: the weight is not finite."""
-    dx = x.new_empty(x.shape)
-    done = native.cpu_phases_backward(native_window(x, weight, geometry), weight.contiguous(), dy, dx)
-    return dx if done else None
+    # without fused multiply-add, a dx of few terms errs twice as much as PyTorch's
+    if mask[0] and native.isa() != "baseline":
+        dx = x.new_empty(x.shape)
+        if not native.cpu_phases_backward(window, x, weight.contiguous(), dy, dx, None):
+            dx = None
+    # to copy what a position's taps reach, run by run, takes as long as the products of some ten channels a run
+    runs = weight.shape[2:-1].numel() * (weight.shape[-1] if geometry.dilation[-1] > 1 else 1)
+    if mask[1] and weight.shape[1] <= FEW_OUTPUTS and weight.shape[0] >= 10 * runs:
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        done = native.cpu_phases_backward(window, x, weight, dy, None, dweight)
+        dweight = laid_out_as(weight, dweight) if done else None
+    rest = (mask[0] and dx is None, mask[1] and dweight is None, False)
+    if any(rest):
+        found = convolve_backward(dy, x, weight, geometry, rest)
+        dx, dweight = dx if found[0] is None else found[0], dweight if found[1] is None else found[1]
+    return dx, dweight, _sum_positions(dy) if mask[2] else None
 
 
 #: Channels on either side, and positions in a batch, from which on products of matrices were measured faster: packing
