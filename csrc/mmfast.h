@@ -197,7 +197,8 @@ int mmfast_cpu_phases_backward(const mmfast_conv_transpose_args* args);
 // Products of matrices, without an activation. dx: of x's layout, or null: not wanted.
 int mmfast_cpu_gather_forward(const mmfast_conv_transpose_args* args);
 int mmfast_cpu_gather_backward(const mmfast_conv_transpose_args* args);
-// Each output channel has an input channel of its own: in_channels = out_channels, the sum over i and k only.
+// Each output channel has an input channel of its own: in_channels = out_channels, the sum over i and k only. Declines
+// what is not finite: the weight, but for dweight, and what it found for dweight.
 int mmfast_cpu_depthwise_forward(const mmfast_conv_transpose_args* args);
 int mmfast_cpu_depthwise_backward(const mmfast_conv_transpose_args* args);
 

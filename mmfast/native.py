@@ -454,9 +454,12 @@ def cpu_depthwise_forward(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     activation: tuple[int, float],
-) -> None:
-    """Fills y (N, C, *out_size), contiguous or channels last, from x (N, C, *in_size) and weight, contiguous."""
-    _cpu_conv_transpose("cpu_depthwise_forward", window, (x, weight, bias, y, None, None), activation)
+) -> bool:
+    """Fills y (N, C, *out_size), contiguous or channels last, from x (N, C, *in_size) and weight, contiguous.
+
+    False: the weight is not finite, and nothing was done.
+    """
+    return _cpu_conv_transpose("cpu_depthwise_forward", window, (x, weight, bias, y, None, None), activation)
 
 
 def cpu_depthwise_backward(
@@ -466,9 +469,9 @@ def cpu_depthwise_backward(
     dy: torch.Tensor,
     dx: torch.Tensor | None,
     dweight: torch.Tensor | None,
-) -> None:
-    """Fills dx, of x's shape, and dweight (N, C, taps), of each sample; all but dy contiguous."""
-    _cpu_conv_transpose("cpu_depthwise_backward", window, (x, weight, None, dy, dx, dweight))
+) -> bool:
+    """Fills dx, of x's shape, and dweight (N, C, taps), of each sample; all but dy contiguous. False: as phases."""
+    return _cpu_conv_transpose("cpu_depthwise_backward", window, (x, weight, None, dy, dx, dweight))
 
 
 _DECLINED = 4

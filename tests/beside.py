@@ -7,7 +7,7 @@ A test that waits for one is marked with the function that runs it, and with wha
         found = beside(build, "part")
 
 conftest.py begins build(beside, "part") when the tests are chosen; tests with such a mark come last. One of them runs
-at a time, two where a test waits.
+at a time, two where a test waits. A run of all tests leaves FILES to test_beside.py, which runs them so.
 """
 
 import concurrent.futures
@@ -17,10 +17,14 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
+
+#: Files that take one core long: a run of all tests has a process for each.
+FILES = ("test_adversarial.py",)
 
 
 class Beside:
@@ -65,6 +69,14 @@ class Beside:
                 process.kill()
                 self._running.remove(process)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    def pytest(self, name: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
+        """The tests of one file in a process of their own."""
+        tests = pathlib.Path(__file__).resolve().parent
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--seed={self.seed}", *options]
+        # one thread each: two run at once, and OpenMP's threads would wait for each other
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        return self.run(*command, tests / name, cwd=tests.parent, env=environment)
 
     def end(self) -> None:
         """What still runs is not waited for."""

@@ -17,7 +17,7 @@ sys.path[:] = [entry for entry in sys.path if pathlib.Path(entry or ".").resolve
 # --import-mode=importlib puts no folder of tests there
 sys.path.append(str(_CHECKOUT / "tests"))
 
-from beside import Beside  # noqa: E402
+from beside import FILES, Beside  # noqa: E402
 
 import mmfast  # noqa: E402
 from mmfast import native  # noqa: E402
@@ -50,6 +50,12 @@ def pytest_sessionstart(session):
         )
     if not native.available():
         raise pytest.UsageError(f"kernels cannot be tested: {native.load_error()}")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """A run of all tests has processes of their own for some files; see beside.py."""
+    chosen = config.option.keyword or config.option.markexpr or any(".py" in argument for argument in config.args)
+    return True if collection_path.name in FILES and not chosen else None
 
 
 def pytest_collection_modifyitems(items):

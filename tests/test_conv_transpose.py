@@ -398,9 +398,13 @@ def test_values_that_are_not_finite(seed, isa):
             assert ours[0].isnan().any()
 
 
-@pytest.mark.parametrize(("out_channels", "kernel", "stride"), [(3, 4, 2), (20, 3, 3)], ids=["C3", "apart"])
-def test_gradients_that_are_not_finite(seed, isa, out_channels, kernel, stride):
-    g = geometry(2, stride, 0 if stride == 3 else 1)
+@pytest.mark.parametrize(
+    ("out_channels", "kernel", "stride", "groups"),
+    [(3, 4, 2, 1), (20, 3, 3, 1), (1, 4, 2, 48)],
+    ids=["C3", "apart", "depthwise"],
+)
+def test_gradients_that_are_not_finite(seed, isa, out_channels, kernel, stride, groups):
+    g = geometry(2, stride, 0 if stride == 3 else 1, groups=groups)
     generator = torch.Generator().manual_seed(seed)
     # channels enough for dweight to be ours, too
     x, weight = torch.randn(2, 48, 4, 5, generator=generator), torch.randn(48, out_channels, kernel, kernel)
@@ -663,8 +667,9 @@ def test_preference():
     assert OP.explain(plain._replace(groups=64, out_channels=64)).backend == "torch"
     depthwise = Case("cpu", torch.float32, 64, 64, (4,), (2,), (1,), (0,), (1,), 64)
     assert OP.explain(depthwise).backend == "cpu"
-    assert OP.explain(depthwise._replace(stride=(1,))).backend == "torch"
-    assert OP.explain(depthwise._replace(gradients=False)).backend == "torch"
+    assert OP.explain(depthwise._replace(stride=(1,), gradients=False)).backend == "cpu"
+    assert OP.explain(depthwise._replace(stride=(4,))).backend == "cpu"
+    assert OP.explain(depthwise._replace(stride=(4,), gradients=False)).backend == "torch"
     narrow = "torch" if has_products(torch.bfloat16) else "cpu"
     assert OP.explain(plain._replace(dtype=torch.bfloat16, norm="batch")).backend == narrow
     assert OP.explain(plain._replace(dtype=torch.bfloat16, in_channels=16)).backend == "torch"

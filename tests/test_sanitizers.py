@@ -33,67 +33,72 @@ SHORT += "rnn_cluster short 2\n"
 LONG = "adversarial 0 1 5 " + " ".join(f"{k % 4}:1:0.5:1:{k % 9 + 1}" for k in range(150)) + "\n"
 
 
-def build(beside) -> pathlib.Path:
+FILES = {"cases": CASES + LONG, "short": SHORT, "overflow": "overflow\n", "unknown": "adversarial 9 1 0 0:1:0:1:5\n"}
+
+
+def build_and_run(beside) -> dict[str, subprocess.CompletedProcess]:
+    """What came of each file of cases, of random calls under each instruction set, and of "cpu short"."""
     folder = beside.folder()
     targets = ["emulator_sanitized", *(f"cpu_sanitized_{isa}" for isa in native.supported_isas())]
     configure = ["-S", ROOT, "-B", folder, "-DMMFAST_SANITIZE=ON"]
     for command in (configure, ["--build", folder, "-j2", "--target", *targets]):
         done = beside.run("cmake", *command)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder / "emulator_sanitized"
+    found = {}
+    for name, cases in FILES.items():
+        (folder / f"{name}.txt").write_text(cases)
+        found[name] = beside.run(folder / "emulator_sanitized", folder / f"{name}.txt")
+    for isa in native.supported_isas():
+        found[isa] = beside.run(folder / f"cpu_sanitized_{isa}", "150")
+    # without vectors' masked loads, which the sanitizer does not see
+    found["cpu short"] = beside.run(folder / "cpu_sanitized_baseline", "short")
+    return found
 
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH to build executables with"),
-    pytest.mark.beside.with_args(build),
+    pytest.mark.beside.with_args(build_and_run),
 ]
 
 
 @pytest.fixture
-def executable(beside):
-    return beside(build)
+def found(beside):
+    return beside(build_and_run)
 
 
-def run(executable: pathlib.Path, cases: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
-    path = folder / "cases.txt"
-    path.write_text(cases)
-    return subprocess.run([executable, path], capture_output=True, text=True, timeout=600, check=False)
+def text(done: subprocess.CompletedProcess) -> str:
+    return done.stdout + done.stderr
 
 
-def test_kernels_are_clean(executable, tmp_path):
-    cases = CASES + LONG
-    done = run(executable, cases, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("passed: ") == cases.count("\n")
+def test_kernels_are_clean(found):
+    done = found["cases"]
+    assert done.returncode == 0, text(done)
+    assert done.stdout.count("passed: ") == FILES["cases"].count("\n")
 
 
-def test_short_buffers_are_seen(executable, tmp_path):
-    done = run(executable, SHORT, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_short_buffers_are_seen(found):
+    done = found["short"]
+    assert done.returncode == 0, text(done)
     assert done.stdout.count("seen: ") == SHORT.count("\n")
 
 
-def test_an_overflow_is_seen(executable, tmp_path):
-    done = run(executable, "overflow\n", tmp_path)
-    assert done.returncode != 0
-    assert "heap-buffer-overflow" in done.stderr
+def test_an_overflow_is_seen(found):
+    assert found["overflow"].returncode != 0
+    assert "heap-buffer-overflow" in found["overflow"].stderr
 
 
-def test_an_unknown_case_fails(executable, tmp_path):
-    assert run(executable, "adversarial 9 1 0 0:1:0:1:5\n", tmp_path).returncode == 1
+def test_an_unknown_case_fails(found):
+    assert found["unknown"].returncode == 1
 
 
 @pytest.mark.parametrize("isa", native.supported_isas())
-def test_cpu_kernels_are_clean(executable, isa):
+def test_cpu_kernels_are_clean(found, isa):
     """Random calls of every op, mode, dtype, layout and extra."""
-    program = executable.parent / f"cpu_sanitized_{isa}"
-    done = subprocess.run([program, "150"], capture_output=True, text=True, timeout=600, check=False)
-    assert (done.returncode, done.stdout) == (0, "passed: 150 calls of each op\n"), done.stdout + done.stderr
+    done = found[isa]
+    assert (done.returncode, done.stdout) == (0, "passed: 150 calls of each op\n"), text(done)
 
 
-def test_short_buffers_of_cpu_kernels_are_seen(executable):
-    """Without vectors' masked loads, which the sanitizer does not see."""
-    program = executable.parent / "cpu_sanitized_baseline"
-    done = subprocess.run([program, "short"], capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_short_buffers_of_cpu_kernels_are_seen(found):
+    done = found["cpu short"]
+    assert done.returncode == 0, text(done)
     assert len(set(re.findall(r"seen: (\w+)", done.stdout))) == 8

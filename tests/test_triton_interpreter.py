@@ -4,15 +4,11 @@ Triton decides at its first import whether it interprets, hence the processes. f
 bfloat16 is wrong in the interpreter.
 """
 
-import os
-import pathlib
 import re
 import subprocess
-import sys
 
 import pytest
 
-TESTS = pathlib.Path(__file__).resolve().parent
 #: At least how many tests of each file run there; those that take longest come first.
 FILES = {
     "test_rnn_triton.py": 50,
@@ -24,10 +20,7 @@ FILES = {
 
 
 def run(beside, name: str) -> subprocess.CompletedProcess:
-    # one thread each: two run at once, and OpenMP's threads would wait for each other
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    options = ["-q", "-p", "no:cacheprovider", f"--seed={beside.seed}", "-k", "triton"]
-    return beside.run(sys.executable, "-m", "pytest", *options, TESTS / name, cwd=TESTS.parent, env=environment)
+    return beside.pytest(name, "-k", "triton", TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.beside.with_args(run, name)) for name in FILES])

@@ -3,16 +3,15 @@
 // Pointers, shapes and the formula: mmfast_conv_transpose_args in mmfast.h. Reads x and writes y once: bound by memory,
 // or by the caches.
 //
-// Along the last dimension a position u = o + before of the output is u = stride * q + r, and tap k * dilation =
-// stride * shift + r reaches, from input position i, the position q = i + shift of phase r. So each phase is a row of
-// its own in which every tap is one contiguous addition; phases are interleaved once, at the end. A channel of one
-// sample is one unit of parallel work, its taps added in order: results do not depend on the number of threads.
-#include <stdlib.h>
-
+// Along the last dimension a tap reaches phase r of the output (conv_geometry.h), so each phase is a row of its own, a
+// sum of shifted rows of x, and phases are interleaved once, at the end. Rows are copied between zeros, so that no tap
+// needs clipping; a zero times what is not finite is NaN where the formula has no term, and so such weights, and such
+// gradients of the weight, are declined. Some channels of one sample are one unit of parallel work, and sums are added
+// in a fixed order: results do not depend on the number of threads.
 #include "cpu/activation.h"
-#include "cpu/half.h"
+#include "cpu/conv_geometry.h"
+#include "cpu/layout.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
 #include "mmfast.h"
 
 namespace mmfast {
@@ -21,227 +20,257 @@ namespace {
 
 using Args = mmfast_conv_transpose_args;
 
-struct Sizes {
-    int64_t taps, positions, in_rows, out_rows, out_positions, phase_length, before;
+constexpr int64_t kChannels = 16;  // of one sample, or of two, that share their memory
+constexpr int kTaps = 4;           // whose sums are in registers at the same time
 
-    Sizes(const Args& a) {
-        taps = a.kernel[0] * a.kernel[1] * a.kernel[2];
-        in_rows = a.in_size[0] * a.in_size[1];
-        positions = in_rows * a.in_size[2];
-        out_rows = a.out_size[0] * a.out_size[1];
-        out_positions = out_rows * a.out_size[2];
-        before = a.before[2];
-        // the phases of u = 0 ... out_size + before - 1, and of all that a tap reaches, so that no tap needs clipping
-        const int64_t reach = a.in_size[2] + (a.kernel[2] - 1) * a.dilation[2] / a.stride[2];
-        const int64_t seen = (a.out_size[2] + before + a.stride[2] - 1) / a.stride[2];
-        phase_length = reach > seen ? reach : seen;
-    }
+int threads_for(const Args& args, const Problem& problem) {
+    return args.batch * args.in_channels * problem.taps * problem.positions < 32768 ? 1 : args.threads;
+}
+
+template <typename T>
+struct Term {
+    int64_t offset;
+    T weight;
 };
 
-int threads_for(const Args& args, const Sizes& sizes) {
-    return args.batch * args.in_channels * sizes.taps * sizes.positions < 32768 ? 1 : args.threads;
-}
-
-// The index along dimension d in the input that tap k brings to o, or -1.
-inline int64_t source_of(const Args& args, int d, int64_t o, int64_t k) {
-    const int64_t reached = o + args.before[d] - k * args.dilation[d];
-    if (reached < 0 || reached % args.stride[d]) return -1;
-    const int64_t i = reached / args.stride[d];
-    return i < args.in_size[d] ? i : -1;
-}
-
+// What the channels of a part share.
 template <typename T>
-inline void copy_row(T* to, const T* from, int64_t n) {
-    memcpy(to, from, size_t(n) * sizeof(T));
-}
+struct Memory {
+    T* zeros;        // as many as were asked for, before the first channel
+    Term<T>* terms;  // one for each tap
+    T** rows;        // one for each phase of the last dimension
+};
 
-// row[stride * q + r] = phases[r][q]
-template <typename T>
-inline void interleave(T* row, const T* phases, int64_t stride, int64_t length) {
-    if (stride == 2) {
-        for (int64_t q = 0; q < length; ++q) {
-            row[2 * q] = phases[q];
-            row[2 * q + 1] = phases[length + q];
+// body(unit, memory) for each channel of each sample
+template <typename T, typename Body>
+int each_unit(const Args& args, const Problem& problem, int64_t zeros, const Body& body) {
+    const int64_t units = args.batch * args.in_channels;
+    int status = MMFAST_OK;
+    parallel_for(threads_for(args, problem), parts_of(units, kChannels), [&](int64_t part) {
+        Scratch<T> elements(zeros);
+        Scratch<Term<T>> terms(problem.taps);
+        Scratch<T*> rows(args.stride[2]);
+        if (!elements.get() || !terms.get() || !rows.get()) {
+            __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
+            return;
         }
-        return;
-    }
-    for (int64_t r = 0; r < stride; ++r)
-        for (int64_t q = 0; q < length; ++q) row[stride * q + r] = phases[r * length + q];
+        clear(elements.get(), zeros);
+        for (int64_t unit = part * kChannels; unit < least(units, (part + 1) * kChannels); ++unit)
+            body(unit, Memory<T>{elements.get(), terms.get(), rows.get()});
+    });
+    return status;
 }
 
 template <typename T>
-inline void deinterleave(T* phases, const T* row, int64_t stride, int64_t length) {
-    if (stride == 2) {
-        for (int64_t q = 0; q < length; ++q) {
-            phases[q] = row[2 * q];
-            phases[length + q] = row[2 * q + 1];
+Image<T> image_of(const Args& args, const Problem& problem) {
+    return {static_cast<T*>(args.y), args.in_channels, problem.out_positions, bool(args.y_channels_last)};
+}
+
+// A row of x that taps bring to a row of y, or of y to x, and the first of these taps.
+struct Source {
+    int64_t row, tap;
+};
+
+// What the rows of one side get from the other's, and the taps of the last dimension, by phase: the same for all units.
+class Plan {
+  public:
+    Plan(const Problem& problem, bool forward)
+        : rows_(forward ? problem.axis[0].out * problem.axis[1].out : problem.axis[0].in * problem.axis[1].in),
+          sources_(rows_ * problem.axis[0].kernel * problem.axis[1].kernel),
+          ends_(rows_),
+          taps_(problem.axis[2].kernel),
+          phase_ends_(problem.axis[2].stride) {
+        if (!made()) return;
+        const Axis &outer = problem.axis[0], &middle = problem.axis[1], &inner = problem.axis[2];
+        const int64_t size = forward ? middle.out : middle.in, other = forward ? middle.in : middle.out;
+        int64_t found = 0;
+        for (int64_t row = 0; row < rows_; ++row) {
+            for (int64_t k0 = 0; k0 < outer.kernel; ++k0)
+                for (int64_t k1 = 0; k1 < middle.kernel; ++k1) {
+                    const int64_t a = joined(outer, row / size, k0, forward),
+                                  b = joined(middle, row % size, k1, forward);
+                    if (a < 0 || b < 0) continue;
+                    sources_.get()[found++] = {a * other + b, (k0 * middle.kernel + k1) * inner.kernel};
+                }
+            ends_.get()[row] = found;
         }
-        return;
+        found = 0;
+        for (int64_t r = 0; r < inner.stride; ++r) {
+            for (int64_t k = 0; k < inner.kernel; ++k)
+                if (inner.phase(k) == r) taps_.get()[found++] = {inner.shift(k), k};
+            phase_ends_.get()[r] = found;
+        }
     }
-    for (int64_t r = 0; r < stride; ++r)
-        for (int64_t q = 0; q < length; ++q) phases[r * length + q] = row[stride * q + r];
-}
-
-// sum += weight * row
-template <typename T>
-inline void add_scaled_row(T* sum, const T* row, T weight, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes<T> <= n; i += kLanes<T>) store(sum + i, load(sum + i) + load(row + i) * weight);
-    if (i == n) return;
-    const int rest = int(n - i);
-    store_float(sum + i, load_float(sum + i, rest) + load_float(row + i, rest) * weight, rest);
-}
-
-template <typename T>
-inline T dot_of_rows(const T* a, const T* b, int64_t n) {
-    Vec<T> sum = {};
-    int64_t i = 0;
-    for (; i + kLanes<T> <= n; i += kLanes<T>) sum += load(a + i) * load(b + i);
-    if (i < n) sum += load_float(a + i, int(n - i)) * load_float(b + i, int(n - i));
-    return sum_lanes<T>(sum);
-}
-
-// Where tap k of the last dimension begins in the phases of a row.
-inline int64_t phase_of(const Args& args, const Sizes& sizes, int64_t k) {
-    const int64_t reached = k * args.dilation[2];
-    return reached % args.stride[2] * sizes.phase_length + reached / args.stride[2];
-}
-
-// phases += every tap of the last dimension, for one row of x and one tap of the others
-template <typename T>
-inline void add_taps(const Args& args, const Sizes& sizes, T* phases, const T* x, const T* weight) {
-    for (int64_t k = 0; k < args.kernel[2]; ++k)
-        add_scaled_row(phases + phase_of(args, sizes, k), x, weight[k], args.in_size[2]);
-}
-
-// One row of the image, act(bias + row), where positions are `step` apart.
-template <typename T, typename Activation>
-inline void finish_row(T* row, int64_t n, T bias, const Activation& activation, T* image, int64_t step) {
-    T* target = step == 1 ? image : row;
-    for (int64_t i = 0; i < n; i += kLanes<T>) {
-        const int width = n - i < kLanes<T> ? int(n - i) : kLanes<T>;
-        store_float(target + i, activation.value(load_float(row + i, width) + bias), width);
+    bool made() const { return sources_.get() && ends_.get() && taps_.get() && phase_ends_.get(); }
+    // body(source) for the sources of a row
+    template <typename Body>
+    void each(int64_t row, const Body& body) const {
+        for (int64_t i = row ? ends_.get()[row - 1] : 0; i < ends_.get()[row]; ++i) body(sources_.get()[i]);
     }
-    if (step != 1)
-        for (int64_t i = 0; i < n; ++i) image[i * step] = row[i];
-}
+    // body(shift and number of the tap) for the taps of a phase of the last dimension
+    template <typename Body>
+    void each_tap(int64_t phase, const Body& body) const {
+        for (int64_t i = phase ? phase_ends_.get()[phase - 1] : 0; i < phase_ends_.get()[phase]; ++i)
+            body(taps_.get()[i]);
+    }
 
+  private:
+    // The index along an axis that tap k joins with `at`, or -1.
+    static int64_t joined(const Axis& axis, int64_t at, int64_t k, bool forward) {
+        if (!forward) {
+            const int64_t o = at * axis.stride + k * axis.dilation - axis.before;
+            return o < axis.out ? o : -1;
+        }
+        const int64_t reached = at + axis.before - k * axis.dilation;
+        if (reached < 0 || reached % axis.stride) return -1;
+        return reached / axis.stride < axis.in ? reached / axis.stride : -1;
+    }
+
+    int64_t rows_;
+    Scratch<Source> sources_;
+    Scratch<int64_t> ends_;
+    Scratch<Source> taps_;
+    Scratch<int64_t> phase_ends_;
+};
+
+// row[q] = sum over terms of weight * x[offset + q]; whole vectors
 template <typename T>
-T* image_at(const Args& args, const Sizes& sizes, int64_t n, int64_t c) {
-    T* image = static_cast<T*>(args.y);
-    return args.y_channels_last ? image + n * sizes.out_positions * args.in_channels + c
-                                : image + (n * args.in_channels + c) * sizes.out_positions;
+void sum_terms(const T* x, const Term<T>* terms, int64_t count, T* row, int64_t n) {
+    constexpr int L = kLanes<T>;
+    for (int64_t q = 0; q < n; q += 2 * L) {
+        Vec<T> low = {}, high = {};
+        for (int64_t t = 0; t < count; ++t) {
+            const T* from = x + terms[t].offset + q;
+            low += load(from) * terms[t].weight;
+            high += load(from + L) * terms[t].weight;
+        }
+        store(row + q, low);
+        store(row + q + L, high);
+    }
 }
 
 template <typename T>
 int forward_of(const Args& args) {
-    const Sizes sizes(args);
-    const int64_t padded = args.stride[2] * sizes.phase_length;
-    const int64_t step = args.y_channels_last ? args.in_channels : 1;
+    const Problem problem(args);
+    constexpr int L = kLanes<T>;
+    const Axis *axis = problem.axis, &inner = axis[2];
+    if (!all_finite(static_cast<const T*>(args.weight), args.in_channels * problem.taps)) return MMFAST_DECLINED;
+    const Plan plan(problem, true);
+    if (!plan.made()) return MMFAST_OUT_OF_MEMORY;
+    const int64_t in_rows = axis[0].in * axis[1].in, length = inner.q_end - inner.q_first;
+    const int64_t width = inner.reach + most(inner.in, inner.q_end) + 2 * L, row_length = length + 2 * L;
+    const Image<T> y = image_of<T>(args, problem);
     int status = MMFAST_OK;
     const int bad = with_activation<T>(args.activation, args.negative_slope, [&](const auto& activation) {
-        parallel_for(threads_for(args, sizes), args.batch * args.in_channels, [&](int64_t unit) {
-            T* phases = static_cast<T*>(malloc(size_t(2 * padded) * sizeof(T)));
-            if (!phases) {
-                __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-                return;
-            }
-            T* row = phases + padded;
+        const int64_t elements = in_rows * width + inner.stride * row_length + inner.out;
+        status = each_unit<T>(args, problem, elements, [&](int64_t unit, const Memory<T>& memory) {
+            T* padded = memory.zeros;
+            T* phases = padded + in_rows * width;
+            T* line = phases + inner.stride * row_length;
             const int64_t c = unit % args.in_channels;
-            const T* weight = static_cast<const T*>(args.weight) + c * sizes.taps;
-            const T* x = static_cast<const T*>(args.x) + unit * sizes.positions;
-            T* image = image_at<T>(args, sizes, unit / args.in_channels, c);
+            const T* weight = static_cast<const T*>(args.weight) + c * problem.taps;
+            const T* x = static_cast<const T*>(args.x) + unit * problem.positions;
+            for (int64_t r = 0; r < in_rows; ++r)
+                copy_row(padded + r * width + inner.reach, x + r * inner.in, inner.in);
             const T bias = args.bias ? static_cast<const T*>(args.bias)[c] : T(0);
-            for (int64_t out_row = 0; out_row < sizes.out_rows; ++out_row) {
-                memset(phases, 0, size_t(padded) * sizeof(T));
-                for (int64_t kd = 0; kd < args.kernel[0]; ++kd) {
-                    const int64_t d = source_of(args, 0, out_row / args.out_size[1], kd);
-                    for (int64_t kh = 0; d >= 0 && kh < args.kernel[1]; ++kh) {
-                        const int64_t h = source_of(args, 1, out_row % args.out_size[1], kh);
-                        if (h < 0) continue;
-                        const int64_t tap = (kd * args.kernel[1] + kh) * args.kernel[2];
-                        const int64_t position = (d * args.in_size[1] + h) * args.in_size[2];
-                        add_taps(args, sizes, phases, x + position, weight + tap);
-                    }
+            const auto value = [&](Vec<T> v) { return activation.value(v + bias); };
+            for (int64_t out_row = 0; out_row < axis[0].out * axis[1].out; ++out_row) {
+                for (int64_t r = 0; r < inner.stride; ++r) {
+                    int64_t count = 0;
+                    plan.each(out_row, [&](const Source& source) {
+                        const int64_t start = source.row * width + inner.reach + inner.q_first;
+                        plan.each_tap(r, [&](const Source& tap) {
+                            memory.terms[count++] = {start - tap.row, weight[source.tap + tap.tap]};
+                        });
+                    });
+                    sum_terms(padded, memory.terms, count, phases + r * row_length, length);
+                    memory.rows[r] = phases + r * row_length;
                 }
-                if (args.stride[2] == 1)
-                    copy_row(row, phases, padded);
-                else
-                    interleave(row, phases, args.stride[2], sizes.phase_length);
-                T* target = image + out_row * args.out_size[2] * step;
-                finish_row(row + sizes.before, args.out_size[2], bias, activation, target, step);
+                T* target = y.at(unit / args.in_channels, c, out_row * inner.out);
+                const int64_t begin = inner.before - inner.q_first * inner.stride;
+                interleave_from(y.last ? line : target, memory.rows, inner.stride, begin, inner.out, value);
+                for (int64_t i = 0; y.last && i < inner.out; ++i) target[i * y.step()] = line[i];
             }
-            free(phases);
         });
         return MMFAST_OK;
     });
     return bad ? bad : status;
 }
 
-// phases (out_rows, stride, phase_length) of one channel of one sample, zero where the image does not reach
-template <typename T>
-void split_phases(const Args& args, const Sizes& sizes, const T* image, int64_t step, T* row, T* phases) {
-    const int64_t padded = args.stride[2] * sizes.phase_length;
-    memset(row, 0, size_t(padded) * sizeof(T));
-    for (int64_t r = 0; r < sizes.out_rows; ++r) {
-        const T* source = image + r * args.out_size[2] * step;
-        if (step == 1)
-            copy_row(row + sizes.before, source, args.out_size[2]);
-        else
-            for (int64_t i = 0; i < args.out_size[2]; ++i) row[sizes.before + i] = source[i * step];
-        deinterleave(phases + r * padded, row, args.stride[2], sizes.phase_length);
+// dx += sum of weights times windows, or = where it is the first, and dweight += each window times x, for kCount taps
+template <typename T, int kCount>
+void add_taps(const T* const* windows, const T* x, const T* weight, int64_t n, T* dx, bool first, T* dweight) {
+    Vec<T> sum[kCount] = {};
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+        const int lanes = int(least(n - i, kLanes<T>));
+        const Vec<T> v = load_float(x + i, lanes);
+        Vec<T> total = first || !dx ? Vec<T>{} : load_float(dx + i, lanes);
+        for (int k = 0; k < kCount; ++k) {
+            const Vec<T> window = load_float(windows[k] + i, lanes);
+            total += window * weight[k];
+            sum[k] += window * v;
+        }
+        if (dx) store_float(dx + i, total, lanes);
     }
-}
-
-// One row of x and the taps of the last dimension that go from it to the row of dy in phases.
-template <typename T>
-inline void add_gradients(const Args& args, const Sizes& sizes, const T* phases, const T* x, const T* weight, T* dx,
-                          T* dweight) {
-    for (int64_t k = 0; k < args.kernel[2]; ++k) {
-        const T* window = phases + phase_of(args, sizes, k);
-        if (dx) add_scaled_row(dx, window, weight[k], args.in_size[2]);
-        if (dweight) dweight[k] += dot_of_rows(x, window, args.in_size[2]);
-    }
+    for (int k = 0; dweight && k < kCount; ++k) dweight[k] += sum_lanes<T>(sum[k]);
 }
 
 template <typename T>
 int backward_of(const Args& args) {
-    const Sizes sizes(args);
-    const int64_t padded = args.stride[2] * sizes.phase_length;
-    const int64_t step = args.y_channels_last ? args.in_channels : 1;
-    int status = MMFAST_OK;
-    parallel_for(threads_for(args, sizes), args.batch * args.in_channels, [&](int64_t unit) {
-        T* phases = static_cast<T*>(malloc(size_t((sizes.out_rows + 1) * padded) * sizeof(T)));
-        if (!phases) {
-            __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
+    const Problem problem(args);
+    constexpr int L = kLanes<T>;
+    const Axis *axis = problem.axis, &inner = axis[2];
+    const T* weights = static_cast<const T*>(args.weight);
+    if (args.dx && !all_finite(weights, args.in_channels * problem.taps)) return MMFAST_DECLINED;
+    const int64_t out_rows = axis[0].out * axis[1].out, in_rows = axis[0].in * axis[1].in;
+    const int64_t length = inner.in + inner.reach, whole = inner.stride * length,
+                  seen = least(inner.out, whole - inner.before);
+    const Plan plan(problem, false);
+    Scratch<int64_t> places(inner.kernel);  // where a tap's window of a row's phases begins
+    if (!plan.made() || !places.get()) return MMFAST_OUT_OF_MEMORY;
+    for (int64_t k = 0; k < inner.kernel; ++k) places.get()[k] = inner.phase(k) * length + inner.shift(k);
+    const Image<T> y = image_of<T>(args, problem);
+    const int64_t elements = out_rows * whole + whole + 2 * L;
+    const int status = each_unit<T>(args, problem, elements, [&](int64_t unit, const Memory<T>& memory) {
+        T* phases = memory.zeros;
+        T* row = phases + out_rows * whole;
         const int64_t c = unit % args.in_channels;
-        const T* image = image_at<T>(args, sizes, unit / args.in_channels, c);
-        split_phases(args, sizes, image, step, phases + sizes.out_rows * padded, phases);
-        const T* x = static_cast<const T*>(args.x) + unit * sizes.positions;
-        const T* weight = static_cast<const T*>(args.weight) + c * sizes.taps;
-        T* dx = args.dx ? static_cast<T*>(args.dx) + unit * sizes.positions : nullptr;
-        T* dweight = args.dweight ? static_cast<T*>(args.dweight) + unit * sizes.taps : nullptr;
-        if (dx) memset(dx, 0, size_t(sizes.positions) * sizeof(T));
-        if (dweight) memset(dweight, 0, size_t(sizes.taps) * sizeof(T));
-        for (int64_t in_row = 0; in_row < sizes.in_rows; ++in_row) {
-            const int64_t begin = in_row * args.in_size[2];
-            for (int64_t kd = 0; kd < args.kernel[0]; ++kd) {
-                const int64_t d = in_row / args.in_size[1] * args.stride[0] + kd * args.dilation[0] - args.before[0];
-                for (int64_t kh = 0; d >= 0 && d < args.out_size[0] && kh < args.kernel[1]; ++kh) {
-                    const int64_t h =
-                        in_row % args.in_size[1] * args.stride[1] + kh * args.dilation[1] - args.before[1];
-                    if (h < 0 || h >= args.out_size[1]) continue;
-                    const int64_t tap = (kd * args.kernel[1] + kh) * args.kernel[2];
-                    add_gradients(args, sizes, phases + (d * args.out_size[1] + h) * padded, x + begin, weight + tap,
-                                  dx ? dx + begin : nullptr, dweight ? dweight + tap : nullptr);
-                }
-            }
+        for (int64_t r = 0; r < out_rows; ++r) {
+            const T* dy = y.at(unit / args.in_channels, c, r * inner.out);
+            if (y.last)
+                for (int64_t i = 0; i < seen; ++i) row[inner.before + i] = dy[i * y.step()];
+            else
+                copy_row(row + inner.before, dy, seen);
+            for (int64_t p = 0; p < inner.stride; ++p) memory.rows[p] = phases + r * whole + p * length;
+            deinterleave(memory.rows, row, inner.stride, length);
         }
-        free(phases);
+        const T* x = static_cast<const T*>(args.x) + unit * problem.positions;
+        const T* weight = weights + c * problem.taps;
+        T* dx = args.dx ? static_cast<T*>(args.dx) + unit * problem.positions : nullptr;
+        T* dweight = args.dweight ? static_cast<T*>(args.dweight) + unit * problem.taps : nullptr;
+        if (dweight) clear(dweight, problem.taps);
+        for (int64_t in_row = 0; in_row < in_rows; ++in_row) {
+            const int64_t begin = in_row * inner.in;
+            bool first = true;
+            plan.each(in_row, [&](const Source& source) {
+                for (int64_t k2 = 0; k2 < inner.kernel; k2 += kTaps, first = false) {
+                    const T* windows[kTaps];
+                    const int64_t count = least(inner.kernel - k2, kTaps);
+                    for (int64_t k = 0; k < count; ++k) windows[k] = phases + source.row * whole + places.get()[k2 + k];
+                    const auto add = count == 4   ? add_taps<T, 4>
+                                     : count == 3 ? add_taps<T, 3>
+                                     : count == 2 ? add_taps<T, 2>
+                                                  : add_taps<T, 1>;
+                    add(windows, x + begin, weight + source.tap + k2, inner.in, dx ? dx + begin : nullptr, first,
+                        dweight ? dweight + source.tap + k2 : nullptr);
+                }
+            });
+            if (first && dx) clear(dx + begin, inner.in);
+        }
     });
-    return status;
+    if (status || !args.dweight) return status;
+    const int64_t shares = args.batch * args.in_channels * problem.taps;
+    return all_finite(static_cast<const T*>(args.dweight), shares) ? MMFAST_OK : MMFAST_DECLINED;
 }
 
 // run(a value of args.dtype), where this op has kernels for it

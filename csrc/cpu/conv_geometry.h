@@ -113,6 +113,13 @@ inline Plane plane_of_dy(const Problem& problem, Range band, int lanes) {
     return Plane(low, count, lanes);
 }
 
+template <typename T>
+bool all_finite(const T* w, int64_t n) {
+    Vec<T> sum = {};
+    for (int64_t i = 0; i < n; i += kLanes<T>) sum += load_float(w + i, int(least(n - i, kLanes<T>))) * T(0);
+    return sum_lanes<T>(sum) == 0;
+}
+
 constexpr int64_t kBandElements = 1 << 16;  // of a band's planes: half of a second-level cache of 512 KB in float32
 
 // How many positions of the band's axis one band has, where a position takes `elements` and reach is shared.
@@ -166,14 +173,14 @@ struct Interleaved {
     }
 };
 
-// to[kCount * i + c] = value(rows[c][i]) for i < n but for the last ones; returns how many of them
+// to[kCount * i + c] = value(rows[c][begin + i]) for i < n but for the last ones; returns how many of them
 template <typename T, int kCount, typename Value>
-int64_t interleave_vectors(T* to, const T* const* rows, int64_t n, const Value& value) {
+int64_t interleave_vectors(T* to, const T* const* rows, int64_t begin, int64_t n, const Value& value) {
     static const Interleaved<T, kCount> lanes;
     int64_t i = 0;
     for (; i + kLanes<T> <= n; i += kLanes<T>) {
         Vec<T> v[kCount];
-        for (int c = 0; c < kCount; ++c) v[c] = value(load(rows[c] + i));
+        for (int c = 0; c < kCount; ++c) v[c] = value(load(rows[c] + begin + i));
         for (int j = 0; j < kCount; ++j) {
             Vec<T> mixed = __builtin_shuffle(v[0], v[1], lanes.from[j][0]);
             for (int c = 2; c < kCount; ++c) mixed = __builtin_shuffle(mixed, v[c], lanes.from[j][c - 1]);
@@ -183,22 +190,33 @@ int64_t interleave_vectors(T* to, const T* const* rows, int64_t n, const Value& 
     return i;
 }
 
-// to[kCount * i + c] = value(rows[c][i]) for i < n
+// to[count * i + c] = value(rows[c][begin + i]) for i < n
 template <typename T, typename Value>
-void interleave(T* to, const T* const* rows, int64_t count, int64_t n, const Value& value) {
+void interleave(T* to, const T* const* rows, int64_t count, int64_t begin, int64_t n, const Value& value) {
     int64_t done = 0;
-    if (count == 2) done = interleave_vectors<T, 2>(to, rows, n, value);
-    if (count == 3) done = interleave_vectors<T, 3>(to, rows, n, value);
-    if (count == 4) done = interleave_vectors<T, 4>(to, rows, n, value);
+    if (count == 2) done = interleave_vectors<T, 2>(to, rows, begin, n, value);
+    if (count == 3) done = interleave_vectors<T, 3>(to, rows, begin, n, value);
+    if (count == 4) done = interleave_vectors<T, 4>(to, rows, begin, n, value);
     for (int64_t c = 0; c < count; ++c)
         for (int64_t i = done; i < n; i += kLanes<T>) {
             const int lanes = int(least(n - i, kLanes<T>));
-            const Vec<T> v = value(load_float(rows[c] + i, lanes));
+            const Vec<T> v = value(load_float(rows[c] + begin + i, lanes));
             if (count == 1)
                 store_float(to + i, v, lanes);
             else
                 for (int j = 0; j < lanes; ++j) to[count * (i + j) + c] = v[j];
         }
+}
+
+// to[i] = value(rows[u % count][u / count]) for i < size, u = begin + i
+template <typename T, typename Value>
+void interleave_from(T* to, const T* const* rows, int64_t count, int64_t begin, int64_t size, const Value& value) {
+    const int64_t whole = parts_of(begin, count), lead = least(size, whole * count - begin);
+    const int64_t wholes = (size - lead) / count;
+    const auto one = [&](int64_t i) { return value(splat(rows[(begin + i) % count][(begin + i) / count]))[0]; };
+    for (int64_t i = 0; i < lead; ++i) to[i] = one(i);
+    interleave(to + lead, rows, count, whole, wholes, value);
+    for (int64_t i = lead + wholes * count; i < size; ++i) to[i] = one(i);
 }
 
 // phases[r][i] = row[stride * i + r] for i < n; stride 2 reads whole vectors beyond the end

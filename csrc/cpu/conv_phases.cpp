@@ -163,13 +163,6 @@ void list_offsets(const Problem& problem, const Plane& plane, int64_t channels, 
     }
 }
 
-template <typename T>
-bool all_finite(const T* w, int64_t n) {
-    Vec<T> sum = {};
-    for (int64_t i = 0; i < n; i += kLanes<T>) sum += load_float(w + i, int(least(n - i, kLanes<T>))) * T(0);
-    return sum_lanes<T>(sum) == 0;
-}
-
 int threads_for(const Args& args, const Problem& problem) {
     const int64_t products = args.batch * args.in_channels * args.out_channels * problem.taps * problem.positions;
     return products < (1 << 18) ? 1 : args.threads;
@@ -215,11 +208,9 @@ void finish(const Args& args, const Problem& problem, const Plane& plane, Range 
         return d == problem.band ? Range{most(q.begin, band.begin), least(q.end, band.end)} : q;
     };
     const Range q = problem.band == 2 ? band : Range{axis[2].q_first, axis[2].q_end};
-    // of the outputs: the first, one past the last, and the q from which on all phases are outputs
+    // of the outputs: the first, and one past the last
     const int64_t begin = most(0, q.begin * stride - axis[2].before);
     const int64_t end = most(begin, least(axis[2].out, q.end * stride - axis[2].before));
-    const int64_t whole = parts_of(begin + axis[2].before, stride);
-    const int64_t lead = least(end, whole * stride - axis[2].before) - begin, wholes = (end - begin - lead) / stride;
     Scratch<const T*> rows(most(stride, args.out_channels));
     for (int64_t outer = 0; outer < problem.phases; outer += stride) {
         int64_t r[3];
@@ -231,22 +222,16 @@ void finish(const Args& args, const Problem& problem, const Plane& plane, Range 
                 const int64_t o1 = b * axis[1].stride + r[1] - axis[1].before;
                 const int64_t position = (o0 * axis[1].out + o1) * axis[2].out + begin;
                 for (int64_t o = 0; o < args.out_channels; ++o) {
-                    const T* from = planes + (o * problem.phases + outer) * plane.length + plane.flat(a, b, whole);
+                    const T* from = planes + (o * problem.phases + outer) * plane.length + plane.flat(a, b, q.begin);
                     for (int64_t p = 0; p < stride; ++p) rows.get()[p] = from + p * plane.length;
                     const T bias = args.bias ? static_cast<const T*>(args.bias)[o] : T(0);
                     const auto value = [&](Vec<T> v) { return activation.value(v + bias); };
-                    const auto one = [&](int64_t u) {
-                        return value(splat(rows.get()[u % stride][u / stride - whole]))[0];
-                    };
-                    T* target = y.last ? buffer + o * axis[2].out : y.at(n, o, position);
-                    for (int64_t i = 0; i < lead; ++i) target[i] = one(begin + axis[2].before + i);
-                    interleave(target + lead, rows.get(), stride, wholes, value);
-                    for (int64_t i = lead + wholes * stride; i < end - begin; ++i)
-                        target[i] = one(begin + axis[2].before + i);
+                    interleave_from(y.last ? buffer + o * axis[2].out : y.at(n, o, position), rows.get(), stride,
+                                    begin + axis[2].before - q.begin * stride, end - begin, value);
                 }
                 if (!y.last) continue;
                 for (int64_t o = 0; o < args.out_channels; ++o) rows.get()[o] = buffer + o * axis[2].out;
-                interleave(y.at(n, 0, position), rows.get(), args.out_channels, end - begin,
+                interleave(y.at(n, 0, position), rows.get(), args.out_channels, 0, end - begin,
                            [](Vec<T> v) { return v; });
             }
     }
@@ -475,7 +460,7 @@ void fill_reach(const Problem& problem, const Reach& reach, const Image<const T>
             if (dy.last)
                 memcpy(to + lead, rows.get()[0], size_t(size * dy.channels) * sizeof(T));
             else
-                interleave(to + lead, rows.get(), dy.channels, size, [](Vec<T> v) { return v; });
+                interleave(to + lead, rows.get(), dy.channels, 0, size, [](Vec<T> v) { return v; });
         }
 }
 

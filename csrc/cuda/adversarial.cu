@@ -132,6 +132,10 @@ struct Term {
 // Where a field of all terms begins in a table's bytes, and how far it is from one term to the next.
 struct Column {
     int at, stride;
+    template <typename V>
+    MMFAST_HOST_DEVICE V read(const unsigned char* bytes, int k) const {
+        return *reinterpret_cast<const V*>(bytes + at + k * stride);
+    }
 };
 template <typename T>
 struct Columns {
@@ -147,8 +151,7 @@ struct Reader {
     int i = 0;
     template <typename V>
     MMFAST_HOST_DEVICE void operator()(V Term<T>::* field) {
-        const Column column = columns.columns[i++];
-        term.*field = *reinterpret_cast<const V*>(bytes + column.at + k * column.stride);
+        term.*field = columns.columns[i++].template read<V>(bytes, k);
     }
 };
 
@@ -177,11 +180,7 @@ struct Table {
         });
     }
     MMFAST_DEVICE int first_chunk(int k) const {
-        return with_bytes([&](const unsigned char* from) {
-            Reader<T> reader{columns, from, k};
-            reader(&Term<T>::first_chunk);
-            return reader.term.first_chunk;
-        });
+        return with_bytes([&](const unsigned char* from) { return columns.columns[0].template read<int>(from, k); });
     }
 
     // The term whose chunk this block has: the last that begins at or before it, so empty terms have none.

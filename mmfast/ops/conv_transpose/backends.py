@@ -165,9 +165,9 @@ def prefers_products(case: Case) -> str:
     if case.dtype != torch.float32:
         return ""
     depthwise = case.groups > 1 and case.groups == case.in_channels == case.out_channels
-    if depthwise and len(case.stride) == 1 and case.stride[0] > 1 and case.gradients:
-        # 512 channels, k4 s2, at 64, batch 8: with both gradients 1.2 to 2.2 times as fast, the forward alone 0.5 to
-        # 0.9 times; in 2-d up to 3.5 times in contiguous memory, but 0.8 in channels_last
+    if depthwise and len(case.stride) == 1 and (case.gradients or case.stride[0] <= 2):
+        # Granite Rapids, 512 channels, k4 s2, at 64, batch 8: forward 0.69 to 0.38 ms, both gradients 1.72 to 0.42 ms;
+        # 64 channels, k16 s8: 0.33 to 0.36 ms, 1.00 to 0.38 ms. In 2-d the forward is 0.2 to 3.4 times as fast
         return "depthwise in 1-d"
     if case.groups != 1 or case.crop:
         return ""
@@ -316,7 +316,8 @@ class Cpu(Backend):
         method = _method(x, weight, geometry)
         if method == "depthwise":
             y = empty_output(x, weight, geometry)
-            return products.depthwise_forward(x, weight, bias, geometry, y, activation)
+            if products.depthwise_forward(x, weight, bias, geometry, y, activation):
+                return y
         if method == "phases":
             y = empty_output(x, weight, geometry)
             return products.phases_forward(_dense(x), weight, bias, geometry, y, activation)

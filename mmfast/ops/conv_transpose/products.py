@@ -211,11 +211,10 @@ def depthwise_forward(
     geometry: Geometry,
     y: Tensor,
     activation: tuple[int, float],
-) -> Tensor:
-    """Fills y, (N, C, *size) and dense, with activation(conv_transpose(x) + bias), and returns it."""
+) -> bool:
+    """Fills y, (N, C, *size) and dense, with activation(conv_transpose(x) + bias). False: the weight is not finite."""
     window = native_window(x, weight, geometry)
-    native.cpu_depthwise_forward(window, x.contiguous(), weight.contiguous(), bias, y, activation)
-    return y
+    return native.cpu_depthwise_forward(window, x.contiguous(), weight.contiguous(), bias, y, activation)
 
 
 def depthwise_backward(
@@ -226,7 +225,8 @@ def depthwise_backward(
     shares = x.new_empty(x.shape[0], *weight.shape) if mask[1] else None
     if mask[0] or mask[1]:
         window = native_window(x, weight, geometry)
-        native.cpu_depthwise_backward(window, x.contiguous(), weight.contiguous(), dy, dx, shares)
+        if not native.cpu_depthwise_backward(window, x.contiguous(), weight.contiguous(), dy, dx, shares):
+            return convolve_backward(dy, x, weight, geometry, mask)
     dx = None if dx is None else laid_out_as(x, dx)
     dweight = None if shares is None else laid_out_as(weight, shares.sum(0))
     return dx, dweight, _sum_positions(dy) if mask[2] else None
