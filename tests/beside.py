@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 #: Files that take one core long: a run of all tests has a process for each.
-FILES = ("test_adversarial.py",)
+FILES = ("test_adversarial.py", "test_compile_only.py")
 
 
 class Beside:

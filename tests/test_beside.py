@@ -15,4 +15,4 @@ def test_a_file(beside, capsys, name):
     done = beside(run, name)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     with capsys.disabled():
-        print(f"\n{name}: {done.stdout.splitlines()[-1]}", end="")
+        print(f"\n{name}\n{done.stdout}", end="")

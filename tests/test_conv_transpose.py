@@ -171,11 +171,12 @@ def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_numerics_of_16_bits(seed, dtype):
-    g, epilogue = geometry(2, 2, 1), Epilogue(activation="tanh")
+@pytest.mark.parametrize(("size", "stride", "padding"), [((5, 7), 2, 1), ((1, 1), 1, 0)], ids=["spread", "position"])
+def test_numerics_of_16_bits(seed, dtype, size, stride, padding):
+    g, epilogue = geometry(2, stride, padding), Epilogue(activation="tanh")
 
     def draw(at):
-        tensors = random_tensors(at, dtype, "none", channels=(48, 33), size=(5, 7), kernel=4)
+        tensors = random_tensors(at, dtype, "none", channels=(48, 33), size=size, kernel=4)
         tensors[1] *= 48**-0.5
         exact = [None if x is None else x.double() for x in tensors]
         runs = [outputs(tensors, g, epilogue, backend, None, at) for backend in ("cpu", "stock")]
@@ -663,6 +664,9 @@ def test_preference():
     projection = plain._replace(stride=(1, 1), padding=(0, 0))
     assert OP.explain(projection).backend == "cpu"
     assert OP.explain(projection._replace(spread=True)).backend == "torch"
+    assert OP.explain(projection._replace(dtype=torch.bfloat16)).backend == "cpu"
+    if has_products(torch.float16):
+        assert OP.explain(projection._replace(dtype=torch.float16, gradients=False)).backend == "torch"
     assert OP.explain(plain._replace(groups=32)).backend == "torch"
     assert OP.explain(plain._replace(groups=64, out_channels=64)).backend == "torch"
     depthwise = Case("cpu", torch.float32, 64, 64, (4,), (2,), (1,), (0,), (1,), 64)

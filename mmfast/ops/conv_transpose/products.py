@@ -65,7 +65,8 @@ def one_position_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometr
     """Fills y, (N, Cout, *size) and dense, and returns it."""
     matrix, window = x.reshape(x.shape[:2]), _as_matrix(_window(weight, x, geometry), y)
     flat = _as_matrix(y, y)
-    if prefers_native(matrix, window):
+    if prefers_native(matrix, window) or y.dtype.itemsize == 2:
+        # of 16 bits the sums are float32, and rounded once
         product(matrix, window, out=flat)
     else:
         torch.mm(matrix[:, :_CHANNELS], window[:_CHANNELS], out=flat)
