@@ -157,6 +157,17 @@ mmfast_rnn_layer as_layer(const py::tuple& row) {
     return layer;
 }
 
+// p: the pointers of mmfast_rnn_backward_args in their order, but for those of the biases
+mmfast_rnn_backward_args as_backward(const std::array<Pointer, 13>& p) {
+    mmfast_rnn_backward_args args{};
+    size_t at = 0;
+    for (const void** in : {&args.y, &args.gates, &args.cell, &args.dy, &args.dhn, &args.dcn})
+        *in = as_pointer(p[at++]);
+    for (void** out : {&args.dgates, &args.dm, &args.dh, &args.u, &args.previous, &args.dh0, &args.dc0})
+        *out = as_pointer(p[at++]);
+    return args;
+}
+
 #if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
 int cuda_adversarial_forward(const Terms& terms, int dtype, bool mean, const Pointers& logits,
                              const std::vector<int64_t>& sizes, const Pointers& others, const py::object& extras,
@@ -214,20 +225,15 @@ int cuda_rnn_forward(const py::tuple& layer, int64_t rows, bool tf32, const std:
                                           as_pointer(p[2]),
                                           as_pointer(p[3]),
                                           as_pointer(p[4]),
-                                          as_pointer(p[5])};
+                                          as_pointer(p[5]),
+                                          {}};
     return run(mmfast_cuda_rnn_forward, args);
 }
 
-// p: the pointers of mmfast_rnn_backward_args in their order
 int cuda_rnn_backward(const py::tuple& layer, int64_t rows, bool tf32, const std::array<Pointer, 13>& p,
                       Pointer stream) {
-    mmfast_rnn_backward_args args{};
+    mmfast_rnn_backward_args args = as_backward(p);
     args.layer = as_cuda_layer(layer, rows, tf32, stream);
-    size_t at = 0;
-    for (const void** in : {&args.y, &args.gates, &args.cell, &args.dy, &args.dhn, &args.dcn})
-        *in = as_pointer(p[at++]);
-    for (void** out : {&args.dgates, &args.dm, &args.dh, &args.u, &args.previous, &args.dh0, &args.dc0})
-        *out = as_pointer(p[at++]);
     return run(mmfast_cuda_rnn_backward, args);
 }
 
@@ -360,18 +366,19 @@ int cuda_activation(bool backward, int dtype, int which, double negative_slope, 
 #endif
 
 #ifndef MMFAST_EMULATOR
-int rnn_forward(const py::tuple& layer, Pointer gx, Pointer gates, Pointer cell, Pointer y, Pointer hn, Pointer cn) {
-    const mmfast_rnn_forward_args args = {as_layer(layer), as_pointer(gx), as_pointer(gates), as_pointer(cell),
-                                          as_pointer(y),   as_pointer(hn), as_pointer(cn)};
+// b_ih, and below of each direction db_ih and db_hh: 0 where a direction, or it, has none
+int rnn_forward(const py::tuple& layer, const std::array<Pointer, 6>& p, const std::array<Pointer, 2>& b_ih) {
+    const mmfast_rnn_forward_args args = {
+        as_layer(layer),  as_pointer(p[0]), as_pointer(p[1]), as_pointer(p[2]),
+        as_pointer(p[3]), as_pointer(p[4]), as_pointer(p[5]), {as_pointer(b_ih[0]), as_pointer(b_ih[1])}};
     return run(mmfast_cpu_rnn_forward, args);
 }
 
-int rnn_backward(const py::tuple& layer, Pointer y, Pointer gates, Pointer cell, Pointer dy, Pointer dhn, Pointer dcn,
-                 Pointer dgates, Pointer dm, Pointer dh, Pointer u, Pointer previous, Pointer dh0, Pointer dc0) {
-    const mmfast_rnn_backward_args args = {as_layer(layer), as_pointer(y),   as_pointer(gates), as_pointer(cell),
-                                           as_pointer(dy),  as_pointer(dhn), as_pointer(dcn),   as_pointer(dgates),
-                                           as_pointer(dm),  as_pointer(dh),  as_pointer(u),     as_pointer(previous),
-                                           as_pointer(dh0), as_pointer(dc0)};
+int rnn_backward(const py::tuple& layer, const std::array<Pointer, 13>& p, const std::array<Pointer, 4>& biases) {
+    mmfast_rnn_backward_args args = as_backward(p);
+    args.layer = as_layer(layer);
+    for (int d = 0; d < 2; ++d)
+        args.db_ih[d] = as_pointer(biases[size_t(2 * d)]), args.db_hh[d] = as_pointer(biases[size_t(2 * d + 1)]);
     return run(mmfast_cpu_rnn_backward, args);
 }
 

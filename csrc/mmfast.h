@@ -8,7 +8,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MMFAST_ABI_VERSION 5
+#define MMFAST_ABI_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -231,7 +231,7 @@ int mmfast_cuda_direct_backward(const mmfast_direct_args* args);
 
 // ---- rnn
 // A layer of a recurrent network over whole sequences, one or both directions. The caller has computed the input side
-// gx = x W_ih^T + b_ih of every step; the kernel walks time:
+// gx = x W_ih^T + b_ih of every step, on a CPU with or without b_ih; the kernel walks time:
 //     a = W_hh (m h') + b_hh, h' and c' the state one step before (one step after in the reverse direction)
 //     RNN   h~ = phi(gx + a), phi = tanh or relu
 //     GRU   r = sigmoid(gx_r + a_r), z = sigmoid(gx_z + a_z), n = tanh(gx_n + r a_n), h~ = n + z (h' - n)
@@ -285,8 +285,9 @@ typedef struct {
 typedef struct {
     mmfast_rnn_layer layer;
     const void* gx;
-    void *gates, *cell;  // null where no backward will come or none is kept; gates may be gx
-    void *y, *hn, *cn;   // cn: LSTM only
+    void *gates, *cell;   // null where no backward will come or none is kept; gates may be gx
+    void *y, *hn, *cn;    // cn: LSTM only
+    const void* b_ih[2];  // CPU: (G * H,) of each direction, which gx lacks, or null: 0
 } mmfast_rnn_forward_args;
 
 int mmfast_cpu_rnn_forward(const mmfast_rnn_forward_args* args);
@@ -299,11 +300,12 @@ typedef struct {
     void *dh, *u;                // LSTM with a projection only
     void* previous;              // or null: not wanted
     void *dh0, *dc0;             // or null: not wanted
+    void *db_ih[2], *db_hh[2];   // CPU: (G * H,) of each direction, or null: not wanted
 } mmfast_rnn_backward_args;
 
 // What needs the walk through time. The rest are products over all rows, the caller's: dx = dgates W_ih,
-// dW_ih = dgates^T x, dW_hh = dgates^T previous (GRU: its n rows by dm), dW_hr = dh^T u, db = sums of dgates and dm
-// over the rows.
+// dW_ih = dgates^T x, dW_hh = dgates^T previous (GRU: its n rows by dm), dW_hr = dh^T u; on CUDA db = sums of dgates
+// and dm over the rows.
 int mmfast_cpu_rnn_backward(const mmfast_rnn_backward_args* args);
 
 // The same walks on the current CUDA device, in one launch with W_hh on chip, without zoneout, dropout and projection,
@@ -321,11 +323,12 @@ typedef struct {
     int32_t dtype;  // enum mmfast_dtype
     int32_t mode;   // enum mmfast_rnn_mode
     int64_t batch, input, hidden;
-    // (B, G * H) x W_ih^T + b_ih and h' W_hh^T + b_hh; both null: made here, float32 and float64 only
+    // (B, G * H) x W_ih^T, which may hold h' W_hh^T too but for GRU, and h' W_hh^T or null: 0. gx null: both are made
+    // here, float32 and float64 only
     const void *gx, *gh;
     const void *x, *w_ih, *b_ih, *w_hh, *b_hh;  // (B, I), (G * H, I), (G * H,) or null, (G * H, H), (G * H,) or null
     const void *h0, *c0;                        // (B, H) or null: 0
-    void *h, *c;                                // (B, H); c: LSTM only
+    void *h, *c;                                // (B, H); of an RNN h may be gx; c: LSTM only
 } mmfast_rnn_cell_args;
 
 int mmfast_cpu_rnn_cell(const mmfast_rnn_cell_args* args);

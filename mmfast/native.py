@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from . import config
 if TYPE_CHECKING:
     from .ops.adversarial.equations import Inputs, Terms
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 #: enum mmfast_dtype
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -543,28 +544,40 @@ def _address(x: torch.Tensor | None) -> int:
     return address
 
 
+def _addresses(*tensors: torch.Tensor | None) -> list[int]:
+    """`_address` of each; a call for each would take most of the time."""
+    return [0 if a is None else a.data_ptr() or _address(a) for a in tensors]
+
+
 def cpu_rnn_forward(
     layer: tuple,
     gx: torch.Tensor,
-    gates: torch.Tensor | None,
-    cell: torch.Tensor | None,
-    y: torch.Tensor,
-    hn: torch.Tensor,
-    cn: torch.Tensor | None,
+    kept: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor | None],
+    b_ih: Sequence[torch.Tensor | None],
 ) -> None:
-    """Fills gates, cell, y, hn and cn of mmfast_rnn_forward_args (csrc/mmfast.h); layer: `rnn_layer`."""
-    out = _address(gates), _address(cell), y.data_ptr(), hn.data_ptr(), _address(cn)
-    check(library().cpu_rnn_forward(layer, gx.data_ptr(), *out))
+    """Fills kept, (gates, cell), and out, (y, hn, cn), of mmfast_rnn_forward_args (csrc/mmfast.h).
+
+    b_ih: of each direction, contiguous; layer: `rnn_layer`.
+    """
+    pointers = _addresses(gx, *kept, *out)
+    check(library().cpu_rnn_forward(layer, pointers, _addresses(*b_ih, None)[:2]))
 
 
 def cpu_rnn_backward(
-    layer: tuple, saved: Sequence[torch.Tensor | None], given: Sequence[torch.Tensor | None], out: Sequence
+    layer: tuple,
+    saved: Sequence[torch.Tensor | None],
+    given: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor | None],
+    biases: Sequence[torch.Tensor | None],
 ) -> None:
-    """Fills `out` (dgates, dm, dh, u, previous, dh0, dc0) from `saved` (y, gates, cell) and `given` (dy, dhn, dcn).
+    """Fills `out` (dgates, dm, dh, u, previous, dh0, dc0) and `biases` (of each direction db_ih and db_hh) from
+    `saved` (y, gates, cell) and `given` (dy, dhn, dcn).
 
     All are mmfast_rnn_backward_args' (csrc/mmfast.h); layer: `rnn_layer`.
     """
-    check(library().cpu_rnn_backward(layer, *map(_address, saved), *map(_address, given), *map(_address, out)))
+    pointers = _addresses(*saved, *given, *out)
+    check(library().cpu_rnn_backward(layer, pointers, _addresses(*biases, *[None] * 4)[:4]))
 
 
 def cpu_rnn_cell(
@@ -574,17 +587,11 @@ def cpu_rnn_cell(
 
     inputs: gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0 of any strides.
     """
-    kept: list[torch.Tensor] = []
-    addresses = [0 if a is None else _address(a) if a.is_contiguous() else _dense_address(a, kept) for a in inputs]
+    dense = [a if a is None or a.is_contiguous() else a.contiguous() for a in inputs]
+    addresses = _addresses(*dense)
     status = library().cpu_rnn_cell(DTYPES[h.dtype], mode, *shape, *addresses, h.data_ptr(), c.data_ptr())
     if status:
         check(status)
-
-
-def _dense_address(a: torch.Tensor, kept: list[torch.Tensor]) -> int:
-    """Of a contiguous copy, which `kept` keeps alive."""
-    kept.append(a.contiguous())
-    return kept[-1].data_ptr()
 
 
 def cpu_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> None:
@@ -618,8 +625,8 @@ def rnn_layer(
     """mmfast_rnn_layer. shape: (T, B, H, proj). The caller keeps the tensors alive until the kernel has returned."""
     *masks, w_hh, b_hh, w_hr, h0, c0 = tensors
     directions = len(w_hh)
-    weights = [_address(x) for pair in (w_hh, b_hh, w_hr) for x in (*pair, None)[:2]]  # type: ignore[misc]
-    addresses = *map(_address, masks), *weights, _address(h0), _address(c0)
+    weights = itertools.chain(*((*pair, None)[:2] for pair in (w_hh, b_hh, w_hr)))  # type: ignore[misc]
+    addresses = _addresses(*masks, *weights, h0, c0)
     return (DTYPES[dtype], mode, directions, *shape, zoneout, *addresses, torch.get_num_threads())
 
 
@@ -640,7 +647,7 @@ def cuda_rnn_forward(
     layer: tuple, tf32: bool, gx: torch.Tensor, kept: Sequence[torch.Tensor | None], out: Sequence[torch.Tensor]
 ) -> None:
     """Fills kept, (gates, cell), and out, (y, hn, cn), as `cpu_rnn_forward`, on gx's device or in the emulator."""
-    _launch("cuda_rnn_forward", gx, layer, gx.shape[0], tf32, [_address(x) for x in (gx, *kept, *out)])
+    _launch("cuda_rnn_forward", gx, layer, gx.shape[0], tf32, _addresses(gx, *kept, *out))
 
 
 def cuda_rnn_backward(
@@ -654,7 +661,7 @@ def cuda_rnn_backward(
     y = saved[0]
     assert y is not None
     rows = y.shape[:-1].numel()
-    _launch("cuda_rnn_backward", y, layer, rows, tf32, [_address(x) for x in (*saved, *given, *out)])
+    _launch("cuda_rnn_backward", y, layer, rows, tf32, _addresses(*saved, *given, *out))
 
 
 class RnnRows(NamedTuple):

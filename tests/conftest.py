@@ -100,6 +100,15 @@ def seeded(seed):
     torch.manual_seed(seed)
 
 
+@pytest.fixture(params=native.supported_isas() if native.available() else [])
+def isa(request):
+    """Each instruction set of the CPU kernels in turn."""
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
 @pytest.fixture(autouse=True)
 def fresh_graphs():
     """Graphs that one test compiled neither serve nor crowd the next."""

@@ -22,6 +22,8 @@ namespace {
 template <typename T, typename C, bool kPlain>
 class Forward {
     using V = Vec<C>;
+    // of four gates, or GRU's three and one more
+    static constexpr int kBiases = 4;
 
   public:
     Forward(const mmfast_rnn_forward_args& args, int direction)
@@ -34,15 +36,19 @@ class Forward {
         y_ = static_cast<T*>(args.y) + d_.y_at;
         hn_ = static_cast<T*>(args.hn) + d_.h_at;
         cn_ = lstm() ? static_cast<T*>(args.cn) + d_.c_at : nullptr;
+        b_ih_ = static_cast<const T*>(args.b_ih[direction]);
         h_stride_ = state_stride<C>(d_.P);
         c_stride_ = state_stride<C>(d_.H);
     }
 
     int64_t scratch_bytes() const {
         return Scratch::bytes<C>(panels_.size()) + Scratch::bytes<C>(projection_.size()) +
-               3 * Scratch::bytes<C>(d_.layer.batch * h_stride_) + 2 * Scratch::bytes<C>(d_.layer.batch * c_stride_);
+               3 * Scratch::bytes<C>(d_.layer.batch * h_stride_) + 2 * Scratch::bytes<C>(d_.layer.batch * c_stride_) +
+               Scratch::bytes<C>(kBiases * c_stride_);
     }
     void take(Scratch& scratch) {
+        bias_ = scratch.template take<C>(kBiases * c_stride_);
+        add_biases();
         panels_.data = scratch.template take<C>(panels_.size());
         projection_.data = scratch.template take<C>(projection_.size());
         for (C*& state : h_) state = scratch.template take<C>(d_.layer.batch * h_stride_);
@@ -79,8 +85,24 @@ class Forward {
         }
     }
 
+    void finish() const {}
+
   private:
     bool lstm() const { return d_.layer.mode == MMFAST_LSTM; }
+
+    // b_ih + b_hh of each gate; of GRU's n b_hh, and behind it b_ih
+    void add_biases() const {
+        const bool gru = d_.layer.mode == MMFAST_GRU;
+        for (int g = 0; g < d_.G + gru; ++g)
+            for (int64_t unit = 0; unit < d_.H; unit += kLanes<C>) {
+                const int valid = d_.H - unit < kLanes<C> ? int(d_.H - unit) : kLanes<C>;
+                const int64_t from = (g < d_.G ? g : 2) * d_.H + unit;
+                V sum = {};
+                if (g < d_.G) sum += d_.or_zero(d_.b_hh, from, valid);
+                if (!gru || g != 2) sum += d_.or_zero(b_ih_, from, valid);
+                store(bias_ + g * c_stride_ + unit, sum);
+            }
+    }
 
     void begin(const Share& share) const {
         each_vector<C>(share, d_.P, [&](int64_t b, int64_t unit, int valid) {
@@ -129,9 +151,10 @@ class Forward {
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) {
             x[g] = d_.memory.load_from(gx + g * H, valid);
-            a[g] = d_.b_hh ? sums[g] + d_.memory.load_from(d_.b_hh + g * H + unit, valid) : sums[g];
+            a[g] = sums[g] + load(bias_ + g * c_stride_ + unit);
             fetch(gx + g * H + ahead * d_.gates_stride);
         }
+        if (kMode == MMFAST_GRU) x[G - 1] += load(bias_ + G * c_stride_ + unit);
         T* cell = cell_ ? cell_ + row * d_.units_stride + unit : nullptr;
         if (cell) fetch_to_write(cell + ahead * d_.units_stride);
         if (!d_.projects()) fetch_to_write(y_ + (row + ahead) * d_.y_stride + unit);
@@ -180,9 +203,10 @@ class Forward {
 
     Direction<T, C, kPlain> d_;
     int64_t h_stride_, c_stride_;
-    const T* gx_;
+    const T *gx_, *b_ih_;
     T *gates_, *cell_, *y_, *hn_, *cn_;
     Panels<C> panels_, projection_;
+    C* bias_;
     // h_: what W_hh is multiplied by, of this step and the next; whole_: with a dropout mask, h' without it
     C *h_[2], *whole_, *c_, *u_;
 };
@@ -214,6 +238,7 @@ class Backward {
         previous_ = d_.template moved<T>(args.previous, d_.y_at);
         dh0_ = d_.template moved<T>(args.dh0, d_.h_at);
         dc0_ = d_.template moved<T>(args.dc0, d_.c_at);
+        db_ih_ = static_cast<T*>(args.db_ih[direction]), db_hh_ = static_cast<T*>(args.db_hh[direction]);
         carries_ = gru || d_.zones();
         h_stride_ = state_stride<C>(d_.P);
         c_stride_ = state_stride<C>(d_.H);
@@ -223,6 +248,7 @@ class Backward {
     int64_t scratch_bytes() const {
         return Scratch::bytes<C>(panels_.size()) + Scratch::bytes<C>(projection_.size()) +
                2 * Scratch::bytes<C>(d_.layer.batch * h_stride_) + Scratch::bytes<C>(d_.layer.batch * c_stride_) +
+               Scratch::bytes<C>(sums() * c_stride_) +
                (kCopies ? 2 * Scratch::bytes<C>(d_.layer.batch * copy_stride_) : 0);
     }
     void take(Scratch& scratch) {
@@ -231,6 +257,7 @@ class Backward {
         carry_h_ = scratch.template take<C>(d_.layer.batch * h_stride_);
         inner_ = scratch.template take<C>(d_.layer.batch * h_stride_);
         carry_c_ = scratch.template take<C>(d_.layer.batch * c_stride_);
+        sums_ = scratch.template take<C>(sums() * c_stride_);
         if (!kCopies) return;
         for (C*& copy : copy_) copy = scratch.template take<C>(d_.layer.batch * copy_stride_);
     }
@@ -248,6 +275,8 @@ class Backward {
         int64_t before = 0;  // rows of the step walked before this one
         for (int64_t s = 0; s < steps; ++s) {
             const int64_t t = d_.reverse ? s : steps - 1 - s, count = d_.rows.count(t);
+            if (sums() && s % kChain == kChain - 1)
+                each_vector<C>(share, d_.H, [&](int64_t b, int64_t unit, int) { close_chain(b, unit); });
             // rows that the step before had pass a gradient on; rows that it had not begin here, or end
             arrive(share, s, t, before < count || dh0_ || dc0_ ? before : count, true);
             arrive(share, s, t, count, false, before);
@@ -259,10 +288,45 @@ class Backward {
         if (dc0_) finish_c(share);
     }
 
+    // The biases' gradients, each row's sum over the steps added in a tree over the batch, for however many threads.
+    void finish() const {
+        if (!db_ih_ && !db_hh_) return;
+        const int64_t batch = d_.layer.batch, row = 2 * biases() * c_stride_;
+        for (int64_t unit = 0; unit < d_.H; unit += kLanes<C>) {
+            const int valid = d_.H - unit < kLanes<C> ? int(d_.H - unit) : kLanes<C>;
+            for (int64_t b = 0; b < batch; ++b) close_chain(b, unit);
+            for (int g = 0; g < biases(); ++g) {
+                C* sums = sums_ + (biases() + g) * c_stride_ + unit;
+                for (int64_t apart = 1; apart < batch; apart *= 2)
+                    for (int64_t b = 0; b + apart < batch; b += 2 * apart)
+                        store(sums + b * row, load(sums + b * row) + load(sums + (b + apart) * row));
+                const V sum = batch ? load(sums) : V{};
+                if (db_ih_ && g < d_.G) d_.memory.store_to(db_ih_ + g * d_.H + unit, sum, valid);
+                // of GRU's n it is the sum of dm, which comes after that of dgates
+                if (db_hh_) d_.memory.store_to(db_hh_ + (g < d_.G ? g : 2) * d_.H + unit, sum, valid);
+            }
+        }
+    }
+
   private:
+    // Sums for a row of the batch, of dgates and GRU's dm: those of some steps, and behind them those of the steps
+    // before.
+    int biases() const { return d_.G + (dm_ != nullptr); }
+    int64_t sums() const { return db_ih_ || db_hh_ ? 2 * d_.layer.batch * biases() : 0; }
+
+    void close_chain(int64_t b, int64_t unit) const {
+        for (int g = 0; g < biases(); ++g) {
+            C *sum = sums_ + (2 * b * biases() + g) * c_stride_ + unit, *before = sum + biases() * c_stride_;
+            store(before, load(before) + load(sum));
+            store(sum, V{});
+        }
+    }
+
     void begin(const Share& share) const {
         each_vector<C>(share, d_.H, [&](int64_t b, int64_t unit, int valid) {
             store(carry_c_ + b * c_stride_ + unit, d_.or_zero(dcn_, b * d_.H + unit, valid));
+            for (int i = 0; sums() && i < 2 * biases(); ++i)
+                store(sums_ + (2 * b * biases() + i) * c_stride_ + unit, V{});
         });
         each_vector<C>(share, d_.P, [&](int64_t b, int64_t unit, int valid) {
             const int64_t at = b * d_.P + unit;
@@ -387,6 +451,12 @@ class Backward {
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) d_.memory.store_to(dgates + g * H, d[g], valid);
         if (kMode == MMFAST_GRU) d_.memory.store_to(dm_ + row * d_.units_stride + unit, dm, valid);
+        if (db_ih_ || db_hh_) {
+            C* sum = sums_ + 2 * b * (G + (kMode == MMFAST_GRU)) * c_stride_ + unit;
+#pragma GCC unroll 4
+            for (int g = 0; g < G; ++g) store(sum + g * c_stride_, load(sum + g * c_stride_) + d[g]);
+            if (kMode == MMFAST_GRU) store(sum + G * c_stride_, load(sum + G * c_stride_) + dm);
+        }
         if (!kCopies) return;
         C* copy = copy_[s & 1] + b * copy_stride_ + unit;
 #pragma GCC unroll 4
@@ -441,10 +511,10 @@ class Backward {
     bool carries_;
     int64_t h_stride_, c_stride_, copy_stride_;
     const T *gates_, *cell_, *y_, *dy_, *dhn_, *dcn_;
-    T *dgates_, *dm_, *dh_, *full_, *previous_, *dh0_, *dc0_;
+    T *dgates_, *dm_, *dh_, *full_, *previous_, *dh0_, *dc0_, *db_ih_, *db_hh_;
     Panels<C> panels_, projection_;
     // carry_h_: what of the gradient of h reaches h' past W_hh; inner_: with a projection, that of W_hr u
-    C *carry_h_, *inner_, *carry_c_, *copy_[2];
+    C *carry_h_, *inner_, *carry_c_, *sums_, *copy_[2];
 };
 
 // ---- both
@@ -480,6 +550,7 @@ int run(const Args& args, int gates) {
             if (share.row < share.row_end) walkers[d].walk(share, stepped[d]);
         }
     });
+    for (int d = 0; d < directions; ++d) walkers[d].finish();
     return MMFAST_OK;
 }
 

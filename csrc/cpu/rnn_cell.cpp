@@ -6,9 +6,9 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-// out[row] = bias[row] + sum over k of w[row][k] * x[k], four rows at a time
+// out[row] = sum over k of w[row][k] * x[k], four rows at a time
 template <typename C>
-void multiply_vector(C* out, const C* w, const C* x, const C* bias, int64_t rows, int64_t k) {
+void multiply_vector(C* out, const C* w, const C* x, int64_t rows, int64_t k) {
     constexpr int L = kLanes<C>;
     const int rest = int(k % L);
     for (int64_t row = 0; row < rows; row += 4) {
@@ -24,7 +24,7 @@ void multiply_vector(C* out, const C* w, const C* x, const C* bias, int64_t rows
             const Vec<C> right = load_partial(x + k - rest, rest);
             for (int i = 0; i < 4; ++i) sum[i] += load_partial(at[i] + k - rest, rest) * right;
         }
-        for (int i = 0; i < 4 && row + i < rows; ++i) out[row + i] = sum_lanes<C>(sum[i]) + (bias ? bias[row + i] : 0);
+        for (int i = 0; i < 4 && row + i < rows; ++i) out[row + i] = sum_lanes<C>(sum[i]);
     }
 }
 
@@ -43,11 +43,11 @@ class Cell {
         if (!args_.gx)
             for (C*& side : sides) side = scratch.template take<C>(rows);
         for (int64_t b = 0; b < args_.batch; ++b) {
-            const T *gx = static_cast<const T*>(args_.gx) + b * rows, *gh = static_cast<const T*>(args_.gh) + b * rows;
+            const T *gx = at(args_.gx, b * rows), *gh = at(args_.gh, b * rows);
             if (!args_.gx) {
                 if constexpr (sizeof(T) != sizeof(C)) return MMFAST_INVALID_ARGUMENT;
-                multiply(sides[0], args_.w_ih, at(args_.x, b * args_.input), args_.b_ih, rows, args_.input);
-                multiply(sides[1], args_.w_hh, at(args_.h0, b * H), args_.b_hh, rows, H);
+                multiply(sides[0], args_.w_ih, at(args_.x, b * args_.input), rows, args_.input);
+                multiply(sides[1], args_.w_hh, at(args_.h0, b * H), rows, H);
                 gx = reinterpret_cast<const T*>(sides[0]), gh = reinterpret_cast<const T*>(sides[1]);
             }
             with_mode(args_.mode, [&](auto mode) {
@@ -60,10 +60,11 @@ class Cell {
   private:
     static const T* at(const void* p, int64_t offset) { return p ? static_cast<const T*>(p) + offset : nullptr; }
 
-    static void multiply(C* out, const void* w, const T* x, const void* bias, int64_t rows, int64_t k) {
-        const auto numbers = [](const void* p) { return static_cast<const C*>(p); };
-        multiply_vector(out, numbers(w), numbers(x), numbers(bias), rows, x ? k : 0);
+    static void multiply(C* out, const void* w, const void* x, int64_t rows, int64_t k) {
+        multiply_vector(out, static_cast<const C*>(w), static_cast<const C*>(x), rows, x ? k : 0);
     }
+
+    V or_zero(const T* p, int64_t offset, int valid) const { return p ? memory_.load_from(p + offset, valid) : V{}; }
 
     template <int kMode>
     void step(const T* gx, const T* gh, int64_t b, int64_t unit) const {
@@ -71,12 +72,14 @@ class Cell {
         const int64_t H = args_.hidden, place = b * H + unit;
         const int valid = H - unit < kLanes<C> ? int(H - unit) : kLanes<C>;
         V x[G], a[G], kept[G], h = {}, c = {};
+#pragma GCC unroll 4
         for (int g = 0; g < G; ++g) {
-            x[g] = memory_.load_from(gx + g * H + unit, valid);
-            a[g] = memory_.load_from(gh + g * H + unit, valid);
+            const int64_t row = g * H + unit;
+            x[g] = memory_.load_from(gx + row, valid) + or_zero(at(args_.b_ih, 0), row, valid);
+            a[g] = or_zero(gh, row, valid) + or_zero(at(args_.b_hh, 0), row, valid);
         }
-        if (kMode == MMFAST_GRU && args_.h0) h = memory_.load_from(at(args_.h0, place), valid);
-        if (kMode == MMFAST_LSTM && args_.c0) c = memory_.load_from(at(args_.c0, place), valid);
+        if (kMode == MMFAST_GRU) h = or_zero(at(args_.h0, 0), place, valid);
+        if (kMode == MMFAST_LSTM) c = or_zero(at(args_.c0, 0), place, valid);
         h = gates_of_step<kMode>(x, a, kept, h, c);
         memory_.store_to(static_cast<T*>(args_.h) + place, h, valid);
         if (kMode == MMFAST_LSTM) memory_.store_to(static_cast<T*>(args_.c) + place, c, valid);

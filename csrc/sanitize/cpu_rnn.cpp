@@ -51,6 +51,7 @@ bool run_layer() {
         if (forward.gates) buffers.zero(forward.gates, rows * D * G * H);
         if (forward.cell) buffers.zero(forward.cell, rows * D * H);
     }
+    for (int64_t d = 0; d < D; ++d) forward.b_ih[d] = buffers.maybe(G * H);
     forward.y = buffers.output(rows * D * P);
     forward.hn = buffers.output(D * B * P);
     forward.cn = lstm ? buffers.output(D * B * H) : nullptr;
@@ -68,6 +69,10 @@ bool run_layer() {
     if (pick(0, 1)) backward.previous = buffers.output(rows * D * P);
     if (layer.h0) backward.dh0 = buffers.output(D * B * P);
     if (layer.c0) backward.dc0 = buffers.output(D * B * H);
+    for (int64_t d = 0; d < D; ++d) {
+        if (pick(0, 1)) backward.db_ih[d] = buffers.output(G * H);
+        if (pick(0, 1)) backward.db_hh[d] = buffers.output(G * H);
+    }
     return rnn_backward(backward) == MMFAST_OK && buffers.all_written();
 }
 
@@ -79,12 +84,12 @@ bool run_cell() {
     const int64_t state = args.batch * args.hidden;
     Buffers buffers(args.dtype);
     if (args.dtype == MMFAST_FLOAT16 || args.dtype == MMFAST_BFLOAT16 || pick(0, 1)) {
-        args.gx = buffers.input(args.batch * rows), args.gh = buffers.input(args.batch * rows);
+        args.gx = buffers.input(args.batch * rows), args.gh = buffers.maybe(args.batch * rows);
     } else {
         args.x = buffers.input(args.batch * args.input), args.w_ih = buffers.input(rows * args.input);
         args.w_hh = buffers.input(rows * args.hidden);
-        args.b_ih = buffers.maybe(rows), args.b_hh = buffers.maybe(rows);
     }
+    args.b_ih = buffers.maybe(rows), args.b_hh = buffers.maybe(rows);
     // without h0, W_hh is not looked at; with the product given, GRU's h0 alone is
     const bool looked_at = !args.gx || args.mode == MMFAST_GRU;
     args.h0 = g_short < 0 ? buffers.maybe(state) : looked_at ? buffers.input(state) : nullptr;

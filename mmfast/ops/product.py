@@ -25,6 +25,8 @@ AT_ONCE = 1 << 22
 
 def prefers_native(a: Tensor, b: Tensor) -> bool:
     """Whether the kernel makes a b faster, as exactly: on CPU tensors, at least one of each matrix' strides 1."""
+    if not native.beats_mkl():
+        return False
     (rows, depth), columns = a.shape, b.shape[1]
     return (
         rows >= ROWS
@@ -33,7 +35,6 @@ def prefers_native(a: Tensor, b: Tensor) -> bool:
         and a.is_cpu
         and 1 in a.stride()
         and 1 in b.stride()
-        and native.beats_mkl()
     )
 
 
@@ -53,7 +54,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
 
 def is_loop(a: Tensor) -> bool:
     """Whether PyTorch multiplies such a matrix in a plain loop."""
-    return a.is_cpu and not has_products(a.dtype)
+    return a.dtype is not torch.float32 and a.is_cpu and not has_products(a.dtype)
 
 
 @functools.cache

@@ -3,11 +3,12 @@
 `forward(x, weights, h0, c0, layer, keep)` gives (y, hn, cn, gates, cell), and
 `backward(given, x, weights, h0, c0, layer, saved, need)` the gradients of (x, h0, c0, *weights). Shapes of x, weights
 and states: equations.py; of what is saved, (y, gates, cell): csrc/mmfast.h. Where there is none of it - cn without an
-LSTM, gates and cell of an RNN or without `keep` -, a tensor is empty.
+LSTM, gates and cell of an RNN or without `keep` -, it is None, and of the op's outputs an empty tensor.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -19,10 +20,19 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend, GpuBackend, Op, TorchBackend
 from .. import portable
-from ..product import has_products, product
+from ..product import has_products
 from . import equations
 from .equations import GATES, MODES, Layer, Weights
-from .products import input_gradient, input_side, sum_over_rows
+from .products import (
+    RecurrentSide,
+    Sizes,
+    input_gradient,
+    input_side,
+    projection_gradient,
+    sizes_of,
+    sum_biases,
+    weight_gradients,
+)
 
 
 class Case(NamedTuple):
@@ -49,6 +59,10 @@ class Case(NamedTuple):
     short: bool = False
     #: steps * batch * hidden_size >= VAST, likewise
     vast: bool = False
+    #: at most BRIEF steps and steps * batch * hidden_size <= SMALL, likewise
+    small: bool = False
+    #: hidden_size >= BROAD and batch * hidden_size >= WIDE, in training WIDE_TRAINING, likewise
+    wide: bool = False
     #: x is a leaf that requires a gradient, over at least LONG steps: mostly a penalty's, which differentiates twice
     probed: bool = False
     cell: bool = False
@@ -73,33 +87,25 @@ class Case(NamedTuple):
 FEW, MANY = 4, 512
 #: Elements of an LSTM's output from which on oneDNN's workspace leaves the cache.
 VAST = 1 << 20
+#: Hidden size, and units of all rows of a step, from which on products in bfloat16 by AMX decide.
+BROAD, WIDE, WIDE_TRAINING = 256, 1 << 13, 1 << 15
 #: Steps from which on an LSTM trains here at no less than 0.98 of oneDNN's speed for batch * hidden_size > MANY.
 LONG = 64
 #: Hidden size up to which an LSTM trains here as fast as in oneDNN: 0.94 to 0.98 of its speed at 1024.
 LARGE = 512
 #: Steps up to which PyTorch's loop takes less time than a call of the op, which takes about 150 us with its backward.
 SHORT = {"RNN_TANH": 6, "RNN_RELU": 6, "GRU": 2, "LSTM": 2}
-#: Steps up to which oneDNN's LSTM trains in less time than a call of the op takes.
-BRIEF = 12
+#: Steps up to which oneDNN's LSTM trains in less time than a call of the op takes; on Intel's AVX-512 only where the
+#: units of all steps are few.
+BRIEF, SMALL = 12, 1 << 13
 
 
-class Sizes(NamedTuple):
-    """Of a layer's call: N rows, steps, batch, hidden size, size of h (the projection's or the hidden size)."""
-
-    rows: int
-    steps: int
-    batch: int
-    hidden: int
-    output: int
-
-
-def sizes_of(x: Tensor, weights: Sequence[Tensor], layer: Layer) -> Sizes:
-    rows, output = weights[1].shape
-    hidden = rows // GATES[layer.mode]
-    if layer.batch_sizes is not None:
-        return Sizes(x.shape[0], layer.batch_sizes.shape[0], int(layer.batch_sizes[0]), hidden, output)
-    steps, batch = x.shape[:2]
-    return Sizes(batch * steps, steps, batch, hidden, output)
+def extent(mode: str, steps: int, batch: int, hidden: int, gradients: bool) -> tuple[bool, bool, bool, bool, bool]:
+    """A Case's (many, short, vast, small, wide)."""
+    brief, units = steps <= BRIEF, batch * hidden
+    many = (units > MANY and (batch > FEW or hidden > LARGE)) or (gradients and brief)
+    wide = hidden >= BROAD and units >= (WIDE_TRAINING if gradients else WIDE)
+    return many, steps <= SHORT[mode], steps * units >= VAST, brief and steps * units <= SMALL, wide
 
 
 def empty_outputs(x: Tensor, weights: Sequence[Tensor], layer: Layer, keep: bool, batch: int) -> tuple[Tensor, ...]:
@@ -119,6 +125,9 @@ def empty_outputs(x: Tensor, weights: Sequence[Tensor], layer: Layer, keep: bool
 class Walker(Backend):
     """Kernels for the walk through time; all products over whole sequences are torch's."""
 
+    #: Whether the walks add b_ih to gx and sum the gradients of the biases.
+    walks_biases = False
+
     def walk(
         self,
         layer: Layer,
@@ -128,7 +137,7 @@ class Walker(Backend):
         c0: Tensor | None,
         gx: Tensor,
         kept: tuple[Tensor | None, Tensor | None],
-        results: tuple[Tensor, Tensor, Tensor],
+        results: tuple[Tensor, Tensor, Tensor | None],
     ) -> None:
         """Fills kept, (gates, cell) or None each, and results, (y, hn, cn)."""
         raise NotImplementedError
@@ -143,24 +152,27 @@ class Walker(Backend):
         saved: Sequence[Tensor],
         given: Sequence[Tensor | None],
         results: tuple[Tensor | None, ...],
+        biases: Sequence[Tensor | None],
     ) -> None:
-        """Fills results, (dgates, dm, dh, u, previous, dh0, dc0); None: not wanted."""
+        """Fills results, (dgates, dm, dh, u, previous, dh0, dc0), and where it `walks_biases` their gradients, of each
+        direction (db_ih, db_hh); None: not wanted."""
         raise NotImplementedError
 
     def forward(
         self, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, layer: Layer, keep: bool
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
-        gx = input_side(x.reshape(sizes.rows, x.shape[-1]), parts)
-        y, hn, cn, gates, cell = empty_outputs(x, weights, layer, False, sizes.batch)
-        if keep and GATES[layer.mode] > 1:
-            gates = gx
+        gx = input_side(x.reshape(sizes.rows, x.shape[-1]), parts, not self.walks_biases)
+        y = x.new_empty((*x.shape[:-1], layer.directions * sizes.output))
+        hn = x.new_empty((layer.directions, sizes.batch, sizes.output))
+        cn = x.new_empty((layer.directions, sizes.batch, sizes.hidden)) if layer.mode == "LSTM" else None
+        gates = gx if keep and GATES[layer.mode] > 1 else None
+        cell = None
         if keep and (GATES[layer.mode] > 1 or layer.zones):
             # the kernel leaves out what is past a length
             empty = y.new_empty if layer.lengths is None else y.new_zeros
             cell = empty((sizes.rows, layer.directions * sizes.hidden))
-        kept = (gates, cell) if keep else (None, None)
-        self.walk(layer, sizes, parts, h0, c0, gx, kept, (y, hn, cn))
+        self.walk(layer, sizes, parts, h0, c0, gx, (gates, cell), (y, hn, cn))
         return y, hn, cn, gates, cell
 
     def backward(self, *arguments: Any) -> list[Tensor | None]:
@@ -191,20 +203,27 @@ class Walker(Backend):
             previous = y.new_empty((sizes.rows, width))
         dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format) if h0 is not None and need[1] else None
         dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format) if c0 is not None and need[2] else None
-        dense = [_dense(d) for d in given]
-        self.walk_back(layer, sizes, parts, h0, c0, saved, dense, (dgates, dm, dh, u, previous, dh0, dc0))
+        biases: list[Tensor | None] = []
+        for d in range(directions) if each > 3 else ():
+            wanted = need[5 + d * each : 7 + d * each]
+            biases += [dgates.new_empty(weights[1].shape[0]) if want else None for want in wanted]
+        dense, results = [_dense(d) for d in given], (dgates, dm, dh, u, previous, dh0, dc0)
+        self.walk_back(layer, sizes, parts, h0, c0, saved, dense, results, biases)
+        if not self.walks_biases:
+            sum_biases(dgates, dm, biases)
         dx = None
         if need[0]:
             dx = input_gradient(dgates, [part.w_ih for part in parts], GATES[layer.mode]).view(x.shape)
-        side = _RecurrentSide(y.view(sizes.rows, width), h0, previous, sizes, dm)
+        side = RecurrentSide(y.view(sizes.rows, width), h0, previous, sizes, dm)
         x = x.reshape(sizes.rows, x.shape[-1])
         dweights: list[Tensor | None] = []
         for d in range(directions):
             mine = dgates if directions == 1 else dgates.chunk(2, 1)[d]
             wanted = need[3 + d * each : 3 + (d + 1) * each]
-            dweights += _weight_gradients(mine, x, side, d, wanted[: each // 2 * 2])
+            dweights += weight_gradients(mine, x, side, d, wanted)
+            dweights += biases[2 * d : 2 * d + 2]
             if dh is not None and u is not None:
-                dweights.append(_projection_gradient(dh, u, sizes, d) if wanted[-1] else None)
+                dweights.append(projection_gradient(dh, u, sizes, d) if wanted[-1] else None)
         return [dx, dh0, dc0, *dweights], (dgates, dm)
 
 
@@ -212,6 +231,7 @@ class Cpu(Walker):
     """csrc/cpu/rnn.cpp, rnn_cell.cpp"""
 
     name = "cpu"
+    walks_biases = True
 
     def refusals(self, case: Case) -> list[str]:
         return native.cpu_refusals("the input is", case.device, case.dtype) + _beyond_autocast(case)
@@ -230,6 +250,11 @@ class Cpu(Walker):
             inference, few or batch * H <= 512       1.16 to 1.5        1.0 to 1.3
             inference, above                         0.87 to 1.02       0.94 to 1.2
             bfloat16, H = 128                        0.75 to 0.82       PyTorch's raises
+        On Intel's AVX-512 (Granite Rapids) training above, of any H to 700 and more than BRIEF steps, took 0.99 to 1.5
+        times as long in PyTorch, inference 0.84 to 1.4.
+
+        In bfloat16 with AMX PyTorch's loops for RNN and GRU took 0.63 to 0.85 of the time here for BROAD layers and
+        WIDE steps, and 1.04 to 2.1 times as long for others.
         """
         if case.cell:
             return "PyTorch's cells with gradients were measured as fast" if case.gradients else ""
@@ -239,7 +264,9 @@ class Cpu(Walker):
             return f"PyTorch's loop with products in {case.dtype} was not measured on such a processor"
         narrow = case.dtype == torch.bfloat16 and native.isa() == "avx512"  # below, PyTorch's LSTM raises
         onednn = case.mode == "LSTM" and (case.dtype == torch.float32 or narrow)
-        if not onednn or case.packed or case.lengths or case.transformed:
+        if case.wide and case.dtype == torch.bfloat16 and _multiplies_by_amx() and not (case.packed or case.lengths):
+            return f"PyTorch's products in bfloat16 by AMX were measured faster for hidden sizes from {BROAD} on"
+        if not onednn or case.packed or case.lengths or case.transformed or case.extras:
             return ""
         if narrow:
             return "PyTorch's LSTM in bfloat16, oneDNN's, was measured faster"
@@ -247,6 +274,9 @@ class Cpu(Walker):
             return ""
         if not case.gradients:
             return f"PyTorch's LSTM without gradients, oneDNN's, was measured faster for batch * hidden_size > {MANY}"
+        if native.isa() == "avx512" and native.is_intel():
+            few = f"at most {BRIEF} steps and {SMALL} units of all steps"
+            return f"PyTorch's LSTM, oneDNN's, was measured faster for {few}" if case.small else ""
         if native.isa() == "avx512" and not (case.vast or case.probed):
             size = f"batch * hidden_size > {MANY} or at most {BRIEF} steps"
             return f"PyTorch's LSTM, oneDNN's, was measured faster with AVX-512 for {size}"
@@ -260,13 +290,18 @@ class Cpu(Walker):
 
     def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
         row, alive = native_layer(layer, sizes, parts, h0, c0)
-        native.cpu_rnn_forward(row, gx, *kept, *results)
+        native.cpu_rnn_forward(row, gx, kept, results, [_dense(part.b_ih) for part in parts])
         del alive
 
-    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results) -> None:
+    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results, biases) -> None:
         row, alive = native_layer(layer, sizes, parts, h0, c0)
-        native.cpu_rnn_backward(row, saved, given, results)
+        native.cpu_rnn_backward(row, saved, given, results, biases)
         del alive
+
+
+@functools.cache
+def _multiplies_by_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported() and has_products(torch.bfloat16)
 
 
 def _beyond_autocast(case: Case) -> list[str]:
@@ -332,7 +367,7 @@ class Cuda(Walker, GpuBackend):
             if c is not None and narrow:
                 cn[d].copy_(c)
 
-    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results) -> None:
+    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results, biases) -> None:
         if _fits_on_chip(layer, sizes, saved[0]):
             row, alive = _device_layer(layer, sizes, parts, h0, c0)
             native.cuda_rnn_backward(row, self.rounds(saved[0]), saved, given, results)
@@ -456,7 +491,7 @@ class Triton(Walker, GpuBackend):
             kernels = portable.kernels(__package__)[0]
             kernels.forward(layer, shape, parts, _dense(h0), _dense(c0), gx, kept, results)
 
-    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results) -> None:
+    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results, biases) -> None:
         shape = sizes.steps, sizes.batch, sizes.hidden
         dgates, dm, _, _, *others = results
         with portable.on_device(saved[0]):
@@ -489,66 +524,6 @@ def _row(layer: Layer, sizes: Sizes, parts: Sequence[Weights], tensors: native.R
 
 def _dense(a: Tensor | None) -> Tensor | None:
     return None if a is None else a.contiguous()
-
-
-class _RecurrentSide(NamedTuple):
-    """What the gradient of W_hh is made of: the states before, or what they are taken from."""
-
-    y: Tensor
-    h0: Tensor | None
-    previous: Tensor | None
-    sizes: Sizes
-    dm: Tensor | None
-
-    def times(self, dgates: Tensor, direction: int, out: Tensor) -> None:
-        """out = dgates^T times the state before each row"""
-        size, batch = self.sizes.output, self.sizes.batch
-        columns = slice(direction * size, (direction + 1) * size)
-        if self.previous is not None:
-            sum_over_rows(dgates, self.previous[:, columns], out)
-            return
-        y, rest = self.y[:, columns], self.sizes.rows - batch
-        # time-major and padded: the state before is the output `batch` rows before, or after in the reverse direction
-        if direction == 0:
-            sum_over_rows(dgates[batch:], y[:rest], out)
-            first = dgates[:batch]
-        else:
-            sum_over_rows(dgates[:rest], y[batch:], out)
-            first = dgates[rest:]
-        if self.h0 is not None:
-            product(first.t(), self.h0[direction], out=out, add=True)
-
-
-def _projection_gradient(dh: Tensor, u: Tensor, sizes: Sizes, direction: int) -> Tensor:
-    """Of one direction's W_hr: dh^T u"""
-    left = dh[:, direction * sizes.output : (direction + 1) * sizes.output]
-    right = u[:, direction * sizes.hidden : (direction + 1) * sizes.hidden]
-    return sum_over_rows(left, right, u.new_empty((sizes.output, sizes.hidden)))
-
-
-def _weight_gradients(dgates: Tensor, x: Tensor, side: _RecurrentSide, direction: int, need: Sequence[bool]) -> list:
-    """Of one direction's (W_ih, W_hh[, b_ih, b_hh])."""
-    hidden = side.sizes.hidden
-    gradients: list[Tensor | None] = [None, None]
-    if need[0]:
-        gradients[0] = sum_over_rows(dgates, x, dgates.new_empty((dgates.shape[1], x.shape[1])))
-    dm = None if side.dm is None else side.dm[:, direction * hidden : (direction + 1) * hidden]
-    if need[1]:
-        dw = gradients[1] = dgates.new_empty((dgates.shape[1], side.sizes.output))
-        if dm is None:
-            side.times(dgates, direction, dw)
-        else:
-            side.times(dgates[:, : 2 * hidden], direction, dw[: 2 * hidden])
-            side.times(dm, direction, dw[2 * hidden :])
-    if len(need) == 2:
-        return gradients
-    if not (need[2] or need[3]):
-        return [*gradients, None, None]
-    db = dgates.sum(0)
-    db_hh = None
-    if need[3]:
-        db_hh = db.clone() if dm is None else torch.cat([db[: 2 * hidden], dm.sum(0)])
-    return [*gradients, db if need[2] else None, db_hh]
 
 
 OP = Op("rnn", Case, [Cpu(), Cuda(), Triton(), TorchBackend()])

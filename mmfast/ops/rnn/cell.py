@@ -38,11 +38,19 @@ def step(mode: str, tensors: Operands) -> State | None:
     x, h0, c0, w_ih, w_hh, b_ih, b_hh = tensors
     (batch, inputs), hidden, dtype = x.shape, w_hh.shape[1], x.dtype
     gx = gh = None
-    if batch > FEW_ROWS or (dtype is not torch.float32 and dtype is not torch.float64):
-        gx = product(x, w_ih.t(), b_ih)
-        gh = product(x.new_zeros(batch, hidden) if h0 is None else h0, w_hh.t(), b_hh)
-    dense = h0 is not None and h0.is_contiguous()
-    h = torch.empty_like(h0) if dense else x.new_empty((batch, hidden))  # type: ignore[arg-type]
+    narrow = dtype is not torch.float32 and dtype is not torch.float64
+    if batch > FEW_ROWS or narrow:
+        gx = product(x, w_ih.t())
+        if h0 is not None and (narrow or mode == "GRU"):
+            gh = product(h0, w_hh.t())
+        elif h0 is not None:
+            product(h0, w_hh.t(), out=gx, add=True)
+    if gx is not None and mode in ("RNN_TANH", "RNN_RELU"):
+        h = gx  # read before it is written, number by number
+    elif h0 is not None and h0.is_contiguous():
+        h = torch.empty_like(h0)
+    else:
+        h = x.new_empty((batch, hidden))
     c = torch.empty_like(h) if mode == "LSTM" else h
     native.cpu_rnn_cell(MODES[mode], (batch, inputs, hidden), (gx, gh, x, w_ih, b_ih, w_hh, b_hh, h0, c0), h, c)
     return h, c

@@ -34,15 +34,15 @@ _LAYER = (
 
 def sequence(
     x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, layer: Layer, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, hn, cn) of a layer, as `equations.sequence`; cn is empty but for an LSTM."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, hn, cn) of a layer, as `equations.sequence`; cn is None or empty but for an LSTM."""
     _check(x, weights, h0, c0, layer)
     tensors = [x, *weights, *(state for state in (h0, c0) if state is not None)]
     if not is_plain(tensors):
         keep = needs_gradient(tensors)
         return forward_op(x, list(weights), h0, c0, *_columns(layer), keep, backend)[:3]
     if needs_gradient(tensors):
-        return RnnSequence.apply(True, layer, backend, x, h0, c0, *weights)[:3]
+        return RnnSequence.apply(True, layer, backend, x, h0, c0, *weights)
     return OP.backends[backend].forward(x, weights, h0, c0, layer, False)[:3]
 
 
@@ -87,7 +87,7 @@ def _check_masks(x: Tensor, weights: Sequence[Tensor], layer: Layer) -> None:
 
 
 class RnnSequence(torch.autograd.Function):
-    """A layer. direct: eager, so the backend is called without the dispatcher between."""
+    """A layer: (y, hn, cn). direct: eager, the backend called without the dispatcher between; else also gates, cell."""
 
     @staticmethod
     def forward(
@@ -104,16 +104,17 @@ class RnnSequence(torch.autograd.Function):
         ctx.direct, ctx.layer, ctx.backend = direct, layer, backend
         if direct:
             y, hn, cn, gates, cell = OP.backends[backend].forward(x, weights, h0, c0, layer, True)
-        else:
-            out = below_autograd(forward_op, x, list(weights), h0, c0, *_columns(layer), True, backend)
-            y, hn, cn, gates, cell = out
+            ctx.save_for_backward(x, h0, c0, y, gates, cell, *weights)
+            return y, hn, cn
+        out = below_autograd(forward_op, x, list(weights), h0, c0, *_columns(layer), True, backend)
+        y, hn, cn, gates, cell = out
         ctx.save_for_backward(x, h0, c0, y, gates, cell, *weights)
         ctx.mark_non_differentiable(gates, cell)
         return y, hn, cn, gates, cell
 
     @staticmethod
     @as_its_forward
-    def backward(ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, _dgates: Any, _dcell: Any):
+    def backward(ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, *_: None):
         x, h0, c0, y, gates, cell, *weights = ctx.saved_tensors
         if ctx.layer.mode != "LSTM":
             dcn = None
@@ -222,7 +223,8 @@ def _layer(lengths, batch_sizes, reset_mask, zoneout_mask, dropout_mask, zoneout
 
 def _forward_kernel(x, weights, h0, c0, *rest):
     *columns, keep, backend = rest
-    return OP.backends[backend].forward(x, weights, h0, c0, _layer(*columns), keep)
+    outputs = OP.backends[backend].forward(x, weights, h0, c0, _layer(*columns), keep)
+    return tuple(x.new_empty(0) if output is None else output for output in outputs)
 
 
 def _forward_fake(x, weights, h0, c0, *rest):

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..product import product
 from .equations import GATES, Layer, Weights, split
-from .products import sum_over_rows
+from .products import chain_of, sum_over_rows
 
 
 def serves(x: Tensor, weights: Sequence[Tensor], layer: Layer) -> bool:
@@ -342,15 +342,16 @@ def _input_gradient(part: Part, found: Found) -> Tensor:
 def _weight_gradients(part: Part, found: Found) -> list[Tensor | None]:
     """By (w_ih, w_hh[, b_ih, b_hh])."""
     gx, hh = found.gx.flatten(0, 1).flatten(1), found.hh.flatten(0, 1).flatten(1)
-    dw_ih = _product(gx, part.x)
+    dw_ih = _product(part, gx, part.x)
     if part.vx is not None:
-        dw_ih += _product(part.delta.flatten(0, 1).flatten(1), part.vx)
+        dw_ih += _product(part, part.delta.flatten(0, 1).flatten(1), part.vx)
     before = torch.cat([part.vh0[None], found.h[:-1]])
-    dw_hh = _product(hh, part.before)
-    dw_hh += _product(part.delta_hh.flatten(0, 1).flatten(1), before)
+    dw_hh = _product(part, hh, part.before)
+    dw_hh += _product(part, part.delta_hh.flatten(0, 1).flatten(1), before)
     return [dw_ih, dw_hh] if part.w.b_ih is None else [dw_ih, dw_hh, gx.sum(0), hh.sum(0)]
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def _product(part: Part, left: Tensor, right: Tensor) -> Tensor:
     """left^T right of (T * B, m) and (T, B, n)"""
-    return sum_over_rows(left, right.flatten(0, 1), left.new_empty(left.shape[1], right.shape[2]))
+    out = left.new_empty(left.shape[1], right.shape[2])
+    return sum_over_rows(left, right.flatten(0, 1), out, chain_of(part.mode, *right.shape[:2]))

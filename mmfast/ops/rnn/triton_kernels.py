@@ -632,7 +632,7 @@ def forward(
     c0: Tensor | None,
     gx: Tensor,
     kept: tuple[Tensor | None, Tensor | None],
-    results: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor, Tensor | None],
 ) -> None:
     """Fills kept, (gates, cell), and results, (y, hn, cn). shape: steps, batch, hidden size."""
     walk = _Walk(layer, shape, parts, h0, c0, results[0])
@@ -641,7 +641,7 @@ def forward(
     b_hh = [None if part.b_hh is None else part.b_hh.contiguous() for part in (parts[0], parts[-1])]
     gates, cell = walk.some(*kept)
     bias, keep = b_hh[0] is not None, kept[1] is not None
-    tensors = gx, *walk.w_hh, *walk.some(*b_hh), *walk.rows(), gates, cell, *results
+    tensors = gx, *walk.w_hh, *walk.some(*b_hh), *walk.rows(), gates, cell, *walk.some(*results)
     forward_kernel[walk.grid](*tensors, walk.steps, walk.batch, BIAS=bias, KEEP=keep, **walk.constants)
 
 
@@ -651,7 +651,7 @@ def backward(
     parts: Sequence[Weights],
     h0: Tensor | None,
     c0: Tensor | None,
-    saved: Sequence[Tensor],
+    saved: Sequence[Any],
     given: Sequence[Tensor | None],
     results: Sequence[Tensor | None],
 ) -> None:
@@ -659,7 +659,7 @@ def backward(
     walk = _Walk(layer, shape, parts, h0, c0, saved[0])
     if not walk.batch:
         return
-    tensors = *walk.w_hh, *walk.rows(), *saved, *walk.some(*given, *results)
+    tensors = *walk.w_hh, *walk.rows(), *walk.some(*saved, *given, *results)
     there = [tensor is not None for tensor in (*given, *results[2:])]
     flags = dict(zip(("DY", "DHN", "DCN", "PREVIOUS", "DH0", "DC0"), there, strict=True))
     backward_kernel[walk.grid](*tensors, walk.steps, walk.batch, **flags, **walk.constants)
