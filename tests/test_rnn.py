@@ -267,12 +267,13 @@ def test_numerics(mode, dtype, shape, kind, seed):
 
 
 EXTREMES = {
-    # scale, shape, and how many draws make one sample: where gates saturate few values carry the largest error, and
-    # between two of PyTorch's own kernels the max of c_n over two draws differs by up to 1.7 x
-    "saturated": (8.0, (40, 48, 4, 64), 4),
+    # scale, shape, and how many draws make one sample: where gates saturate few values carry the largest error, which
+    # each step multiplies; over 40 steps one sample in 20 was beyond the rule, of kernels whose rms errors are equal
+    "saturated": (8.0, (6, 48, 4, 64), 8),
     "small": (1e-3, (40, 48, 4, 64), 1),
     "T1": (1.0, (1, 48, 16, 256), 1),
     "T128": (1.0, (128, 16, 16, 256), 1),
+    "T300": (1.0, (300, 8, 16, 256), 1),
     "T4096": (1.0, (4096, 8, 16, 256), 1),
 }
 

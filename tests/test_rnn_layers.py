@@ -416,6 +416,15 @@ def test_lstms_on_intel(monkeypatch):
         assert backends_of(module, torch.randn(20, 16, 16)) == ["cpu"]
 
 
+@pytest.mark.parametrize("intel", [False, True], ids=["AMD", "Intel"])
+def test_cells_without_gradients(monkeypatch, intel):
+    monkeypatch.setattr(native, "is_intel", lambda: intel)
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        chosen = [backends_of(getattr(mmfast.nn, name)(8, 16), x) for name in ("RNNCell", "GRUCell", "LSTMCell")]
+    assert chosen == [["torch" if intel else "cpu"], ["cpu"], ["cpu"]]
+
+
 def test_wide_steps_in_bfloat16_are_amxs(monkeypatch):
     monkeypatch.setattr(backends, "_multiplies_by_amx", lambda: True)
     narrow, broad = (mmfast.nn.GRU(8, hidden).bfloat16() for hidden in (255, 256))
