@@ -15,7 +15,7 @@ from mmfast.accelerate import Row
 SAMPLES = {
     "RNN": ((5, 32), (8, 32, 5)),
     "GRU": ((5, 32, 2), (3, 32, 5)),
-    "LSTM": ((5, 32), (3, 32, 5)),
+    "LSTM": ((5, 64), (20, 16, 5)),
     "RNNCell": ((5, 4), (2, 5)),
     "GRUCell": ((5, 4), (2, 5)),
     "LSTMCell": ((5, 4), (2, 5)),

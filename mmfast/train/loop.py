@@ -17,7 +17,7 @@ from torch import Tensor
 import mmfast
 from mmfast.train import UserError, checkpoint, data
 from mmfast.train.checkpoint import file_errors, write_bytes
-from mmfast.train.processes import ALONE, Processes, started
+from mmfast.train.processes import ALONE, Processes, process_count, started
 from mmfast.train.progress import Progress
 from mmfast.train.settings import Settings, read_config, write_config
 from mmfast.train.step import LOSSES, Step
@@ -271,14 +271,14 @@ def start(settings: Settings, out: Path | None) -> None:
     """A new run: checks everything cheap first, then prepares the data, trains and reports."""
     settings = replace(settings, mels=data.MELS).check()
     check_packages(settings)
-    with started(torch.device(settings.device)) as processes:
-        settings.check_shares(processes.count)
-        with new_folder(out, processes) as folder, chosen_backend(settings):
-            dataset = prepare(settings)
-            run = Run(folder, settings, dataset, processes)
-            if processes.first:
-                write_config(folder, settings, facts(dataset))
-            carry_out(run)
+    settings.check_shares(process_count())
+    device = torch.device(settings.device)
+    with started(device) as processes, new_folder(out, processes) as folder, chosen_backend(settings):
+        dataset = prepare(settings)
+        run = Run(folder, settings, dataset, processes)
+        if processes.first:
+            write_config(folder, settings, facts(dataset))
+        carry_out(run)
 
 
 def resume(folder: Path, *, steps: int | None, minutes: float | None, backend: str | None) -> None:
@@ -292,8 +292,8 @@ def resume(folder: Path, *, steps: int | None, minutes: float | None, backend: s
     settings = replace(settings, backend=backend or settings.backend).check()
     check_packages(settings)
     check_writable(folder)
+    settings.check_shares(process_count())
     with started(torch.device(settings.device)) as processes, chosen_backend(settings):
-        settings.check_shares(processes.count)
         run = Run(folder, settings, prepare(settings), processes)
         run.load()
         if processes.first:

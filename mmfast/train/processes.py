@@ -126,13 +126,18 @@ class Processes:
 ALONE = Processes()
 
 
+def process_count() -> int:
+    """How many processes torchrun started, known before they are connected; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+
+
 @contextlib.contextmanager
 def started(device: torch.device) -> Iterator[Processes]:
     """The processes that torchrun started, connected while the context lasts; ALONE without torchrun.
 
     A connection that breaks, because another process ended, is a UserError.
     """
-    count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    count, rank = process_count(), int(os.environ.get("RANK", "0"))
     if "RANK" not in os.environ:
         yield ALONE
         return
