@@ -91,14 +91,16 @@ def _bars(part: Any, rows: Sequence[Row]) -> None:
     axes.set_axisbelow(True)
     axes.set_xlabel("the best rival's time / mmfast's (log scale; right of 1x mmfast is faster)", fontsize=8)
     axes.set_title("Speed-up", fontsize=10, loc="left")
-    _legend(axes, rows, "lower right")
+    _legend(axes, rows)
 
 
-def _legend(axes: Any, rows: Sequence[Row], place: str) -> None:
+def _legend(axes: Any, rows: Sequence[Row]) -> None:
+    """Above the bars, which may fill any corner."""
     from matplotlib.patches import Patch
 
     modes = [mode for mode in STYLES if any(row.mode == mode for row in rows)]
-    axes.legend([Patch(color=STYLES[m][0]) for m in modes], [MODE_LABELS[m] for m in modes], fontsize=8, loc=place)
+    patches, labels = [Patch(color=STYLES[m][0]) for m in modes], [MODE_LABELS[m] for m in modes]
+    axes.legend(patches, labels, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(modes), frameon=False)
 
 
 def _roofline(part: Any, rows: Sequence[Row], rates: Floor) -> None:
