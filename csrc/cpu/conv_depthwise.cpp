@@ -273,19 +273,6 @@ int backward_of(const Args& args) {
     return all_finite(static_cast<const T*>(args.dweight), shares) ? MMFAST_OK : MMFAST_DECLINED;
 }
 
-// run(a value of args.dtype), where this op has kernels for it
-template <typename Run>
-int with_type(const Args& args, const Run& run) {
-    switch (args.dtype) {
-        case MMFAST_FLOAT32:
-            return run(float{});
-        case MMFAST_FLOAT64:
-            return run(double{});
-        default:
-            return MMFAST_INVALID_ARGUMENT;
-    }
-}
-
 }  // namespace
 
 int depthwise_forward(const Args& args) {

@@ -37,10 +37,6 @@ constexpr int64_t kInputs = 512;      // positions of a block whose products dwe
 constexpr int64_t kCached = 1 << 16;  // elements of rows and their sums that stay in the second-level cache
 constexpr int64_t kStrips = 8;        // strips of x that meet a tap's panel of dy while it is in the first-level cache
 
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-
 // How long the chains of a sum are: `parts` of them, where they are neither too short nor too long then.
 inline int64_t chain_of(int64_t terms, int64_t parts) { return most(kShortest, least(kLongest, terms / parts)); }
 
@@ -596,25 +592,11 @@ int backward_of(const Args& args) {
 }  // namespace
 
 int gather_forward(const Args& args) {
-    switch (args.dtype) {
-        case MMFAST_FLOAT32:
-            return Gather<float>(args, true).run();
-        case MMFAST_FLOAT64:
-            return Gather<double>(args, true).run();
-        default:
-            return MMFAST_INVALID_ARGUMENT;
-    }
+    return with_type(args, [&](auto type) { return Gather<decltype(type)>(args, true).run(); });
 }
 
 int gather_backward(const Args& args) {
-    switch (args.dtype) {
-        case MMFAST_FLOAT32:
-            return backward_of<float>(args);
-        case MMFAST_FLOAT64:
-            return backward_of<double>(args);
-        default:
-            return MMFAST_INVALID_ARGUMENT;
-    }
+    return with_type(args, [&](auto type) { return backward_of<decltype(type)>(args); });
 }
 
 }  // namespace MMFAST_ISA

@@ -4,15 +4,12 @@
 // reaches it from input position q - shift.
 #pragma once
 #include "cpu/half.h"
+#include "cpu/layout.h"
 #include "cpu/simd.h"
 #include "mmfast.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
-
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 // One dimension.
 struct Axis {

@@ -560,25 +560,11 @@ int backward_of(const Args& args) {
 }  // namespace
 
 int phases_forward(const Args& args) {
-    switch (args.dtype) {
-        case MMFAST_FLOAT32:
-            return forward_of<float>(args);
-        case MMFAST_FLOAT64:
-            return forward_of<double>(args);
-        default:
-            return MMFAST_INVALID_ARGUMENT;
-    }
+    return with_type(args, [&](auto type) { return forward_of<decltype(type)>(args); });
 }
 
 int phases_backward(const Args& args) {
-    switch (args.dtype) {
-        case MMFAST_FLOAT32:
-            return backward_of<float>(args);
-        case MMFAST_FLOAT64:
-            return backward_of<double>(args);
-        default:
-            return MMFAST_INVALID_ARGUMENT;
-    }
+    return with_type(args, [&](auto type) { return backward_of<decltype(type)>(args); });
 }
 
 }  // namespace MMFAST_ISA

@@ -1,12 +1,30 @@
-// Memory of a kernel's own, and the transposition that fills and empties it.
+// What the convolutions' kernels share: their memory, the transposition that fills and empties it, the choice by dtype.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
 
 #include "cpu/simd.h"
+#include "mmfast.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
+
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+// run(a value of args.dtype), where the convolutions have kernels for it
+template <typename Run>
+int with_type(const mmfast_conv_transpose_args& args, const Run& run) {
+    switch (args.dtype) {
+        case MMFAST_FLOAT32:
+            return run(float{});
+        case MMFAST_FLOAT64:
+            return run(double{});
+        default:
+            return MMFAST_INVALID_ARGUMENT;
+    }
+}
 
 // Aligned to a cache line, freed with the object; null where there was no memory.
 template <typename T>
