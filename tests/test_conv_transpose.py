@@ -22,14 +22,6 @@ LAYOUTS = {"first": None, "last": torch.channels_last}
 ACTIVATIONS = equations.ACTIVATIONS
 
 
-@pytest.fixture(params=native.supported_isas())
-def isa(request):
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
-
-
 def geometry(dims, stride=1, padding=0, output_padding=0, dilation=1, groups=1, crop=()):
     sizes = [
         (value,) * dims if isinstance(value, int) else value for value in (stride, padding, output_padding, dilation)

@@ -103,14 +103,15 @@ class RnnSequence(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.direct, ctx.layer, ctx.backend = direct, layer, backend
         if direct:
-            y, hn, cn, gates, cell = OP.backends[backend].forward(x, weights, h0, c0, layer, True)
-            ctx.save_for_backward(x, h0, c0, y, gates, cell, *weights)
-            return y, hn, cn
-        out = below_autograd(forward_op, x, list(weights), h0, c0, *_columns(layer), True, backend)
-        y, hn, cn, gates, cell = out
+            outputs = OP.backends[backend].forward(x, weights, h0, c0, layer, True)
+        else:
+            outputs = below_autograd(forward_op, x, list(weights), h0, c0, *_columns(layer), True, backend)
+        y, hn, cn, gates, cell = outputs
         ctx.save_for_backward(x, h0, c0, y, gates, cell, *weights)
+        if direct:
+            return y, hn, cn
         ctx.mark_non_differentiable(gates, cell)
-        return y, hn, cn, gates, cell
+        return outputs
 
     @staticmethod
     @as_its_forward
