@@ -28,7 +28,7 @@ namespace {
 using Args = mmfast_conv_transpose_args;
 
 constexpr int64_t kColumns = 12 << 10;  // elements of columns that are made at a time
-constexpr int64_t kChain = 64;          // terms summed in one go
+constexpr int64_t kChain = 32;          // terms summed in one go
 constexpr int64_t kDepth = 512;         // terms of dx whose columns are made at a time
 constexpr int64_t kPositions = 128;     // of x that a tile of dweight sums in one go
 constexpr int64_t kParts = 8;           // sums of dweight, added in the end
