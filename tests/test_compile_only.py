@@ -97,9 +97,10 @@ PLAIN = {
     "SPAN": 0,
     "BLOCK": adversarial.BLOCK,
 }
-# by value are lists of four tensors, by table of up to 512
+# by value are lists of four tensors, or of as many as while a stream is captured; by table of up to 512
 FORMS = {
     "plain": PLAIN,
+    "captured": PLAIN,
     "table": {**PLAIN, "SPAN": 512},
     "pairs": {**PLAIN, "PHIS": (4,), "OTHERS": True},
     "mixed": {**PLAIN, "PHIS": (0, 1, 2, 7), "WEIGHTS": True},
@@ -111,7 +112,7 @@ FORMS = {
 def _source(name: str, dtype: str, form: str) -> ASTSource:
     """The kernel as the just-in-time compiler makes it for tensors of torch's allocator."""
     kernel = TRITON[name]
-    count = 1 if FORMS[form]["SPAN"] else 4
+    count = 1 if FORMS[form]["SPAN"] else adversarial.CAPTURED_TERMS if form == "captured" else 4
     types = {
         **dict.fromkeys(("raw_sums", "sums", "slope_sums", "values", "slopes", "centres"), "*fp32"),
         "running_total": "*fp64",
@@ -150,7 +151,7 @@ def compiled(tmp_path: pathlib.Path, source: ASTSource, capability: int, label: 
 CASES = [(name, dtype, 90, "plain") for name in TRITON for dtype in ("fp32", "fp16", "bf16")]
 CASES += [(name, "bf16", capability, "plain") for name in TRITON for capability in (80, 100)]
 CASES += [(name, "bf16", 90, form) for name in list(TRITON)[1:3] for form in ("pairs", "mixed", "averages-by-value")]
-CASES += [(name, "fp32", 90, "table") for name in TRITON]
+CASES += [(name, "fp32", 90, form) for name in TRITON for form in ("captured", "table")]
 CASES += [("adversarial.forward", "bf16", capability, "averages") for capability in (80, 90, 100)]
 
 

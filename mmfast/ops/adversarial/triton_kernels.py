@@ -10,9 +10,10 @@ finish the sums.
 What tells the terms apart, pointers included, are numbers: of up to TERMS terms they are tuples, passed by value; of
 more a table, copied from the host without waiting for it. By value nothing is copied, which capture in a CUDA graph
 needs, but each number costs the launch about a tenth of a microsecond, and each length of list a compilation. So while
-a stream is captured, longer lists go by value in groups of TERMS, of as many launches each: in a graph a launch costs
-little. Which phis there are and what terms have (others, weights, centres) is compiled in, each phi once: so a program
-compiles once for each dtype, set of phis and, by value, count of terms; never for a size.
+a stream is captured, lists go by value up to CAPTURED_TERMS, and longer ones in groups of so many, of as many launches
+each: a graph that is replayed pays nothing for the numbers. Which phis there are and what terms have (others, weights,
+centres) is compiled in, each phi once: so a program compiles once for each dtype, set of phis and, by value, count of
+terms; never for a size.
 
 logits[k], others[k]: (sizes[k],) float32, float16 or bfloat16, contiguous; dlogits[k], dothers[k] likewise, written.
 weights[k]: float32, one for each per_weights[k] logits. centres, slopes, values: (K,) float32. total: () of the logits'
@@ -39,6 +40,8 @@ from .equations import Inputs, Terms, columns_of
 
 BLOCK = 2048
 TERMS = 16
+#: 84 bytes each of the 4096 that a kernel's arguments may take.
+CAPTURED_TERMS = 40
 # said outright, because Triton is about to change its default and warns of it
 OPTIONS = {"enable_fp_fusion": True}
 
@@ -526,7 +529,7 @@ INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 def is_grouped(count: int, x: Tensor) -> bool:
     """Whether a list of `count` tensors, x one of them, takes more launches: nothing is copied while captured."""
-    return count > TERMS and is_captured(x)
+    return count > CAPTURED_TERMS and is_captured(x)
 
 
 def is_captured(x: Tensor) -> bool:
@@ -623,10 +626,17 @@ def backward(
 
 
 class _Group:
-    """Terms of one launch as the kernels' arguments: of the whole list or, beside others, at most TERMS of it."""
+    """Terms of one launch as the kernels' arguments, by value or in a table."""
 
     def __init__(
-        self, terms: Terms, mean: bool, inputs: Inputs, gradients: Sequence[Tensor | None], begin: int, count: int
+        self,
+        terms: Terms,
+        mean: bool,
+        inputs: Inputs,
+        gradients: Sequence[Tensor | None],
+        begin: int,
+        count: int,
+        by_value: bool,
     ) -> None:
         self.begin, self.count = begin, count
         part = slice(begin, begin + count)
@@ -650,11 +660,11 @@ class _Group:
         reals = (signs, shifts, tilts, scales, factors)
         addresses = [[x.data_ptr() for x in column] for column in tensors]
         # a weight is loaded by itself
-        self.aligned = count > TERMS and not any(
+        self.aligned = not by_value and not any(
             address % 16 for place, column in enumerate(addresses) if place != 2 for address in column
         )
         first = logits[0]
-        if count <= TERMS:
+        if by_value:
             self.span = 0
             self.table = self.real_table = first
             self.pointers: tuple = tensors
@@ -678,10 +688,10 @@ class _Group:
 
 
 def _groups(terms: Terms, mean: bool, inputs: Inputs, gradients: Sequence[Tensor | None]) -> Iterator[_Group]:
-    count = len(terms)
-    step = TERMS if is_grouped(count, inputs.logits[0]) else count
+    count, captured = len(terms), is_captured(inputs.logits[0])
+    step, by_value = (CAPTURED_TERMS, True) if captured else (count, count <= TERMS)
     for begin in range(0, count, step):
-        yield _Group(terms, mean, inputs, gradients, begin, min(step, count - begin))
+        yield _Group(terms, mean, inputs, gradients, begin, min(step, count - begin), by_value)
 
 
 def _scale(weight: float, mean: bool, n: int) -> float:
