@@ -84,7 +84,7 @@ def _kind(subject: Subject) -> str:
 
 def graph(arguments: argparse.Namespace) -> int:
     for subject in served(cases.matching(CAPTURED), "cuda"):
-        bout = Bout(subject.case, "forward+backward", subject.dtype, "cuda", arguments.seed)
+        bout = Bout(subject.case, "forward+backward", subject.dtype, "cuda", arguments.seed, most=1)
         with mmfast.use_backend(subject.backend):
             complaint = _on_streams(bout)
         name = f"{subject.case.name}, {subject.backend}"
@@ -149,7 +149,7 @@ def losses(arguments: argparse.Namespace) -> int:
     case = AdversarialCase("many", "hinge", tuple((16, 1, 3 + k) for k in range(75)))
     failed = 0
     for subject in served([case], arguments.device):
-        bout = Bout(case, "forward+backward", torch.float32, arguments.device, arguments.seed)
+        bout = Bout(case, "forward+backward", torch.float32, arguments.device, arguments.seed, most=1)
         with mmfast.use_backend(subject.backend):
             failed += _waits(bout, subject) if arguments.device == "cuda" else 0
             compute = bout.computation(bout.ours())
@@ -198,28 +198,31 @@ PASSES = ("forward", "forward+backward")
 
 
 def recurrent(arguments: argparse.Namespace) -> int:
-    """Tells; nothing that is slow fails."""
+    """Tells; nothing that is slow fails. Triton last, whose compilation takes most of the time that there is."""
     broken = 0
-    for (steps, batch, units), aims in AIMS.items():
-        for mode, aim in aims.items():
-            case = RnnCase("table", mode, steps, batch, units, units)
-            times = [_of_layer(case, torch.bfloat16, name, arguments) for name in PASSES]
-            broken += not all(len(found) > 1 for found in times) and units <= 128
-            _print_row(case.name, times, [f"aim {1e3 * a:.0f} us" for a in aim])
-    for mode in cases.GATES:
-        packed = RnnCase("table", mode, 512, 16, 128, 128, packed=True)
-        # as many rows without lengths, and as many steps, of which a kernel that walks through time has no fewer
-        as_many_rows = int(packed.lengths().sum()) // packed.batch
-        padded = [replace(packed, packed=False, steps=steps) for steps in (as_many_rows, packed.steps)]
-        times = [[_of_layer(case, torch.bfloat16, name, arguments) for name in PASSES] for case in (packed, *padded)]
-        best = [[min(_ours(found), default=math.nan) for found in row] for row in times]
-        of = [
-            f"{a / b:.2f} x padded of as many rows (aim 1.05), {a / c:.2f} x of as many steps"
-            for a, b, c in zip(*best, strict=True)
-        ]
-        _print_row(packed.name, times[0], of)
-        cell = RnnCase("table", mode, 0, 64, 128, 128)
-        _print_row(cell.name, [_of_layer(cell, torch.bfloat16, name, arguments) for name in PASSES], ["", ""])
+    for backend in backends(arguments.device):
+        measure_one = functools.partial(_of_layer, backend=backend, dtype=torch.bfloat16, arguments=arguments)
+        for (steps, batch, units), aims in AIMS.items():
+            for mode, aim in aims.items():
+                case = RnnCase("table", mode, steps, batch, units, units)
+                times = [measure_one(case, passes=name) for name in PASSES]
+                broken += backend == "cuda" and not all(backend in found for found in times)
+                _print_row(case.name, times, [f"aim {1e3 * a:.0f} us" for a in aim])
+        for mode in cases.GATES:
+            packed = RnnCase("table", mode, 512, 16, 128, 128, packed=True)
+            # as many rows without lengths, and as many steps, of which a kernel that walks through time has no fewer
+            as_many_rows = int(packed.lengths().sum()) // packed.batch
+            padded = [replace(packed, packed=False, steps=steps) for steps in (as_many_rows, packed.steps)]
+            times = [[measure_one(case, passes=name, how="ahead") for name in PASSES] for case in (packed, *padded)]
+            own = [[found.get(backend, math.nan) for found in row] for row in times]
+            of = [
+                f"{a / b:.2f} x padded of as many rows (aim 1.05), {a / c:.2f} x of as many steps"
+                for a, b, c in zip(*own, strict=True)
+            ]
+            _print_row(packed.name, times[0], of)
+            cell = RnnCase("table", mode, 0, 64, 128, 128)
+            for how in ("graph", "calls"):
+                _print_row(cell.name, [measure_one(cell, passes=name, how=how) for name in PASSES], [how] * 2)
     return 1 if broken else 0
 
 
@@ -229,11 +232,13 @@ GRID_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def cudnn(arguments: argparse.Namespace) -> int:
-    """Forward + backward of 64 sequences of 128 steps, as much as there is time for."""
+    """Forward + backward of 64 sequences of 128 steps, as much as there is time for. Without Triton, which compiles
+    for seconds what then takes a millisecond."""
     began = time.monotonic()
     for units, dtype, mode, packed in itertools.product(GRID_UNITS, GRID_DTYPES, cases.GATES, (False, True)):
         case = RnnCase("grid", mode, 128, 64, units, units, packed=packed)
-        times = _of_layer(case, dtype, "forward+backward", arguments)
+        how = "ahead" if packed else "graph"
+        times = _of_layer(case, "cuda", dtype, "forward+backward", arguments, how)
         name = str(dtype).removeprefix("torch.")
         print(f"RESULT: {case.name} {name}: {_line(times)}", flush=True)
         if arguments.device == "cpu" or time.monotonic() - began > arguments.seconds:
@@ -241,29 +246,24 @@ def cudnn(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _of_layer(case: RnnCase, dtype: torch.dtype, passes: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds by who ran: cuDNN through PyTorch's module, and each backend that can."""
+def _of_layer(
+    case: RnnCase, backend: str, dtype: torch.dtype, passes: str, arguments: argparse.Namespace, how: str = "graph"
+) -> dict[str, float]:
+    """Seconds by who ran: PyTorch's module, a layer's being cuDNN's, and the backend if it can; how: of _seconds."""
     device = arguments.device
     case = case.shrunk(*SMALL) if device == "cpu" else case
-    bout = Bout(case, passes, dtype, device, arguments.seed)
-    runs = {"cudnn": (bout.module, None)}
-    runs.update({name: (bout.ours(), name) for name in backends(device)})
+    if refusals(Subject(case, backend, dtype, device)):
+        return {}
+    bout = Bout(case, passes, dtype, device, arguments.seed, most=2)
     times = {}
-    for name, (module, backend) in runs.items():
-        if backend and refusals(Subject(case, backend, dtype, device)):
-            continue
+    for name, module, used in (("cudnn", bout.module, None), (backend, bout.ours(), backend)):
         compute = bout.computation(module)
         try:
-            with mmfast.use_backend(backend):
-                # lengths of a packed sequence come from the host, which no graph takes
-                times[name] = _seconds(lambda *x, run=compute: run(x), bout.sets[:2], device, graph=not case.packed)
+            with mmfast.use_backend(used):
+                times[name] = _seconds(lambda *x, run=compute: run(x), bout.sets, device, how)
         except Exception as error:  # the others are measured
             print(f"{case.name} by {name}: {type(error).__name__}: {error}", flush=True)
     return times
-
-
-def _ours(times: dict[str, float]) -> list[float]:
-    return [t for name, t in times.items() if name != "cudnn"]
 
 
 def _line(times: dict[str, float]) -> str:
@@ -272,6 +272,8 @@ def _line(times: dict[str, float]) -> str:
 
 def _print_row(name: str, times: Sequence[dict[str, float]], aims: Sequence[str]) -> None:
     for what, found, aim in zip(PASSES, times, aims, strict=True):
+        if not found:
+            continue
         print(f"RESULT: {name} {what}: {_line(found)}{f' ({aim})' * bool(aim)}", flush=True)
 
 
@@ -343,13 +345,13 @@ def decoders(arguments: argparse.Namespace) -> int:
 
 def _times(layer: ConvTransposeCase, arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds of a forward in training mode, by who ran, PyTorch, compiled and each backend, and memory format."""
-    bout = Bout(layer, "forward", torch.bfloat16, arguments.device, arguments.seed)
+    bout = Bout(layer, "forward", torch.bfloat16, arguments.device, arguments.seed, most=8)
     formats = {"first": torch.contiguous_format}
     if len(layer.size) == 2:
         formats["last"] = torch.channels_last
     times = {}
     for where, layout in formats.items():
-        sets = [[x.to(memory_format=layout) for x in inputs] for inputs in bout.sets[:8]]
+        sets = [[x.to(memory_format=layout) for x in inputs] for inputs in bout.sets]
         stock, fused = (module.to(memory_format=layout).train() for module in (bout.module, bout.ours()))
         torch.compiler.reset()
         runs: dict[str, tuple[Callable, str | None]] = {"eager": (stock, None)}
@@ -365,8 +367,10 @@ def _times(layer: ConvTransposeCase, arguments: argparse.Namespace) -> dict[str,
     return times
 
 
-def _seconds(module: Callable, sets: list[Inputs], device: str, graph: bool = True) -> float:
-    """Of one call; on a GPU the median of replays of a graph of all sets, without the host's part, or of calls."""
+def _seconds(module: Callable, sets: list[Inputs], device: str, how: str = "graph") -> float:
+    """Of one call, on a GPU the median of 20 rounds of all sets: of "calls", of replays of a "graph" of them, or of
+    calls that the host is "ahead" of; the last two are without the host's part. Lengths of a packed sequence come from
+    the host, which no graph takes."""
     if device == "cpu":
         began = time.perf_counter()
         module(*sets[0])
@@ -378,7 +382,7 @@ def _seconds(module: Callable, sets: list[Inputs], device: str, graph: bool = Tr
             module(*sets[0])
     torch.cuda.synchronize()
     replay = functools.partial(_call_all, module, sets)
-    if graph:
+    if how == "graph":
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
             replay()
@@ -386,6 +390,8 @@ def _seconds(module: Callable, sets: list[Inputs], device: str, graph: bool = Tr
     found = []
     for _ in range(20):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if how == "ahead":
+            torch.cuda._sleep(10_000_000)  # 5 ms
         begin.record()
         replay()
         end.record()

@@ -1,5 +1,7 @@
 """benchmarks/gpu_check.sh, run on a CPU: every part that needs no GPU, its files and its summary."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -9,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.sh"
 
@@ -64,3 +67,41 @@ def test_no_time_left(tmp_path):
     done = run(tmp_path, GPU_CHECK_SECONDS="0")
     assert done.returncode == 9
     assert "numerics: not run, no time left" in done.stdout
+
+
+@pytest.mark.parametrize(("how", "calls", "slept"), [("graph", 2, 0), ("calls", 40, 0), ("ahead", 40, 20)])
+def test_a_gpus_time(monkeypatch, how, calls, slept):
+    """Of a stand-in for a GPU: in a graph each set is called once, else 20 times, after warming up."""
+    done = []
+
+    class Device:
+        def __init__(self, **_):
+            pass
+
+        def elapsed_time(self, other):
+            return 6.0
+
+        def replay(self):
+            done.append("replay")
+
+        def record(self):
+            done.append("record")
+
+        wait_stream = synchronize = lambda *_: None
+
+    for name in ("Stream", "Event", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Device)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", Device)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT.with_suffix(".py"))
+    gpu_check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu_check)
+    assert gpu_check._seconds(done.append, [["one"], ["two"]], "cuda", how) == pytest.approx(3e-3)
+    assert done.count("one") + done.count("two") == 3 + calls
+    assert done.count("sleep") == slept
+    # what is timed lies between two records
+    timed = ["replay"] if how == "graph" else ["one", "two"]
+    assert done[-len(timed) - 2 :] == ["record", *timed, "record"]

@@ -66,15 +66,18 @@ class Contender:
 
 
 class Bout:
-    """One case and one of its modes, with PyTorch's module, the inputs, and what float64 makes of them."""
+    """One case and one of its modes, with PyTorch's module, at most `most` sets of inputs, and what float64 makes of
+    them."""
 
-    def __init__(self, case: Any, mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> None:
+    def __init__(
+        self, case: Any, mode: str, dtype: torch.dtype, device: str, seed: int = 0, most: int = MOST_SETS
+    ) -> None:
         self.case, self.mode, self.dtype, self.device = case, mode, dtype, device
         self.generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self.module: torch.nn.Module = case.build(torch.nn).to(device, dtype)
         self.exact = copy.deepcopy(self.module).to("cpu", torch.float64)
-        self.sets = self._input_sets()
+        self.sets = self._input_sets(most)
         self.cotangent = self._cotangent()
         self._truths: dict[int, tuple[Results, Results]] = {}
 
@@ -155,11 +158,11 @@ class Bout:
                     old.copy_(new)
         self._truths.pop(i, None)
 
-    def _input_sets(self) -> list[Inputs]:
+    def _input_sets(self, most: int) -> list[Inputs]:
         first = self._inputs()
         # a step's own weights and activations fill the caches, and float64 takes long for each set
         count = 2 if self.mode == STEP else ROTATED_BYTES // max(1, sum(x.nbytes for x in first))
-        return [first, *(self._inputs() for _ in range(max(1, min(count, MOST_SETS) - 1)))]
+        return [first, *(self._inputs() for _ in range(max(1, min(count, most) - 1)))]
 
     def _inputs(self) -> Inputs:
         inputs = self.case.inputs(self.generator, self.dtype, self.device)
