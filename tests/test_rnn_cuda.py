@@ -1,6 +1,7 @@
 """The recurrent op's CUDA kernels, in the emulator and on a GPU where there is one, by the rule of test_rnn.py."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -211,6 +212,9 @@ def test_tf32(cuda, mode, monkeypatch):
 def test_pytorchs_setting_of_precision(monkeypatch):
     for precision, expected in (("ieee", False), ("tf32", True)):
         monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+        assert portable.uses_tf32() is expected
+    for expected in (False, True):  # of versions without it
+        monkeypatch.setattr(torch.backends, "cudnn", types.SimpleNamespace(allow_tf32=expected))
         assert portable.uses_tf32() is expected
 
 
