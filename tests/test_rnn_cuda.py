@@ -73,6 +73,9 @@ def test_refusals():
     for words, other in asked.items():
         assert any(words in sentence for sentence in refused(other)), words
     assert OP.select(case) != "cuda"
+    # cuDNN's is PyTorch's layer
+    for name in ("cuda", "triton"):
+        assert OP.backends[name].reluctance(case._replace(device="cuda")) == "not measured on this device"
 
 
 @per_mode

@@ -35,7 +35,6 @@ def test_triton_refusals():
         "proj_size is 3": case._replace(proj_size=3),
         "zoneout is given": case._replace(zoneout=True),
         "recurrent_dropout is given": case._replace(recurrent_dropout=True),
-        "a single step": case._replace(cell=True),
         "autocast is on": case._replace(autocast=True, cell=True),
     }
     refused = OP.backends["triton"].refusals
@@ -131,7 +130,7 @@ def test_triton_double_backward(triton, mode, kind):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="torch's samples are made on the CPU")
-@pytest.mark.parametrize("name", [name for name in RECURRENT if not name.endswith("Cell")])
+@pytest.mark.parametrize("name", RECURRENT)
 def test_triton_module_db(name, outcome, same):
     with mmfast.use_backend("triton"):
         hold_to_torch(INFOS[name], name, "f32", True, None, outcome, same, without="proj_size")

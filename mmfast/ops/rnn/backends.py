@@ -485,8 +485,6 @@ class Triton(Walker, GpuBackend):
         refusals = portable.refusals("the input is", case.device, case.dtype, kernels.INTERPRETED)
         if not 1 <= case.hidden_size <= kernels.HIDDEN:
             refusals.append(f"hidden_size is {case.hidden_size} (supported: 1 to {kernels.HIDDEN})")
-        if case.cell:
-            refusals.append("a single step of a cell was asked for (supported: layers over sequences)")
         return refusals + _beyond_the_gpu_kernels(case)
 
     def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
