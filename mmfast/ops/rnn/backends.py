@@ -57,14 +57,14 @@ class Case(NamedTuple):
     many: bool = True
     #: at most SHORT steps, where the steps may be looked at: in eager
     short: bool = False
-    #: steps * batch * hidden_size >= VAST, likewise
-    vast: bool = False
+    #: steps * batch * hidden_size >= BULK, likewise
+    bulky: bool = False
     #: at most BRIEF steps and steps * batch * hidden_size <= SMALL, likewise
     small: bool = False
     #: hidden_size >= BROAD and batch * hidden_size >= WIDE, in training WIDE_TRAINING, likewise
     wide: bool = False
-    #: x is a leaf that requires a gradient, over at least LONG steps: mostly a penalty's, which differentiates twice
-    probed: bool = False
+    #: hidden_size >= LARGE, at most 2 * FEW rows of the batch and SOME steps, likewise
+    lean: bool = False
     cell: bool = False
     resets: bool = False
     zoneout: bool = False
@@ -85,12 +85,12 @@ class Case(NamedTuple):
 
 #: Rows, or units of all rows of a step, up to which an LSTM's step is so short that PyTorch's overhead decides.
 FEW, MANY = 4, 512
-#: Elements of an LSTM's output from which on oneDNN's workspace leaves the cache.
-VAST = 1 << 20
+#: Units of all steps from which on not even a single step is worth PyTorch's loop, with products of our own.
+BULK = 1 << 14
 #: Hidden size, and units of all rows of a step, from which on products in bfloat16 by AMX decide.
 BROAD, WIDE, WIDE_TRAINING = 256, 1 << 13, 1 << 15
-#: Steps from which on an LSTM trains here at no less than 0.98 of oneDNN's speed for batch * hidden_size > MANY.
-LONG = 64
+#: Steps up to which W_hh of a LARGE layer and its gradient take longer than the walk of a FEW rows, or two.
+SOME = 28
 #: Hidden size up to which an LSTM trains here as fast as in oneDNN: 0.94 to 0.98 of its speed at 1024.
 LARGE = 512
 #: Steps up to which PyTorch's loop takes less time than a call of the op, which takes about 150 us with its backward.
@@ -98,14 +98,17 @@ SHORT = {"RNN_TANH": 6, "RNN_RELU": 6, "GRU": 2, "LSTM": 2}
 #: Steps up to which oneDNN's LSTM trains in less time than a call of the op takes; on Intel's AVX-512 only where the
 #: units of all steps are few.
 BRIEF, SMALL = 12, 1 << 13
+#: Hidden size below which that holds on AMD's AVX-512, too.
+TINY = 16
 
 
-def extent(mode: str, steps: int, batch: int, hidden: int, gradients: bool) -> tuple[bool, bool, bool, bool, bool]:
-    """A Case's (many, short, vast, small, wide)."""
+def extent(mode: str, steps: int, batch: int, hidden: int, gradients: bool) -> tuple[bool, ...]:
+    """A Case's (many, short, bulky, small, wide, lean)."""
     brief, units = steps <= BRIEF, batch * hidden
     many = (units > MANY and (batch > FEW or hidden > LARGE)) or (gradients and brief)
     wide = hidden >= BROAD and units >= (WIDE_TRAINING if gradients else WIDE)
-    return many, steps <= SHORT[mode], steps * units >= VAST, brief and steps * units <= SMALL, wide
+    lean = hidden >= LARGE and batch <= 2 * FEW and steps <= SOME
+    return many, steps <= SHORT[mode], steps * units >= BULK, brief and steps * units <= SMALL, wide, lean
 
 
 def empty_outputs(x: Tensor, weights: Sequence[Tensor], layer: Layer, keep: bool, batch: int) -> tuple[Tensor, ...]:
@@ -242,14 +245,17 @@ class Cpu(Walker):
 
         Against oneDNN, AMD EPYC, 1 thread, PyTorch 2.13, time of torch / time here, padded float32:
                                                      AVX-512 (Zen 5)    AVX2
-            training, few or batch * H <= 512        1.0 to 1.25        1.0 to 1.1
-            training, above, H a multiple of 16      0.9 to 1.03        1.0 to 1.15, at H = 1024 0.94 to 0.98
-            training, steps * batch * H >= 2^20      1.06 to 1.27       the same
-            gradient penalty, T128 B16 H128          2.4 to 2.7         2.4
-            training, above, H = 73, 79, 98, 294     0.96 to 1.0        0.94 to 1.0
-            inference, few or batch * H <= 512       1.16 to 1.5        1.0 to 1.3
-            inference, above                         0.87 to 1.02       0.94 to 1.2
+            training, few or batch * H <= 512        1.0 to 1.4         1.0 to 1.1
+            training, above, H a multiple of 16      1.01 to 1.5        1.0 to 1.15, at H = 1024 0.94 to 0.98
+            training, above, H = 73, 98, 294         1.04 to 1.3        0.94 to 1.0
+            training, H >= 512, B <= 8, T <= 28      0.8 to 1.2         not measured
+            training, H < 16, T <= 5                 0.96 to 1.05       not measured
+            gradient penalty, T128 B16 H128          2.4 to 2.8         2.4
+            inference, few or batch * H <= 512       1.05 to 1.5        1.0 to 1.3
+            inference, above                         0.75 to 1.1        0.94 to 1.2
             bfloat16, H = 128                        0.75 to 0.82       PyTorch's raises
+        There a loop of a step or two, of RNN and GRU too, took 1.2 to 2.2 times as long for at least BULK units, an
+        LSTM's 1.05 to 1.6 times for any.
         On Intel's AVX-512 (Granite Rapids) training above, of any H to 700 and more than BRIEF steps, took 0.99 to 1.5
         times as long in PyTorch, inference 0.84 to 1.4.
 
@@ -262,7 +268,8 @@ class Cpu(Walker):
             # two products are nearly all of it: for 64 rows of 128 units PyTorch took 0.82 to 0.9 of the time here
             intels = GATES[case.mode] == 1 and native.is_intel()
             return "PyTorch's RNNCell was measured as fast on Intel's processors" if intels else ""
-        if case.short and not case.extras:
+        ours = native.beats_mkl() and (case.bulky or (case.mode == "LSTM" and case.dtype == torch.float32))
+        if case.short and not (case.extras or ours):
             return f"PyTorch's loop was measured faster for at most {SHORT[case.mode]} steps"
         if case.stays_float32 and has_products(case.dtype):
             return f"PyTorch's loop with products in {case.dtype} was not measured on such a processor"
@@ -274,16 +281,17 @@ class Cpu(Walker):
             return ""
         if narrow:
             return "PyTorch's LSTM in bfloat16, oneDNN's, was measured faster"
+        if case.lean and native.beats_mkl():
+            few = f"at most {SOME} steps of {2 * FEW} rows and hidden sizes from {LARGE} on"
+            return f"PyTorch's LSTM, oneDNN's, was measured faster for {few}"
         if not case.many:
             return ""
         if not case.gradients:
             return f"PyTorch's LSTM without gradients, oneDNN's, was measured faster for batch * hidden_size > {MANY}"
-        if native.isa() == "avx512" and native.is_intel():
+        if native.isa() == "avx512":
             few = f"at most {BRIEF} steps and {SMALL} units of all steps"
-            return f"PyTorch's LSTM, oneDNN's, was measured faster for {few}" if case.small else ""
-        if native.isa() == "avx512" and not (case.vast or case.probed):
-            size = f"batch * hidden_size > {MANY} or at most {BRIEF} steps"
-            return f"PyTorch's LSTM, oneDNN's, was measured faster with AVX-512 for {size}"
+            tiny = case.small and (native.is_intel() or case.hidden_size < TINY)
+            return f"PyTorch's LSTM, oneDNN's, was measured faster for {few}" if tiny else ""
         if case.hidden_size > LARGE:
             return f"PyTorch's LSTM, oneDNN's, was measured faster for hidden sizes above {LARGE}"
         if case.hidden_size % 16:
