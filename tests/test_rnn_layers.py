@@ -425,6 +425,10 @@ def test_lstms_where_products_beat_mkls(monkeypatch):
     assert backends_of(mmfast.nn.LSTM(16, 64), *steps) == ["cpu"] * 3
     assert backends_of(mmfast.nn.LSTM(16, 15), *steps) == ["torch", "cpu", "cpu"]
     assert backends_of(mmfast.nn.LSTM(16, 512), *steps) == ["cpu", "torch", "cpu"]
+    x = torch.randn(64, 16, 64, requires_grad=True)
+    assert backends_of(mmfast.nn.LSTM(64, 128), x.detach(), x, x * 1) == ["cpu", "cpu", "torch"]
+    with torch.no_grad():
+        assert backends_of(mmfast.nn.LSTM(16, 64), torch.randn(12, 16, 16), torch.randn(16, 16, 16)) == ["cpu", "torch"]
 
 
 @pytest.mark.parametrize("intel", [False, True], ids=["AMD", "Intel"])

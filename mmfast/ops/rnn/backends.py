@@ -65,6 +65,9 @@ class Case(NamedTuple):
     wide: bool = False
     #: hidden_size >= LARGE, at most 2 * FEW rows of the batch and SOME steps, likewise
     lean: bool = False
+    #: hidden_size within MIDDLE, units of all steps within BAND, and x's gradient is wanted, likewise; but for a leaf
+    #: over at least LONG steps: mostly a penalty's, which differentiates twice
+    middling: bool = False
     cell: bool = False
     resets: bool = False
     zoneout: bool = False
@@ -85,12 +88,18 @@ class Case(NamedTuple):
 
 #: Rows, or units of all rows of a step, up to which an LSTM's step is so short that PyTorch's overhead decides.
 FEW, MANY = 4, 512
-#: Units of all steps from which on not even a single step is worth PyTorch's loop, with products of our own.
+#: Units of all steps from which on not even a single step is worth PyTorch's loop, with products of our own; and up to
+#: which an LSTM without gradients takes less time here.
 BULK = 1 << 14
 #: Hidden size, and units of all rows of a step, from which on products in bfloat16 by AMX decide.
 BROAD, WIDE, WIDE_TRAINING = 256, 1 << 13, 1 << 15
 #: Steps up to which W_hh of a LARGE layer and its gradient take longer than the walk of a FEW rows, or two.
 SOME = 28
+#: Hidden sizes, units of all steps, and inputs from which on, of LSTMs that train here no faster than in oneDNN, which
+#: makes x's gradient in any case.
+MIDDLE, BAND, BROADER = range(65, 200), range(1 << 16, (1 << 18) + 1), 64
+#: Steps from which on a leaf's gradient is mostly a penalty's.
+LONG = 64
 #: Hidden size up to which an LSTM trains here as fast as in oneDNN: 0.94 to 0.98 of its speed at 1024.
 LARGE = 512
 #: Steps up to which PyTorch's loop takes less time than a call of the op, which takes about 150 us with its backward.
@@ -102,17 +111,22 @@ BRIEF, SMALL = 12, 1 << 13
 TINY = 16
 
 
-#: A Case's (many, short, bulky, small, wide, lean).
-Extent = tuple[bool, bool, bool, bool, bool, bool]
+#: A Case's (many, short, bulky, small, wide, lean, middling).
+Extent = tuple[bool, bool, bool, bool, bool, bool, bool]
+
+#: Of a graph, which holds for any.
+UNSEEN: Extent = (True, False, False, False, False, False, False)
 
 
-def extent(mode: str, steps: int, batch: int, hidden: int, gradients: bool) -> Extent:
+def extent(mode: str, steps: int, batch: int, hidden: int, gradients: bool, x: Tensor) -> Extent:
     """Of a call in eager; hidden: the hidden size."""
     brief, units = steps <= BRIEF, batch * hidden
     many = (units > MANY and (batch > FEW or hidden > LARGE)) or (gradients and brief)
     wide = hidden >= BROAD and units >= (WIDE_TRAINING if gradients else WIDE)
     lean = hidden >= LARGE and batch <= 2 * FEW and steps <= SOME
-    return many, steps <= SHORT[mode], steps * units >= BULK, brief and steps * units <= SMALL, wide, lean
+    wanted = gradients and x.requires_grad and not (x.is_leaf and steps >= LONG)
+    middling = wanted and hidden in MIDDLE and steps * units in BAND
+    return many, steps <= SHORT[mode], steps * units >= BULK, brief and steps * units <= SMALL, wide, lean, middling
 
 
 def empty_outputs(x: Tensor, weights: Sequence[Tensor], layer: Layer, keep: bool, batch: int) -> tuple[Tensor, ...]:
@@ -273,13 +287,15 @@ class Cpu(Walker):
         Against oneDNN, AMD EPYC, 1 thread, PyTorch 2.13, time of torch / time here, padded float32:
                                                      AVX-512 (Zen 5)    AVX2
             training, few or batch * H <= 512        1.0 to 1.4         1.0 to 1.1
-            training, above, H a multiple of 16      1.01 to 1.5        1.0 to 1.15, at H = 1024 0.94 to 0.98
-            training, above, H = 73, 98, 294         1.04 to 1.3        0.94 to 1.0
+            training, above, H a multiple of 16      0.98 to 1.5        1.0 to 1.15, at H = 1024 0.94 to 0.98
+            training, above, H = 73, 82, 98, 294     0.97 to 1.3        0.94 to 1.0
+            training with x's gradient, MIDDLE, BAND 0.9 to 1.0         the same
             training, H >= 512, B <= 8, T <= 28      0.8 to 1.2         not measured
             training, H < 16, T <= 5                 0.96 to 1.05       not measured
             gradient penalty, T128 B16 H128          2.4 to 2.8         2.4
             inference, few or batch * H <= 512       1.05 to 1.5        1.0 to 1.3
-            inference, above                         0.75 to 1.1        0.94 to 1.2
+            inference, above, less than BULK units   1.02 to 1.2        0.94 to 1.2
+            inference, above                         0.9 to 1.1         the same
             bfloat16, H = 128                        0.75 to 0.82       PyTorch's raises
         There a loop of a step or two, of RNN and GRU too, took 1.2 to 2.2 times as long for at least BULK units, an
         LSTM's 1.05 to 1.6 times for any.
@@ -314,11 +330,16 @@ class Cpu(Walker):
         if not case.many:
             return ""
         if not case.gradients:
+            if native.beats_mkl() and not case.bulky and case.hidden_size < LARGE:
+                return ""
             return f"PyTorch's LSTM without gradients, oneDNN's, was measured faster for batch * hidden_size > {MANY}"
         if native.isa() == "avx512":
             few = f"at most {BRIEF} steps and {SMALL} units of all steps"
-            tiny = case.small and (native.is_intel() or case.hidden_size < TINY)
-            return f"PyTorch's LSTM, oneDNN's, was measured faster for {few}" if tiny else ""
+            if case.middling and case.input_size >= BROADER and not native.is_intel():
+                few = f"about {BAND.stop} units of all steps and the input's gradient"
+            elif not (case.small and (native.is_intel() or case.hidden_size < TINY)):
+                return ""
+            return f"PyTorch's LSTM, oneDNN's, was measured faster for {few}"
         if case.hidden_size > LARGE:
             return f"PyTorch's LSTM, oneDNN's, was measured faster for hidden sizes above {LARGE}"
         if case.hidden_size % 16:
