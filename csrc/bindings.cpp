@@ -226,7 +226,10 @@ int cuda_rnn_forward(const py::tuple& layer, int64_t rows, bool tf32, const std:
                                           as_pointer(p[3]),
                                           as_pointer(p[4]),
                                           as_pointer(p[5]),
-                                          {}};
+                                          {},
+                                          nullptr,
+                                          {},
+                                          0};
     return run(mmfast_cuda_rnn_forward, args);
 }
 
@@ -366,19 +369,34 @@ int cuda_activation(bool backward, int dtype, int which, double negative_slope, 
 #endif
 
 #ifndef MMFAST_EMULATOR
-// b_ih, and below of each direction db_ih and db_hh: 0 where a direction, or it, has none
-int rnn_forward(const py::tuple& layer, const std::array<Pointer, 6>& p, const std::array<Pointer, 2>& b_ih) {
-    const mmfast_rnn_forward_args args = {
-        as_layer(layer),  as_pointer(p[0]), as_pointer(p[1]), as_pointer(p[2]),
-        as_pointer(p[3]), as_pointer(p[4]), as_pointer(p[5]), {as_pointer(b_ih[0]), as_pointer(b_ih[1])}};
+// b_ih, w_ih, and below of each direction db_ih and db_hh: 0 where a direction, or it, has none
+int rnn_forward(const py::tuple& layer, const std::array<Pointer, 6>& p, const std::array<Pointer, 2>& b_ih, Pointer x,
+                const std::array<Pointer, 2>& w_ih, int64_t input) {
+    const mmfast_rnn_forward_args args = {as_layer(layer),
+                                          as_pointer(p[0]),
+                                          as_pointer(p[1]),
+                                          as_pointer(p[2]),
+                                          as_pointer(p[3]),
+                                          as_pointer(p[4]),
+                                          as_pointer(p[5]),
+                                          {as_pointer(b_ih[0]), as_pointer(b_ih[1])},
+                                          as_pointer(x),
+                                          {as_pointer(w_ih[0]), as_pointer(w_ih[1])},
+                                          input};
     return run(mmfast_cpu_rnn_forward, args);
 }
 
-int rnn_backward(const py::tuple& layer, const std::array<Pointer, 13>& p, const std::array<Pointer, 4>& biases) {
+// products: x, w_ih of each direction, dx, and of each direction dw_ih and dw_hh
+int rnn_backward(const py::tuple& layer, const std::array<Pointer, 13>& p, const std::array<Pointer, 4>& biases,
+                 const std::array<Pointer, 8>& products, int64_t input) {
     mmfast_rnn_backward_args args = as_backward(p);
     args.layer = as_layer(layer);
-    for (int d = 0; d < 2; ++d)
-        args.db_ih[d] = as_pointer(biases[size_t(2 * d)]), args.db_hh[d] = as_pointer(biases[size_t(2 * d + 1)]);
+    args.x = as_pointer(products[0]), args.dx = as_pointer(products[3]), args.input = input;
+    for (size_t d = 0; d < 2; ++d) {
+        args.db_ih[d] = as_pointer(biases[2 * d]), args.db_hh[d] = as_pointer(biases[2 * d + 1]);
+        args.w_ih[d] = as_pointer(products[1 + d]);
+        args.dw_ih[d] = as_pointer(products[4 + 2 * d]), args.dw_hh[d] = as_pointer(products[5 + 2 * d]);
+    }
     return run(mmfast_cpu_rnn_backward, args);
 }
 

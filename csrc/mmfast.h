@@ -288,6 +288,9 @@ typedef struct {
     void *gates, *cell;   // null where no backward will come or none is kept; gates may be gx
     void *y, *hn, *cn;    // cn: LSTM only
     const void* b_ih[2];  // CPU: (G * H,) of each direction, which gx lacks, or null: 0
+    const void* x;        // CPU, float32 and float64: (N, I), of which the walk makes gx, then null; or null
+    const void* w_ih[2];  // CPU: (G * H, I) of each direction, with x
+    int64_t input;        // CPU: I, with x
 } mmfast_rnn_forward_args;
 
 int mmfast_cpu_rnn_forward(const mmfast_rnn_forward_args* args);
@@ -301,9 +304,13 @@ typedef struct {
     void* previous;              // or null: not wanted
     void *dh0, *dc0;             // or null: not wanted
     void *db_ih[2], *db_hh[2];   // CPU: (G * H,) of each direction, or null: not wanted
+    // CPU, float32 and float64: products over all rows, each or null: the caller's, or not wanted
+    const void *x, *w_ih[2];  // (N, I), (G * H, I) of each direction
+    int64_t input;            // I
+    void *dx, *dw_ih[2], *dw_hh[2];
 } mmfast_rnn_backward_args;
 
-// What needs the walk through time. The rest are products over all rows, the caller's: dx = dgates W_ih,
+// What needs the walk through time. The rest are products over all rows, the caller's or made here: dx = dgates W_ih,
 // dW_ih = dgates^T x, dW_hh = dgates^T previous (GRU: its n rows by dm), dW_hr = dh^T u; on CUDA db = sums of dgates
 // and dm over the rows.
 int mmfast_cpu_rnn_backward(const mmfast_rnn_backward_args* args);

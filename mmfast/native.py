@@ -551,17 +551,20 @@ def _addresses(*tensors: torch.Tensor | None) -> list[int]:
 
 def cpu_rnn_forward(
     layer: tuple,
-    gx: torch.Tensor,
+    gx: torch.Tensor | None,
     kept: Sequence[torch.Tensor | None],
     out: Sequence[torch.Tensor | None],
     b_ih: Sequence[torch.Tensor | None],
+    x: torch.Tensor | None = None,
+    w_ih: Sequence[torch.Tensor] = (),
 ) -> None:
     """Fills kept, (gates, cell), and out, (y, hn, cn), of mmfast_rnn_forward_args (csrc/mmfast.h).
 
-    b_ih: of each direction, contiguous; layer: `rnn_layer`.
+    b_ih, w_ih: of each direction, contiguous; x, where gx is None: (N, I), contiguous; layer: `rnn_layer`.
     """
-    pointers = _addresses(gx, *kept, *out)
-    check(library().cpu_rnn_forward(layer, pointers, _addresses(*b_ih, None)[:2]))
+    pointers, inputs = _addresses(gx, *kept, *out), 0 if x is None else x.shape[1]
+    beside = _addresses(*b_ih, None)[:2], _addresses(x)[0], _addresses(*w_ih, None, None)[:2], inputs
+    check(library().cpu_rnn_forward(layer, pointers, *beside))
 
 
 def cpu_rnn_backward(
@@ -570,14 +573,18 @@ def cpu_rnn_backward(
     given: Sequence[torch.Tensor | None],
     out: Sequence[torch.Tensor | None],
     biases: Sequence[torch.Tensor | None],
+    x: torch.Tensor | None = None,
+    w_ih: Sequence[torch.Tensor] = (),
+    products: Sequence[torch.Tensor | None] = (),
 ) -> None:
-    """Fills `out` (dgates, dm, dh, u, previous, dh0, dc0) and `biases` (of each direction db_ih and db_hh) from
-    `saved` (y, gates, cell) and `given` (dy, dhn, dcn).
+    """Fills `out` (dgates, dm, dh, u, previous, dh0, dc0), `biases` (of each direction db_ih and db_hh) and `products`
+    (dx, of each direction dw_ih and dw_hh) from `saved` (y, gates, cell) and `given` (dy, dhn, dcn).
 
-    All are mmfast_rnn_backward_args' (csrc/mmfast.h); layer: `rnn_layer`.
+    All are mmfast_rnn_backward_args' (csrc/mmfast.h), contiguous; layer: `rnn_layer`.
     """
-    pointers = _addresses(*saved, *given, *out)
-    check(library().cpu_rnn_backward(layer, pointers, _addresses(*biases, *[None] * 4)[:4]))
+    pointers, inputs = _addresses(*saved, *given, *out), 0 if x is None else x.shape[1]
+    beside = _addresses(x, *(*w_ih, None, None)[:2], *products, *[None] * 5)[:8]
+    check(library().cpu_rnn_backward(layer, pointers, _addresses(*biases, *[None] * 4)[:4], beside, inputs))
 
 
 def cpu_rnn_cell(

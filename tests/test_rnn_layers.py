@@ -396,12 +396,12 @@ def backends_of(module, *inputs) -> list[str]:
 
 @pytest.mark.parametrize("intel", [False, True], ids=["AMD", "Intel"])
 def test_a_penalty_of_an_lstm_is_not_left_to_torch(monkeypatch, intel):
-    """oneDNN's LSTM differentiated twice is a loop over operators; a leaf that needs a gradient announces it."""
+    """oneDNN's LSTM differentiated twice is a loop over operators."""
     monkeypatch.setattr(native, "isa", lambda: "avx512")
     monkeypatch.setattr(native, "is_intel", lambda: intel)
     leaf = torch.randn(64, 16, 16, requires_grad=True)
     chosen = backends_of(mmfast.nn.LSTM(16, 64), leaf.detach(), leaf, leaf * 1)
-    assert chosen == (["cpu"] * 3 if intel else ["torch", "cpu", "torch"])
+    assert chosen == ["cpu"] * 3
 
 
 def test_lstms_on_intel(monkeypatch):
@@ -414,6 +414,21 @@ def test_lstms_on_intel(monkeypatch):
         assert backends_of(module, torch.randn(20, 16, 16)) == ["torch"]
         module.zoneout = 0.1
         assert backends_of(module, torch.randn(20, 16, 16)) == ["cpu"]
+
+
+def test_lstms_where_products_beat_mkls(monkeypatch):
+    """AMD's AVX-512: all that trains but a few steps of tiny layers, and of few rows of large ones."""
+    monkeypatch.setattr(native, "isa", lambda: "avx512")
+    monkeypatch.setattr(native, "beats_mkl", lambda: True)
+    monkeypatch.setattr(native, "is_intel", lambda: False)
+    steps = torch.randn(1, 16, 16), torch.randn(28, 8, 16), torch.randn(29, 8, 16)
+    assert backends_of(mmfast.nn.LSTM(16, 64), *steps) == ["cpu"] * 3
+    assert backends_of(mmfast.nn.LSTM(16, 15), *steps) == ["torch", "cpu", "cpu"]
+    assert backends_of(mmfast.nn.LSTM(16, 512), *steps) == ["cpu", "torch", "cpu"]
+    x = torch.randn(64, 16, 64, requires_grad=True)
+    assert backends_of(mmfast.nn.LSTM(64, 128), x.detach(), x, x * 1) == ["cpu", "cpu", "torch"]
+    with torch.no_grad():
+        assert backends_of(mmfast.nn.LSTM(16, 64), torch.randn(12, 16, 16), torch.randn(16, 16, 16)) == ["cpu", "torch"]
 
 
 @pytest.mark.parametrize("intel", [False, True], ids=["AMD", "Intel"])

@@ -32,6 +32,9 @@ template <typename C>
 constexpr int kPanelWidth = kMaxVectors * kLanes<C>;
 template <typename C>
 constexpr int64_t kColumns = 6 * kPanelWidth<C>;
+// strips whose rows lie in one cache line
+template <typename C>
+constexpr int kStrips = 64 / (kRows * int(sizeof(C)));
 
 template <typename T>
 T smaller(T a, T b) {
@@ -104,42 +107,52 @@ class Product {
     // false: no memory
     bool rows(int64_t begin, int64_t end) const {
         const int64_t depth = smaller(k_, kDepth), columns = smaller(n_ + kPanelWidth<C>, kColumns<C>);
-        C* panels =
-            static_cast<C*>(aligned_alloc(64, size_t((columns + kRows) * depth * int64_t(sizeof(C)) + 63) / 64 * 64));
+        C* panels = static_cast<C*>(
+            aligned_alloc(64, size_t((columns + kStrips<C> * kRows) * depth * int64_t(sizeof(C)) + 63) / 64 * 64));
         if (!panels) return false;
-        C* strip = panels + columns * depth;
+        C* strips = panels + columns * depth;
         for (int64_t column = 0; column < n_; column += kColumns<C>)
             for (int64_t k = 0; k == 0 || k < k_; k += kDepth)
-                block(begin, end, column, smaller(n_, column + kColumns<C>), k, smaller(k_ - k, kDepth), panels, strip);
+                block(begin, end, column, smaller(n_, column + kColumns<C>), k, smaller(k_ - k, kDepth), panels,
+                      strips);
         free(panels);
         return true;
     }
 
     void block(int64_t begin, int64_t end, int64_t column, int64_t last, int64_t k, int64_t depth, C* panels,
-               C* strip) const {
+               C* strips) const {
         for (int64_t j = column; j < last; j += kPanelWidth<C>)
             pack(panels + (j - column) * depth, j, smaller(last - j, int64_t(kPanelWidth<C>)), k, depth);
-        const bool strips = a_row_ == 1 && a_k_ != 1;
+        const bool copies = a_row_ == 1 && a_k_ != 1;
         for (int64_t i = begin; i < end; i += kRows) {
             const int valid = int(smaller(end - i, int64_t(kRows)));
+            const int64_t strip = (i - begin) / kRows % kStrips<C>;
+            if (copies && strip == 0) copy_strips(strips, i, end, k, depth);
             const C* row[kRows];
             // rows past the end are the last one again, and not stored
-            for (int r = 0; r < kRows; ++r) row[r] = a_ + (i + smaller(r, valid - 1)) * a_row_ + k * a_k_;
-            if (strips) {
-                for (int64_t d = 0; d < depth; ++d) store_strip(strip + d * kRows, row[0] + d * a_k_, valid);
-                for (int r = 0; r < kRows; ++r) row[r] = strip + r;
-            }
+            for (int r = 0; r < kRows; ++r)
+                row[r] =
+                    copies ? strips + strip * depth * kRows + r : a_ + (i + smaller(r, valid - 1)) * a_row_ + k * a_k_;
             for (int64_t j = column; j < last; j += kPanelWidth<C>)
-                tile(row, strips ? kRows : a_k_, panels + (j - column) * depth, depth, i, valid, j,
+                tile(row, copies ? kRows : a_k_, panels + (j - column) * depth, depth, i, valid, j,
                      int(smaller(last - j, int64_t(kPanelWidth<C>))), k == 0);
         }
     }
 
-    static void store_strip(C* strip, const C* from, int valid) {
-        if (valid == kRows)
-            memcpy(strip, from, sizeof(C) * kRows);
-        else
-            for (int r = 0; r < kRows; ++r) strip[r] = r < valid ? from[r] : C(0);
+    // strips[strip][d][r] = a[i + strip * kRows + r][k + d], zeros past the end
+    void copy_strips(C* strips, int64_t i, int64_t end, int64_t k, int64_t depth) const {
+        const int valid = int(smaller(end - i, int64_t(kStrips<C> * kRows)));
+        for (int64_t d = 0; d < depth; ++d) {
+            const C* from = a_ + i + (k + d) * a_k_;
+            __builtin_prefetch(from + kStrips<C> * kRows, 0, 2);
+            for (int r = 0; r < kStrips<C> * kRows; r += kRows) {
+                C* strip = strips + (r * depth + d * kRows);
+                if (r + kRows <= valid)
+                    memcpy(strip, from + r, sizeof(C) * kRows);
+                else
+                    for (int j = 0; j < kRows; ++j) strip[j] = r + j < valid ? from[r + j] : C(0);
+            }
+        }
     }
 
     static int vectors_of(int64_t columns) { return int((columns + kLanes<C> - 1) / kLanes<C>); }

@@ -5,7 +5,8 @@
 // vector units wherever W_hh stays in a cache. W_hh is packed once a call: a panel holds, for one block of units and
 // all k, the lanes that one tile of the product needs, one after the other. A tile is some rows of the batch times one
 // block of units with all its gates, so that gate math follows in the same tile while its sums are in registers; the
-// backward of a gate follows the product of the step after it in the same way.
+// backward of a gate follows the product of the step after it in the same way. Given x in the place of gx, a tile makes
+// that product, too, from a panel of W_ih.
 //
 // Threads own rows of the batch for the whole sequence and never wait for each other; where there are fewer rows than
 // threads they share the units of a block of rows and wait once a step. Each result is computed by one chain of
@@ -15,6 +16,9 @@
 
 namespace mmfast {
 namespace MMFAST_ISA {
+
+int product(const mmfast_product_args& args);
+
 namespace {
 
 // ---- forward
@@ -28,9 +32,12 @@ class Forward {
   public:
     Forward(const mmfast_rnn_forward_args& args, int direction)
         : d_(args.layer, direction),
+          input_(args.input),
           panels_(d_.P, d_.H, d_.G, d_.layer.batch),
+          inputs_(args.x ? input_ : 0, d_.H, d_.G, d_.layer.batch),
           projection_(d_.H, d_.projects() ? d_.P : 0, 1, d_.layer.batch) {
-        gx_ = static_cast<const T*>(args.gx) + d_.gates_at;
+        x_ = static_cast<const T*>(args.x), w_ih_ = static_cast<const T*>(args.w_ih[direction]);
+        gx_ = d_.moved(static_cast<const T*>(args.gx), d_.gates_at);
         gates_ = d_.G > 1 ? d_.template moved<T>(args.gates, d_.gates_at) : nullptr;
         cell_ = d_.template moved<T>(args.cell, d_.units_at);
         y_ = static_cast<T*>(args.y) + d_.y_at;
@@ -42,14 +49,15 @@ class Forward {
     }
 
     int64_t scratch_bytes() const {
-        return Scratch::bytes<C>(panels_.size()) + Scratch::bytes<C>(projection_.size()) +
-               3 * Scratch::bytes<C>(d_.layer.batch * h_stride_) + 2 * Scratch::bytes<C>(d_.layer.batch * c_stride_) +
-               Scratch::bytes<C>(kBiases * c_stride_);
+        return Scratch::bytes<C>(panels_.size()) + Scratch::bytes<C>(inputs_.size()) +
+               Scratch::bytes<C>(projection_.size()) + 3 * Scratch::bytes<C>(d_.layer.batch * h_stride_) +
+               2 * Scratch::bytes<C>(d_.layer.batch * c_stride_) + Scratch::bytes<C>(kBiases * c_stride_);
     }
     void take(Scratch& scratch) {
         bias_ = scratch.template take<C>(kBiases * c_stride_);
         add_biases();
         panels_.data = scratch.template take<C>(panels_.size());
+        inputs_.data = scratch.template take<C>(inputs_.size());
         projection_.data = scratch.template take<C>(projection_.size());
         for (C*& state : h_) state = scratch.template take<C>(d_.layer.batch * h_stride_);
         C* whole = scratch.template take<C>(d_.layer.batch * h_stride_);
@@ -58,10 +66,12 @@ class Forward {
         u_ = scratch.template take<C>(d_.layer.batch * c_stride_);
     }
     int64_t blocks() const { return panels_.blocks(); }
-    int64_t packs() const { return panels_.blocks() + projection_.blocks(); }
+    int64_t packs() const { return 2 * panels_.blocks() + projection_.blocks(); }
     void pack_block(int64_t block) const {
-        if (block < panels_.blocks()) return pack_transposed(d_.memory, panels_, d_.w_hh, block);
-        pack_transposed(d_.memory, projection_, d_.w_hr, block - panels_.blocks());
+        const int64_t own = panels_.blocks();
+        if (block < own) return pack_transposed(d_.memory, panels_, d_.w_hh, block);
+        if (block < 2 * own) return pack_transposed(d_.memory, inputs_, w_ih_, block - own);
+        pack_transposed(d_.memory, projection_, d_.w_hr, block - 2 * own);
     }
 
     void walk(const Share& share, Barrier& barrier) const {
@@ -74,11 +84,15 @@ class Forward {
             const Piece<C> piece = {h_[s & 1], h_stride_, d_.P};
             const int pieces = s > 0 || d_.h0 ? 1 : 0;
             const int64_t ahead = d_.rows.distance(t, d_.reverse ? t - 1 : t + 1);
+            const Beside<C> input = {&inputs_,
+                                     {reinterpret_cast<const C*>(x_) + d_.rows.row(t, 0) * input_, input_, input_}};
             with_mode(d_.layer.mode, [&](auto mode) {
-                each_tile(panels_, share, share.row, end, &piece, pieces,
-                          [&](int64_t b, int64_t unit, int valid, const V* sums) {
-                              step<decltype(mode)::value>(s, t, b, unit, valid, sums, ahead);
-                          });
+                each_tile(
+                    panels_, share, share.row, end, &piece, pieces,
+                    [&](int64_t b, int64_t unit, int valid, const V* sums) {
+                        step<decltype(mode)::value>(s, t, b, unit, valid, sums, ahead);
+                    },
+                    x_ ? &input : nullptr);
             });
             if (d_.projects()) project(share, barrier, s, t, end);
             barrier.wait(share.parts);
@@ -146,13 +160,18 @@ class Forward {
             if (!d_.projects()) d_.memory.store_to(y_ + row * d_.y_stride + unit, V{}, valid);
             return;
         }
-        const T* gx = gx_ + row * d_.gates_stride + unit;
+        const int64_t at = row * d_.gates_stride + unit;
         V x[G], a[G], kept[G], h;
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) {
-            x[g] = d_.memory.load_from(gx + g * H, valid);
             a[g] = sums[g] + load(bias_ + g * c_stride_ + unit);
-            fetch(gx + g * H + ahead * d_.gates_stride);
+            if (!gx_) {
+                x[g] = sums[kBeside + g];
+                if (gates_) fetch_to_write(gates_ + at + g * H + ahead * d_.gates_stride);
+                continue;
+            }
+            x[g] = d_.memory.load_from(gx_ + at + g * H, valid);
+            fetch(gx_ + at + g * H + ahead * d_.gates_stride);
         }
         if (kMode == MMFAST_GRU) x[G - 1] += load(bias_ + G * c_stride_ + unit);
         T* cell = cell_ ? cell_ + row * d_.units_stride + unit : nullptr;
@@ -171,9 +190,8 @@ class Forward {
             if (cell) d_.memory.store_to(cell, kMode == MMFAST_GRU ? a[G - 1] : h, valid);
         }
         if (G > 1 && gates_) {
-            T* gates = gates_ + row * d_.gates_stride + unit;
 #pragma GCC unroll 4
-            for (int g = 0; g < G; ++g) d_.memory.store_to(gates + g * H, kept[g], valid);
+            for (int g = 0; g < G; ++g) d_.memory.store_to(gates_ + at + g * H, kept[g], valid);
         }
         if (kMode == MMFAST_LSTM && d_.projects()) return store(u_ + b * c_stride_ + unit, h);
         output(s, t, b, unit, valid, h);
@@ -202,10 +220,11 @@ class Forward {
     }
 
     Direction<T, C, kPlain> d_;
-    int64_t h_stride_, c_stride_;
-    const T *gx_, *b_ih_;
+    int64_t input_, h_stride_, c_stride_;
+    // gx_: null with x_
+    const T *gx_, *b_ih_, *x_, *w_ih_;
     T *gates_, *cell_, *y_, *hn_, *cn_;
-    Panels<C> panels_, projection_;
+    Panels<C> panels_, inputs_, projection_;
     C* bias_;
     // h_: what W_hh is multiplied by, of this step and the next; whole_: with a dropout mask, h' without it
     C *h_[2], *whole_, *c_, *u_;
@@ -517,6 +536,86 @@ class Backward {
     C *carry_h_, *inner_, *carry_c_, *sums_, *copy_[2];
 };
 
+// ---- the products over all rows
+
+// dx, dW_ih and dW_hh where they are asked for, by product.cpp; of each direction, of GRU's n by dm.
+template <typename T>
+class Products {
+  public:
+    explicit Products(const mmfast_rnn_backward_args& args)
+        : args_(args),
+          rows_(args.layer.offsets ? args.layer.offsets[args.layer.steps] : args.layer.steps * args.layer.batch),
+          hidden_(args.layer.hidden),
+          gates_(gates_of(args.layer.mode) * hidden_),
+          output_(args.layer.proj ? args.layer.proj : hidden_) {}
+
+    int run() {
+        const int directions = args_.layer.directions;
+        const int64_t inputs = args_.input, stride = directions * gates_;
+        for (int d = 0; d < directions; ++d) {
+            const T* dgates = static_cast<const T*>(args_.dgates) + d * gates_;
+            const T *x = static_cast<const T*>(args_.x), *w_ih = static_cast<const T*>(args_.w_ih[d]);
+            if (args_.dx) multiply({dgates, stride, 1}, {w_ih, inputs, 1}, args_.dx, rows_, inputs, gates_, d > 0);
+            if (args_.dw_ih[d])
+                multiply({dgates, 1, stride}, {x, inputs, 1}, args_.dw_ih[d], gates_, inputs, rows_, false);
+            T* dw_hh = static_cast<T*>(args_.dw_hh[d]);
+            if (!dw_hh) continue;
+            const bool gru = args_.layer.mode == MMFAST_GRU;
+            recurrent(d, {dgates, 1, stride}, dw_hh, gru ? 2 * hidden_ : gates_);
+            if (!gru) continue;
+            const T* dm = static_cast<const T*>(args_.dm) + d * hidden_;
+            recurrent(d, {dm, 1, directions * hidden_}, dw_hh + 2 * hidden_ * output_, hidden_);
+        }
+        return status_;
+    }
+
+  private:
+    struct Matrix {
+        const T* at;
+        int64_t row, column;  // strides
+    };
+
+    void multiply(const Matrix& a, const Matrix& b, void* out, int64_t rows, int64_t columns, int64_t depth, bool add) {
+        const mmfast_product_args args = {args_.layer.dtype,
+                                          rows,
+                                          columns,
+                                          depth,
+                                          a.at,
+                                          a.row,
+                                          a.column,
+                                          b.at,
+                                          b.row,
+                                          b.column,
+                                          nullptr,
+                                          out,
+                                          columns,
+                                          add,
+                                          args_.layer.threads};
+        if (const int status = product(args)) status_ = status;
+    }
+
+    // out = d times the state before each row, d (count, N)
+    void recurrent(int direction, Matrix d, T* out, int64_t count) {
+        const int64_t stride = args_.layer.directions * output_, batch = args_.layer.batch, later = rows_ - batch;
+        if (args_.previous) {
+            const T* previous = static_cast<const T*>(args_.previous) + direction * output_;
+            return multiply(d, {previous, stride, 1}, out, count, output_, rows_, false);
+        }
+        // padded: the state before is the output `batch` rows before, or after in the reverse direction
+        const T* y = static_cast<const T*>(args_.y) + direction * output_ + (direction ? batch * stride : 0);
+        const Matrix first = {d.at + (direction ? later * d.column : 0), d.row, d.column};
+        d.at += direction ? 0 : batch * d.column;
+        multiply(d, {y, stride, 1}, out, count, output_, later, false);
+        if (!args_.layer.h0) return;
+        const T* h0 = static_cast<const T*>(args_.layer.h0) + direction * batch * output_;
+        multiply(first, {h0, output_, 1}, out, count, output_, batch, true);
+    }
+
+    const mmfast_rnn_backward_args& args_;
+    int64_t rows_, hidden_, gates_, output_;
+    int status_ = MMFAST_OK;
+};
+
 // ---- both
 
 // too little work to wake a second thread for: about 20 us on one
@@ -584,7 +683,12 @@ int run_dtype(const Args& args) {
 }  // namespace
 
 int rnn_forward(const mmfast_rnn_forward_args& args) { return run_dtype<Forward>(args); }
-int rnn_backward(const mmfast_rnn_backward_args& args) { return run_dtype<Backward>(args); }
+
+int rnn_backward(const mmfast_rnn_backward_args& args) {
+    if (const int status = run_dtype<Backward>(args)) return status;
+    if (args.layer.dtype == MMFAST_FLOAT32) return Products<float>(args).run();
+    return args.layer.dtype == MMFAST_FLOAT64 ? Products<double>(args).run() : MMFAST_OK;
+}
 
 }  // namespace MMFAST_ISA
 }  // namespace mmfast

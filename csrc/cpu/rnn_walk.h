@@ -44,11 +44,20 @@ inline Share share_of(int64_t batch, int64_t blocks, int index, int count) {
     return {0, batch, index, parts};
 }
 
+// A product beside a tile's own, of the same units and gates.
+template <typename C>
+struct Beside {
+    const Panels<C>* panels;
+    Piece<C> piece;
+};
+// Where its sums are, behind those of the tile's own.
+constexpr int kBeside = kHighestTile * kMaxVectors;
+
 // body(row, unit, valid lanes, sums) for rows [begin, end) and each vector of units in the share; `sums` points to one
 // vector a gate. Without pieces the sums are zero.
 template <typename C, typename Body>
 void each_tile(const Panels<C>& panels, const Share& share, int64_t begin, int64_t end, const Piece<C>* pieces,
-               int count, const Body& body) {
+               int count, const Body& body, const Beside<C>* beside = nullptr) {
     if (begin >= end) return;
     for (int64_t block = share.begin(panels.blocks()); block < share.end(panels.blocks()); ++block) {
         const int width = panels.width(block), tile_width = panels.tile_width(block), gates = panels.gates;
@@ -56,7 +65,7 @@ void each_tile(const Panels<C>& panels, const Share& share, int64_t begin, int64
         const int64_t tiles = (rows + highest - 1) / highest;
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t first = begin + rows * tile / tiles, height = begin + rows * (tile + 1) / tiles - first;
-            Vec<C> sums[kHighestTile * kMaxVectors];
+            Vec<C> sums[2 * kBeside];
             if (count) {
                 Piece<C> here[2] = {};
                 for (int i = 0; i < count; ++i) {
@@ -67,6 +76,13 @@ void each_tile(const Panels<C>& panels, const Share& share, int64_t begin, int64
                     tile_product<C>(int(height), tile_width)(sums + v, width, here, count, panels.panel(block, v));
             } else {
                 memset(sums, 0, size_t(height * width) * sizeof sums[0]);
+            }
+            if (beside) {
+                Piece<C> here = beside->piece;
+                here.a += first * here.stride;
+                for (int v = 0; v < width; v += tile_width)
+                    tile_product<C>(int(height), tile_width)(sums + kBeside + v, width, &here, 1,
+                                                             beside->panels->panel(block, v));
             }
             for (int64_t r = 0; r < height; ++r)
                 for (int v = 0; v < width; v += gates) {

@@ -43,7 +43,13 @@ bool run_layer() {
 
     mmfast_rnn_forward_args forward{};
     forward.layer = layer;
-    forward.gx = buffers.input(rows * D * G * H);
+    const bool narrow = layer.dtype == MMFAST_FLOAT16 || layer.dtype == MMFAST_BFLOAT16;
+    if (narrow || pick(0, 1)) {
+        forward.gx = buffers.input(rows * D * G * H);
+    } else {
+        forward.input = pick(1, 40), forward.x = buffers.input(rows * forward.input);
+        for (int64_t d = 0; d < D; ++d) forward.w_ih[d] = buffers.input(G * H * forward.input);
+    }
     const bool cells = G > 1 || zoneout;
     forward.gates = G > 1 ? buffers.output(rows * D * G * H) : nullptr;
     forward.cell = cells ? buffers.output(rows * D * H) : nullptr;
@@ -72,6 +78,16 @@ bool run_layer() {
     for (int64_t d = 0; d < D; ++d) {
         if (pick(0, 1)) backward.db_ih[d] = buffers.output(G * H);
         if (pick(0, 1)) backward.db_hh[d] = buffers.output(G * H);
+    }
+    if (!narrow && (forward.x || pick(0, 1))) {
+        backward.input = forward.x ? forward.input : pick(1, 40);
+        backward.x = forward.x ? forward.x : buffers.input(rows * backward.input);
+        if (pick(0, 1)) backward.dx = buffers.output(rows * backward.input);
+        for (int64_t d = 0; d < D; ++d) {
+            backward.w_ih[d] = forward.x ? forward.w_ih[d] : buffers.input(G * H * backward.input);
+            if (pick(0, 1)) backward.dw_ih[d] = buffers.output(G * H * backward.input);
+            if (pick(0, 1)) backward.dw_hh[d] = buffers.output(G * H * P);
+        }
     }
     return rnn_backward(backward) == MMFAST_OK && buffers.all_written();
 }

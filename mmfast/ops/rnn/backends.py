@@ -57,14 +57,17 @@ class Case(NamedTuple):
     many: bool = True
     #: at most SHORT steps, where the steps may be looked at: in eager
     short: bool = False
-    #: steps * batch * hidden_size >= VAST, likewise
-    vast: bool = False
+    #: steps * batch * hidden_size >= BULK, likewise
+    bulky: bool = False
     #: at most BRIEF steps and steps * batch * hidden_size <= SMALL, likewise
     small: bool = False
     #: hidden_size >= BROAD and batch * hidden_size >= WIDE, in training WIDE_TRAINING, likewise
     wide: bool = False
-    #: x is a leaf that requires a gradient, over at least LONG steps: mostly a penalty's, which differentiates twice
-    probed: bool = False
+    #: hidden_size >= LARGE, at most 2 * FEW rows of the batch and SOME steps, likewise
+    lean: bool = False
+    #: hidden_size within MIDDLE, units of all steps within BAND, and x's gradient is wanted, likewise; but for a leaf
+    #: over at least LONG steps: mostly a penalty's, which differentiates twice
+    middling: bool = False
     cell: bool = False
     resets: bool = False
     zoneout: bool = False
@@ -85,11 +88,17 @@ class Case(NamedTuple):
 
 #: Rows, or units of all rows of a step, up to which an LSTM's step is so short that PyTorch's overhead decides.
 FEW, MANY = 4, 512
-#: Elements of an LSTM's output from which on oneDNN's workspace leaves the cache.
-VAST = 1 << 20
+#: Units of all steps from which on not even a single step is worth PyTorch's loop, with products of our own; and up to
+#: which an LSTM without gradients takes less time here.
+BULK = 1 << 14
 #: Hidden size, and units of all rows of a step, from which on products in bfloat16 by AMX decide.
 BROAD, WIDE, WIDE_TRAINING = 256, 1 << 13, 1 << 15
-#: Steps from which on an LSTM trains here at no less than 0.98 of oneDNN's speed for batch * hidden_size > MANY.
+#: Steps up to which W_hh of a LARGE layer and its gradient take longer than the walk of a FEW rows, or two.
+SOME = 28
+#: Hidden sizes, units of all steps, and inputs from which on, of LSTMs that train here no faster than in oneDNN, which
+#: makes x's gradient in any case.
+MIDDLE, BAND, BROADER = range(65, 200), range(1 << 16, (1 << 18) + 1), 64
+#: Steps from which on a leaf's gradient is mostly a penalty's.
 LONG = 64
 #: Hidden size up to which an LSTM trains here as fast as in oneDNN: 0.94 to 0.98 of its speed at 1024.
 LARGE = 512
@@ -98,14 +107,26 @@ SHORT = {"RNN_TANH": 6, "RNN_RELU": 6, "GRU": 2, "LSTM": 2}
 #: Steps up to which oneDNN's LSTM trains in less time than a call of the op takes; on Intel's AVX-512 only where the
 #: units of all steps are few.
 BRIEF, SMALL = 12, 1 << 13
+#: Hidden size below which that holds on AMD's AVX-512, too.
+TINY = 16
 
 
-def extent(mode: str, steps: int, batch: int, hidden: int, gradients: bool) -> tuple[bool, bool, bool, bool, bool]:
-    """A Case's (many, short, vast, small, wide)."""
+#: A Case's (many, short, bulky, small, wide, lean, middling).
+Extent = tuple[bool, bool, bool, bool, bool, bool, bool]
+
+#: Of a graph, which holds for any.
+UNSEEN: Extent = (True, False, False, False, False, False, False)
+
+
+def extent(mode: str, steps: int, batch: int, hidden: int, gradients: bool, x: Tensor) -> Extent:
+    """Of a call in eager; hidden: the hidden size."""
     brief, units = steps <= BRIEF, batch * hidden
     many = (units > MANY and (batch > FEW or hidden > LARGE)) or (gradients and brief)
     wide = hidden >= BROAD and units >= (WIDE_TRAINING if gradients else WIDE)
-    return many, steps <= SHORT[mode], steps * units >= VAST, brief and steps * units <= SMALL, wide
+    lean = hidden >= LARGE and batch <= 2 * FEW and steps <= SOME
+    wanted = gradients and x.requires_grad and not (x.is_leaf and steps >= LONG)
+    middling = wanted and hidden in MIDDLE and steps * units in BAND
+    return many, steps <= SHORT[mode], steps * units >= BULK, brief and steps * units <= SMALL, wide, lean, middling
 
 
 def empty_outputs(x: Tensor, weights: Sequence[Tensor], layer: Layer, keep: bool, batch: int) -> tuple[Tensor, ...]:
@@ -128,6 +149,14 @@ class Walker(Backend):
     #: Whether the walks add b_ih to gx and sum the gradients of the biases.
     walks_biases = False
 
+    def makes_input_side(self, x: Tensor, layer: Layer, sizes: Sizes) -> bool:
+        """Whether the walk makes gx of x (N, I), a step at a time."""
+        return False
+
+    def makes_products(self, x: Tensor, sizes: Sizes) -> bool:
+        """Whether the walk back makes the products over all rows, but for a projection's."""
+        return False
+
     def walk(
         self,
         layer: Layer,
@@ -135,7 +164,8 @@ class Walker(Backend):
         parts: Sequence[Weights],
         h0: Tensor | None,
         c0: Tensor | None,
-        gx: Tensor,
+        x: Tensor,
+        gx: Tensor | None,
         kept: tuple[Tensor | None, Tensor | None],
         results: tuple[Tensor, Tensor, Tensor | None],
     ) -> None:
@@ -153,26 +183,31 @@ class Walker(Backend):
         given: Sequence[Tensor | None],
         results: tuple[Tensor | None, ...],
         biases: Sequence[Tensor | None],
+        products: tuple[Any, ...] = (),
     ) -> None:
         """Fills results, (dgates, dm, dh, u, previous, dh0, dc0), and where it `walks_biases` their gradients, of each
-        direction (db_ih, db_hh); None: not wanted."""
+        direction (db_ih, db_hh); None: not wanted. products, where it `makes_products`: x, of each direction w_ih, and
+        to be filled dx and of each direction (dw_ih, dw_hh)."""
         raise NotImplementedError
 
     def forward(
         self, x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, layer: Layer, keep: bool
     ) -> tuple[Tensor | None, ...]:
         sizes, parts = sizes_of(x, weights, layer), equations.split(weights, layer.directions)
-        gx = input_side(x.reshape(sizes.rows, x.shape[-1]), parts, not self.walks_biases)
+        flat, gates = x.reshape(sizes.rows, x.shape[-1]), None
+        inside = self.makes_input_side(flat, layer, sizes)
+        gx = None if inside else input_side(flat, parts, not self.walks_biases)
+        if keep and GATES[layer.mode] > 1:
+            gates = x.new_empty((sizes.rows, layer.directions * weights[1].shape[0])) if gx is None else gx
         y = x.new_empty((*x.shape[:-1], layer.directions * sizes.output))
         hn = x.new_empty((layer.directions, sizes.batch, sizes.output))
         cn = x.new_empty((layer.directions, sizes.batch, sizes.hidden)) if layer.mode == "LSTM" else None
-        gates = gx if keep and GATES[layer.mode] > 1 else None
         cell = None
         if keep and (GATES[layer.mode] > 1 or layer.zones):
             # the kernel leaves out what is past a length
             empty = y.new_empty if layer.lengths is None else y.new_zeros
             cell = empty((sizes.rows, layer.directions * sizes.hidden))
-        self.walk(layer, sizes, parts, h0, c0, gx, (gates, cell), (y, hn, cn))
+        self.walk(layer, sizes, parts, h0, c0, flat, gx, (gates, cell), (y, hn, cn))
         return y, hn, cn, gates, cell
 
     def backward(self, *arguments: Any) -> list[Tensor | None]:
@@ -208,22 +243,31 @@ class Walker(Backend):
             wanted = need[5 + d * each : 7 + d * each]
             biases += [dgates.new_empty(weights[1].shape[0]) if want else None for want in wanted]
         dense, results = [_dense(d) for d in given], (dgates, dm, dh, u, previous, dh0, dc0)
-        self.walk_back(layer, sizes, parts, h0, c0, saved, dense, results, biases)
+        flat, dx = x.reshape(sizes.rows, x.shape[-1]), None
+        of_matrices: list[Tensor | None] = []
+        if self.makes_products(flat, sizes):
+            if need[0]:
+                dx = flat.new_empty(x.shape)
+            for d, part in enumerate(parts):
+                of_matrices.append(flat.new_empty(part.w_ih.shape) if need[3 + d * each] else None)
+                of_matrices.append(flat.new_empty(part.w_hh.shape) if need[4 + d * each] else None)
+            products = flat.contiguous(), [part.w_ih.contiguous() for part in parts], (dx, *of_matrices)
+            self.walk_back(layer, sizes, parts, h0, c0, saved, dense, results, biases, products)
+        else:
+            self.walk_back(layer, sizes, parts, h0, c0, saved, dense, results, biases)
+            if need[0]:
+                dx = input_gradient(dgates, [part.w_ih for part in parts], GATES[layer.mode]).view(x.shape)
+            side = RecurrentSide(y.view(sizes.rows, width), h0, previous, sizes, dm)
+            for d in range(directions):
+                mine = dgates if directions == 1 else dgates.chunk(2, 1)[d]
+                of_matrices += weight_gradients(mine, flat, side, d, need[3 + d * each : 5 + d * each])
         if not self.walks_biases:
             sum_biases(dgates, dm, biases)
-        dx = None
-        if need[0]:
-            dx = input_gradient(dgates, [part.w_ih for part in parts], GATES[layer.mode]).view(x.shape)
-        side = RecurrentSide(y.view(sizes.rows, width), h0, previous, sizes, dm)
-        x = x.reshape(sizes.rows, x.shape[-1])
         dweights: list[Tensor | None] = []
         for d in range(directions):
-            mine = dgates if directions == 1 else dgates.chunk(2, 1)[d]
-            wanted = need[3 + d * each : 3 + (d + 1) * each]
-            dweights += weight_gradients(mine, x, side, d, wanted)
-            dweights += biases[2 * d : 2 * d + 2]
+            dweights += [*of_matrices[2 * d : 2 * d + 2], *biases[2 * d : 2 * d + 2]]
             if dh is not None and u is not None:
-                dweights.append(projection_gradient(dh, u, sizes, d) if wanted[-1] else None)
+                dweights.append(projection_gradient(dh, u, sizes, d) if need[2 + (d + 1) * each] else None)
         return [dx, dh0, dc0, *dweights], (dgates, dm)
 
 
@@ -242,14 +286,19 @@ class Cpu(Walker):
 
         Against oneDNN, AMD EPYC, 1 thread, PyTorch 2.13, time of torch / time here, padded float32:
                                                      AVX-512 (Zen 5)    AVX2
-            training, few or batch * H <= 512        1.0 to 1.25        1.0 to 1.1
-            training, above, H a multiple of 16      0.9 to 1.03        1.0 to 1.15, at H = 1024 0.94 to 0.98
-            training, steps * batch * H >= 2^20      1.06 to 1.27       the same
-            gradient penalty, T128 B16 H128          2.4 to 2.7         2.4
-            training, above, H = 73, 79, 98, 294     0.96 to 1.0        0.94 to 1.0
-            inference, few or batch * H <= 512       1.16 to 1.5        1.0 to 1.3
-            inference, above                         0.87 to 1.02       0.94 to 1.2
+            training, few or batch * H <= 512        1.0 to 1.4         1.0 to 1.1
+            training, above, H a multiple of 16      0.98 to 1.5        1.0 to 1.15, at H = 1024 0.94 to 0.98
+            training, above, H = 73, 82, 98, 294     0.97 to 1.3        0.94 to 1.0
+            training with x's gradient, MIDDLE, BAND 0.9 to 1.0         the same
+            training, H >= 512, B <= 8, T <= 28      0.8 to 1.2         not measured
+            training, H < 16, T <= 5                 0.96 to 1.05       not measured
+            gradient penalty, T128 B16 H128          2.4 to 2.8         2.4
+            inference, few or batch * H <= 512       1.05 to 1.5        1.0 to 1.3
+            inference, above, less than BULK units   1.02 to 1.2        0.94 to 1.2
+            inference, above                         0.9 to 1.1         the same
             bfloat16, H = 128                        0.75 to 0.82       PyTorch's raises
+        There a loop of a step or two, of RNN and GRU too, took 1.2 to 2.2 times as long for at least BULK units, an
+        LSTM's 1.05 to 1.6 times for any.
         On Intel's AVX-512 (Granite Rapids) training above, of any H to 700 and more than BRIEF steps, took 0.99 to 1.5
         times as long in PyTorch, inference 0.84 to 1.4.
 
@@ -262,7 +311,8 @@ class Cpu(Walker):
             # two products are nearly all of it: for 64 rows of 128 units PyTorch took 0.82 to 0.9 of the time here
             intels = GATES[case.mode] == 1 and native.is_intel()
             return "PyTorch's RNNCell was measured as fast on Intel's processors" if intels else ""
-        if case.short and not case.extras:
+        ours = native.beats_mkl() and (case.bulky or (case.mode == "LSTM" and case.dtype == torch.float32))
+        if case.short and not (case.extras or ours):
             return f"PyTorch's loop was measured faster for at most {SHORT[case.mode]} steps"
         if case.stays_float32 and has_products(case.dtype):
             return f"PyTorch's loop with products in {case.dtype} was not measured on such a processor"
@@ -274,16 +324,22 @@ class Cpu(Walker):
             return ""
         if narrow:
             return "PyTorch's LSTM in bfloat16, oneDNN's, was measured faster"
+        if case.lean and native.beats_mkl():
+            few = f"at most {SOME} steps of {2 * FEW} rows and hidden sizes from {LARGE} on"
+            return f"PyTorch's LSTM, oneDNN's, was measured faster for {few}"
         if not case.many:
             return ""
         if not case.gradients:
+            if native.beats_mkl() and not case.bulky and case.hidden_size < LARGE:
+                return ""
             return f"PyTorch's LSTM without gradients, oneDNN's, was measured faster for batch * hidden_size > {MANY}"
-        if native.isa() == "avx512" and native.is_intel():
+        if native.isa() == "avx512":
             few = f"at most {BRIEF} steps and {SMALL} units of all steps"
-            return f"PyTorch's LSTM, oneDNN's, was measured faster for {few}" if case.small else ""
-        if native.isa() == "avx512" and not (case.vast or case.probed):
-            size = f"batch * hidden_size > {MANY} or at most {BRIEF} steps"
-            return f"PyTorch's LSTM, oneDNN's, was measured faster with AVX-512 for {size}"
+            if case.middling and case.input_size >= BROADER and not native.is_intel():
+                few = f"about {BAND.stop} units of all steps and the input's gradient"
+            elif not (case.small and (native.is_intel() or case.hidden_size < TINY)):
+                return ""
+            return f"PyTorch's LSTM, oneDNN's, was measured faster for {few}"
         if case.hidden_size > LARGE:
             return f"PyTorch's LSTM, oneDNN's, was measured faster for hidden sizes above {LARGE}"
         if case.hidden_size % 16:
@@ -292,14 +348,27 @@ class Cpu(Walker):
             )
         return ""
 
-    def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
+    def makes_input_side(self, x, layer, sizes) -> bool:
+        # gx is neither written nor read: 0.97 to 1.06 of the speed in training, 1.02 to 1.22 without gradients; the
+        # gates past a length, which the walk leaves out, are to be finite
+        return layer.lengths is None and sizes.rows >= FEW * sizes.steps and self.makes_products(x, sizes)
+
+    def makes_products(self, x, sizes) -> bool:
+        # one call for all: after other work its calls from Python took 0.1 to 0.3 ms for a layer
+        return sizes.rows > 0 and x.dtype.itemsize >= 4 and native.beats_mkl()
+
+    def walk(self, layer, sizes, parts, h0, c0, x, gx, kept, results) -> None:
         row, alive = native_layer(layer, sizes, parts, h0, c0)
-        native.cpu_rnn_forward(row, gx, kept, results, [_dense(part.b_ih) for part in parts])
+        b_ih = [_dense(part.b_ih) for part in parts]
+        inputs: tuple[Any, ...] = ()
+        if gx is None:
+            inputs = x.contiguous(), [part.w_ih.contiguous() for part in parts]
+        native.cpu_rnn_forward(row, gx, kept, results, b_ih, *inputs)
         del alive
 
-    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results, biases) -> None:
+    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results, biases, products=()) -> None:
         row, alive = native_layer(layer, sizes, parts, h0, c0)
-        native.cpu_rnn_backward(row, saved, given, results, biases)
+        native.cpu_rnn_backward(row, saved, given, results, biases, *products)
         del alive
 
 
@@ -341,7 +410,7 @@ class Cuda(Walker, GpuBackend):
         """Whether float32 is multiplied in TF32. PyTorch's setting is for CUDA, so the emulator does not."""
         return x.is_cuda and portable.uses_tf32()
 
-    def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
+    def walk(self, layer, sizes, parts, h0, c0, x, gx, kept, results) -> None:
         if _fits_on_chip(layer, sizes, gx):
             row, alive = _device_layer(layer, sizes, parts, h0, c0)
             kept = kept if GATES[layer.mode] > 1 else (None, None)
@@ -371,7 +440,7 @@ class Cuda(Walker, GpuBackend):
             if c is not None and narrow:
                 cn[d].copy_(c)
 
-    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results, biases) -> None:
+    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results, biases, products=()) -> None:
         if _fits_on_chip(layer, sizes, saved[0]):
             row, alive = _device_layer(layer, sizes, parts, h0, c0)
             native.cuda_rnn_backward(row, self.rounds(saved[0]), saved, given, results)
@@ -487,13 +556,13 @@ class Triton(Walker, GpuBackend):
             refusals.append(f"hidden_size is {case.hidden_size} (supported: 1 to {kernels.HIDDEN})")
         return refusals + _beyond_the_gpu_kernels(case)
 
-    def walk(self, layer, sizes, parts, h0, c0, gx, kept, results) -> None:
+    def walk(self, layer, sizes, parts, h0, c0, x, gx, kept, results) -> None:
         shape = sizes.steps, sizes.batch, sizes.hidden
         with portable.on_device(gx):
             kernels = portable.kernels(__package__)[0]
             kernels.forward(layer, shape, parts, _dense(h0), _dense(c0), gx, kept, results)
 
-    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results, biases) -> None:
+    def walk_back(self, layer, sizes, parts, h0, c0, saved, given, results, biases, products=()) -> None:
         shape = sizes.steps, sizes.batch, sizes.hidden
         dgates, dm, _, _, *others = results
         with portable.on_device(saved[0]):

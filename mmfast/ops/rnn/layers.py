@@ -16,7 +16,7 @@ from ...dispatch import autocasts, compute_dtype, is_plain, is_transforming, nee
 from ..library import needs_gradient
 from . import cell as one_step
 from . import equations
-from .backends import LONG, OP, Case, extent
+from .backends import OP, UNSEEN, Case, extent
 from .cudnn import StockLayers
 from .equations import GATES, Layer
 from .op import sequence
@@ -190,10 +190,9 @@ def _recurrent(
     seen = seen and not formula
     kind = (options.bidirectional, batch_sizes is not None, options.lengths is not None, not seen)
     hidden, steps, gradients = sizes.hidden_size, _steps(input, options), torch.is_grad_enabled()
-    of_extent = extent(mode, steps, batch, hidden, gradients) if seen else (True, False, False, False, False)
-    probed = seen and gradients and steps >= LONG and input.requires_grad and input.is_leaf
+    of_extent = extent(mode, steps, batch, hidden, gradients, input) if seen else UNSEEN
     extras = (options.reset_mask is not None, options.zoneout > 0, options.recurrent_dropout > 0)
-    facts = (input.device, input.dtype, mode, *sizes, *kind, gradients, *of_extent, probed, *extras)
+    facts = (input.device, input.dtype, mode, *sizes, *kind, gradients, *of_extent, *extras)
     chosen = OP.select_by(facts, _rnn_case, backend)
     if chosen != "torch":
         one: Any = equations.sequence if formula else partial(sequence, backend=chosen)
@@ -217,8 +216,8 @@ _packed_outside_graphs = _disable_dynamo(_recurrent)
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> Case:
     dtype = compute_dtype(device.type, dtype)
-    # sizes and kind, facts from `gradients` to `probed`, extras
-    kind, seen, extras = rest[:-10], rest[-10:-3], rest[-3:]
+    # sizes and kind, facts from `gradients` to `middling`, extras
+    kind, seen, extras = rest[:-11], rest[-11:-3], rest[-3:]
     return Case._make((device.type, dtype, mode, *kind, autocasts(device.type), *seen, False, *extras))
 
 
