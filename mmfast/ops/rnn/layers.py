@@ -190,7 +190,8 @@ def _recurrent(
     seen = seen and not formula
     kind = (options.bidirectional, batch_sizes is not None, options.lengths is not None, not seen)
     hidden, steps, gradients = sizes.hidden_size, _steps(input, options), torch.is_grad_enabled()
-    of_extent = extent(mode, steps, batch, hidden, gradients, input) if seen else UNSEEN
+    directions = 2 if options.bidirectional else 1
+    of_extent = extent(mode, directions, steps, batch, hidden, gradients, input) if seen else UNSEEN
     extras = (options.reset_mask is not None, options.zoneout > 0, options.recurrent_dropout > 0)
     facts = (input.device, input.dtype, mode, *sizes, *kind, gradients, *of_extent, *extras)
     chosen = OP.select_by(facts, _rnn_case, backend)
