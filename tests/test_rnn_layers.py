@@ -416,15 +416,24 @@ def test_lstms_on_intel(monkeypatch):
         assert backends_of(module, torch.randn(20, 16, 16)) == ["cpu"]
 
 
+def test_few_rows_of_heavy_layers_are_a_loops(monkeypatch):
+    monkeypatch.setattr(native, "beats_mkl", lambda: True)
+    x = torch.randn(4, 12, 16), torch.randn(4, 13, 16), torch.randn(1, 48, 16), torch.randn(1, 49, 16)
+    module = mmfast.nn.GRU(16, 600)
+    assert backends_of(module, *x) == ["cpu", "cpu", "torch", "cpu"]
+    with torch.no_grad():
+        assert backends_of(module, *x) == ["torch", "cpu", "torch", "cpu"]
+
+
 def test_lstms_where_products_beat_mkls(monkeypatch):
     """AMD's AVX-512: all that trains but a few steps of tiny layers, and of few rows of large ones."""
     monkeypatch.setattr(native, "isa", lambda: "avx512")
     monkeypatch.setattr(native, "beats_mkl", lambda: True)
     monkeypatch.setattr(native, "is_intel", lambda: False)
-    steps = torch.randn(1, 16, 16), torch.randn(28, 8, 16), torch.randn(29, 8, 16)
+    steps = torch.randn(1, 16, 16), torch.randn(16, 8, 16), torch.randn(17, 8, 16)
     assert backends_of(mmfast.nn.LSTM(16, 64), *steps) == ["cpu"] * 3
     assert backends_of(mmfast.nn.LSTM(16, 15), *steps) == ["torch", "cpu", "cpu"]
-    assert backends_of(mmfast.nn.LSTM(16, 512), *steps) == ["cpu", "torch", "cpu"]
+    assert backends_of(mmfast.nn.LSTM(16, 512), *steps) == ["torch", "torch", "cpu"]
     x = torch.randn(64, 16, 64, requires_grad=True)
     assert backends_of(mmfast.nn.LSTM(64, 128), x.detach(), x, x * 1) == ["cpu", "cpu", "torch"]
     with torch.no_grad():

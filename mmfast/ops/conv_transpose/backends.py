@@ -170,9 +170,11 @@ def prefers_products(case: Case) -> str:
     if case.dtype != torch.float32:
         return ""
     depthwise = case.groups > 1 and case.groups == case.in_channels == case.out_channels
-    if depthwise and len(case.stride) == 1 and (case.stride[0] == 2 or (case.stride[0] > 2 and case.gradients)):
+    infers = case.stride[0] == 2 and not native.beats_mkl()
+    if depthwise and len(case.stride) == 1 and case.stride[0] > 1 and (infers or case.gradients):
         # Granite Rapids, 512 channels, k4 s2, at 64, batch 8: forward 0.69 to 0.38 ms, both gradients 1.72 to 0.42 ms;
-        # 64 channels, k16 s8: 0.33 to 0.36 ms, 1.00 to 0.38 ms. In 2-d, or k6 s1, the forward may take twice as long
+        # 64 channels, k16 s8: 0.33 to 0.36 ms, 1.00 to 0.38 ms. In 2-d, or k6 s1, the forward may take twice as long.
+        # Zen 5, 512 channels, k4 s2: without a bias the forward 0.18 to 0.28 ms, both gradients 1.3 to 0.4 ms
         return "depthwise in 1-d"
     if case.groups != 1 or case.crop:
         return ""
@@ -183,11 +185,14 @@ def prefers_products(case: Case) -> str:
         # Granite Rapids: 64 to 3, k4 s2 p1, at 32 x 32, batch 32: forward 8.6 to 1.8 ms (channels_last 7.3), both
         # gradients 3.8 to 3.3 ms; from 8 to 3 to 256 to 3, in 1-d, 2-d and 3-d, forward 1.8 to 9 times as fast
         return "few output channels"
-    if _is_wide(case) and products.multiplies(case.stride) and (case.contiguous or case.gradients):
+    channels = min(case.in_channels, case.out_channels)
+    multiplies = products.multiplies(channels, case.kernel_size, case.stride, case.contiguous)
+    if _is_wide(case) and multiplies and (case.contiguous or case.gradients):
         # Zen 3, ms of forward, dx, dweight, from contiguous to ours (channels_last): 128 to 64, k4 s2 p1, at 16 x 16,
         # batch 32: 28.4, 27.3, 30.0 to 24.6, 24.6, 25.5 (24.4, 23.8, 33.6); 512 to 256, at 4 x 4: 31.9, 30.3, 42.8 to
         # 22.5, 23.2, 22.6 (30.3, 26.7, 82.1). Granite Rapids: 22.8, 13.0, 14.3 to 12.1, 14.5, 12.6 (11.8, 10.4, 12.9);
-        # 21.2, 16.3, 19.8 to 11.4, 12.0, 10.0 (20.5, 18.6, 28.6)
+        # 21.2, 16.3, 19.8 to 11.4, 12.0, 10.0 (20.5, 18.6, 28.6). Zen 5: 19.1, 10.2, 10.7 to 12.2, 9.6, 9.8 (9.8, 9.3,
+        # 11.9); 15.4, 15.9, 13.8 to 11.5, 12.6, 10.4 (13.1, 10.3, 23.5)
         return "products of matrices"
     if _is_apart(case) and case.contiguous:
         # 128 to 64, k2 s2, at 64 x 64, batch 4, Zen 5: forward 10.6 to 6.9 ms, dx 9.7 to 7.4 ms
@@ -343,7 +348,7 @@ class Cpu(Backend):
         if _is_widened(x, geometry):
             dx, dweight, dbias = self._convolve_backward(dy.float(), x.float(), weight.float(), geometry, mask)
             return _narrow(dx, x.dtype), _narrow(dweight, x.dtype), _narrow(dbias, x.dtype)
-        method = _method(x, weight, geometry)
+        method = _method(x, weight, geometry, forward=False)
         if method == "depthwise":
             return products.depthwise_backward(_dense(dy), x, weight, geometry, mask)
         if method == "one position":
@@ -384,7 +389,7 @@ def _is_widened(x: Tensor, geometry: Geometry) -> bool:
     return geometry.groups == 1 and x.shape[1] >= _WIDENED and not has_products(x.dtype)
 
 
-def _method(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
+def _method(x: Tensor, weight: Tensor, geometry: Geometry, forward: bool = True) -> str:
     """How the convolution of these tensors is computed: "torch", or by a part of products.py."""
     if not x.numel() or not x.is_floating_point():
         return "torch"
@@ -396,7 +401,9 @@ def _method(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
         return "one position"
     if weight.shape[1] <= products.FEW_OUTPUTS:
         return "phases"
-    if products.is_wide(x, weight) and products.multiplies(geometry.stride):
+    channels, kernel = min(weight.shape[:2]), weight.shape[2:]
+    multiplies = products.multiplies(channels, kernel, geometry.stride, x.is_contiguous(), forward)
+    if products.is_wide(x, weight) and multiplies:
         return "products"
     apart = tuple(weight.shape[2:]) == geometry.stride and x.is_contiguous() and weight.shape[1] > 1
     return "phases" if apart and {*geometry.dilation} == {1} else "torch"

@@ -63,8 +63,10 @@ class Case(NamedTuple):
     small: bool = False
     #: hidden_size >= BROAD and batch * hidden_size >= WIDE, in training WIDE_TRAINING, likewise
     wide: bool = False
-    #: hidden_size >= LARGE, at most 2 * FEW rows of the batch and SOME steps, likewise
+    #: at least HEAVY weights of the last layer and at most LEAN rows of all steps, likewise
     lean: bool = False
+    #: of these at most SPARSE
+    sparse: bool = False
     #: hidden_size within MIDDLE, units of all steps within BAND, and x's gradient is wanted, likewise; but for a leaf
     #: over at least LONG steps: mostly a penalty's, which differentiates twice
     middling: bool = False
@@ -93,8 +95,9 @@ FEW, MANY = 4, 512
 BULK = 1 << 14
 #: Hidden size, and units of all rows of a step, from which on products in bfloat16 by AMX decide.
 BROAD, WIDE, WIDE_TRAINING = 256, 1 << 13, 1 << 15
-#: Steps up to which W_hh of a LARGE layer and its gradient take longer than the walk of a FEW rows, or two.
-SOME = 28
+#: Weights of a layer from which on packing them and writing their gradients takes longer than few rows of all steps: an
+#: LSTM's LEAN rows in oneDNN; SPARSE rows in a loop, without gradients or over SHORT sequences.
+HEAVY, LEAN, SPARSE = 1 << 20, 128, 48
 #: Hidden sizes, units of all steps, and inputs from which on, of LSTMs that train here no faster than in oneDNN, which
 #: makes x's gradient in any case.
 MIDDLE, BAND, BROADER = range(65, 200), range(1 << 16, (1 << 18) + 1), 64
@@ -111,22 +114,24 @@ BRIEF, SMALL = 12, 1 << 13
 TINY = 16
 
 
-#: A Case's (many, short, bulky, small, wide, lean, middling).
-Extent = tuple[bool, bool, bool, bool, bool, bool, bool]
+#: A Case's (many, short, bulky, small, wide, lean, sparse, middling).
+Extent = tuple[bool, bool, bool, bool, bool, bool, bool, bool]
 
 #: Of a graph, which holds for any.
-UNSEEN: Extent = (True, False, False, False, False, False, False)
+UNSEEN: Extent = (True, False, False, False, False, False, False, False)
 
 
-def extent(mode: str, steps: int, batch: int, hidden: int, gradients: bool, x: Tensor) -> Extent:
-    """Of a call in eager; hidden: the hidden size."""
+def extent(mode: str, weights: int, steps: int, batch: int, hidden: int, gradients: bool, x: Tensor) -> Extent:
+    """Of a call in eager; weights: how many the last layer has; hidden: the hidden size."""
     brief, units = steps <= BRIEF, batch * hidden
     many = (units > MANY and (batch > FEW or hidden > LARGE)) or (gradients and brief)
     wide = hidden >= BROAD and units >= (WIDE_TRAINING if gradients else WIDE)
-    lean = hidden >= LARGE and batch <= 2 * FEW and steps <= SOME
+    lean = steps * batch <= LEAN and weights >= HEAVY
     wanted = gradients and x.requires_grad and not (x.is_leaf and steps >= LONG)
     middling = wanted and hidden in MIDDLE and steps * units in BAND
-    return many, steps <= SHORT[mode], steps * units >= BULK, brief and steps * units <= SMALL, wide, lean, middling
+    short, small = steps <= SHORT[mode], brief and steps * units <= SMALL
+    sparse = lean and steps * batch <= SPARSE
+    return many, short, steps * units >= BULK, small, wide, lean, sparse, middling
 
 
 def empty_outputs(x: Tensor, weights: Sequence[Tensor], layer: Layer, keep: bool, batch: int) -> tuple[Tensor, ...]:
@@ -290,7 +295,7 @@ class Cpu(Walker):
             training, above, H a multiple of 16      0.98 to 1.5        1.0 to 1.15, at H = 1024 0.94 to 0.98
             training, above, H = 73, 82, 98, 294     0.97 to 1.3        0.94 to 1.0
             training with x's gradient, MIDDLE, BAND 0.9 to 1.0         the same
-            training, H >= 512, B <= 8, T <= 28      0.8 to 1.2         not measured
+            training, HEAVY and LEAN                 0.8 to 1.2         not measured
             training, H < 16, T <= 5                 0.96 to 1.05       not measured
             gradient penalty, T128 B16 H128          2.4 to 2.8         2.4
             inference, few or batch * H <= 512       1.05 to 1.5        1.0 to 1.3
@@ -311,9 +316,11 @@ class Cpu(Walker):
             # two products are nearly all of it: for 64 rows of 128 units PyTorch took 0.82 to 0.9 of the time here
             intels = GATES[case.mode] == 1 and native.is_intel()
             return "PyTorch's RNNCell was measured as fast on Intel's processors" if intels else ""
-        ours = native.beats_mkl() and (case.bulky or (case.mode == "LSTM" and case.dtype == torch.float32))
-        if case.short and not (case.extras or ours):
+        ours, float32s = native.beats_mkl(), case.mode == "LSTM" and case.dtype == torch.float32
+        if case.short and not (case.extras or (ours and (float32s or (case.bulky and not case.sparse)))):
             return f"PyTorch's loop was measured faster for at most {SHORT[case.mode]} steps"
+        if case.sparse and ours and not (case.gradients or case.extras or (float32s and not case.packed)):
+            return f"PyTorch's loop was measured faster for {SPARSE} rows of all steps and {HEAVY} weights or more"
         if case.stays_float32 and has_products(case.dtype):
             return f"PyTorch's loop with products in {case.dtype} was not measured on such a processor"
         narrow = case.dtype == torch.bfloat16 and native.isa() == "avx512"  # below, PyTorch's LSTM raises
@@ -325,7 +332,7 @@ class Cpu(Walker):
         if narrow:
             return "PyTorch's LSTM in bfloat16, oneDNN's, was measured faster"
         if case.lean and native.beats_mkl():
-            few = f"at most {SOME} steps of {2 * FEW} rows and hidden sizes from {LARGE} on"
+            few = f"at most {LEAN} rows of all steps and {HEAVY} weights or more"
             return f"PyTorch's LSTM, oneDNN's, was measured faster for {few}"
         if not case.many:
             return ""

@@ -190,7 +190,8 @@ def _recurrent(
     seen = seen and not formula
     kind = (options.bidirectional, batch_sizes is not None, options.lengths is not None, not seen)
     hidden, steps, gradients = sizes.hidden_size, _steps(input, options), torch.is_grad_enabled()
-    of_extent = extent(mode, steps, batch, hidden, gradients, input) if seen else UNSEEN
+    last = (2 if options.bidirectional else 1) * (weights[-1][0].numel() + weights[-1][1].numel())
+    of_extent = extent(mode, last, steps, batch, hidden, gradients, input) if seen else UNSEEN
     extras = (options.reset_mask is not None, options.zoneout > 0, options.recurrent_dropout > 0)
     facts = (input.device, input.dtype, mode, *sizes, *kind, gradients, *of_extent, *extras)
     chosen = OP.select_by(facts, _rnn_case, backend)
@@ -217,7 +218,7 @@ _packed_outside_graphs = _disable_dynamo(_recurrent)
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> Case:
     dtype = compute_dtype(device.type, dtype)
     # sizes and kind, facts from `gradients` to `middling`, extras
-    kind, seen, extras = rest[:-11], rest[-11:-3], rest[-3:]
+    kind, seen, extras = rest[:-12], rest[-12:-3], rest[-3:]
     return Case._make((device.type, dtype, mode, *kind, autocasts(device.type), *seen, False, *extras))
 
 
