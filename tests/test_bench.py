@@ -295,6 +295,39 @@ def test_a_model_may_be_off_by_a_kink_and_by_no_more(seed):
     assert "error" in measuring.disagreement("x", wrong, yardstick, exact, measuring.MODEL_SLACK, measuring.KINKS)
 
 
+class _Jumping:
+    """A bout whose PyTorch is off by a share of the truth where its weights are moved by one rounding."""
+
+    case = models.MODELS["dcgan"]
+
+    def __init__(self, seed, share):
+        self.exact = torch.randn(5000, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        self.share = share
+
+    def truth(self, i):
+        return [self.exact.float()], [self.exact]
+
+    def near_misses(self, i):
+        return [[self.exact.float()], [(self.exact * (1 + self.share)).float()]]
+
+
+@pytest.mark.parametrize(("off", "jump", "passes"), [(0.05, 0.04, True), (0.05, 0.03, False), (0.05, 0, False)])
+def test_a_model_may_be_off_by_what_pytorch_is_off_from_weights_one_rounding_away(seed, off, jump, passes):
+    jumping = _Jumping(seed, jump)
+    complaint = measuring._complaint(jumping, 0, [(jumping.exact * (1 + off)).float()])
+    assert (complaint == "") == passes
+
+
+def test_near_misses_are_pytorchs_steps_from_weights_one_rounding_away(seed):
+    match = bout(cases.STEP, replace(models.MODELS["dcgan"], shapes=SMALL_MODELS["dcgan"]), seed)
+    (plain, _), misses = match.truth(0), match.near_misses(0)
+    assert len(misses) > 1
+    for miss in misses:
+        assert [x.shape for x in miss] == [x.shape for x in plain]
+        assert not all(torch.equal(a, b) for a, b in zip(plain, miss, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(misses[0], misses[1], strict=True))
+
+
 def test_a_step_leaves_the_weights_as_they_were(seed):
     match = bout(cases.STEP, replace(models.MODELS["dcgan"], shapes=SMALL_MODELS["dcgan"]), seed)
     before = [w.detach().clone() for w in match.module.parameters()]

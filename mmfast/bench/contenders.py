@@ -19,6 +19,7 @@ from .. import nn as mmfast_nn
 from ..accelerate import accelerate
 from ..dispatch import Op, asked, use_backend
 from .cases import PASSES, STEP, ConvTransposeCase
+from .models import wobbled
 
 EAGER, AGAIN, CHANNELS_LAST, COMPILED = "eager", "eager again", "eager channels_last", "compile"
 OURS, OURS_COMPILED = "mmfast", "mmfast compiled"
@@ -29,6 +30,9 @@ NATIVE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 #: inputs are rotated over this many bytes, which no cache holds, but over at most so many sets
 ROTATED_BYTES = 64 << 20
 MOST_SETS = 64
+
+#: runs of PyTorch from weights one rounding off that say how far a model's results jump
+NEAR_MISSES = 8
 
 Results = list[Tensor]
 Inputs = list[Tensor]
@@ -146,6 +150,12 @@ class Bout:
             exact = [self._exact(x) for x in self.sets[i]]
             self._truths[i] = yardstick, detached(self.computation(self.exact, exact=True)(exact))
         return self._truths[i]
+
+    def near_misses(self, i: int) -> list[Results]:
+        """PyTorch's results on the i-th set of inputs from weights that are moved by one rounding, some times over."""
+        generator = torch.Generator().manual_seed(i)
+        inputs = self.sets[i % len(self.sets)]
+        return [detached(self.computation(wobbled(self.module, generator))(inputs)) for _ in range(NEAR_MISSES)]
 
     def refill(self, contenders: Sequence[Contender], i: int) -> None:
         """Puts fresh numbers where the i-th set's are, in the same memory, on a GPU behind work that lasts."""

@@ -7,6 +7,7 @@ and every step can be checked against float64. Dropout, random as it is, is left
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -433,8 +434,6 @@ class UserCase:
 
     def build(self, nn: Any) -> torch.nn.Module:
         """The module itself, whatever the namespace: what mmfast makes of it is accelerate's work."""
-        import copy
-
         return copy.deepcopy(self.module)
 
     def inputs(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -454,6 +453,16 @@ class UserCase:
     def work(self, dtype: torch.dtype) -> Work:
         """Not counted."""
         return Work(float("nan"), float("nan"))
+
+
+def wobbled(module: torch.nn.Module, generator: torch.Generator) -> torch.nn.Module:
+    """A copy whose weights are moved by one rounding each, up or down."""
+    module = copy.deepcopy(module)
+    with torch.no_grad():
+        for weight in module.parameters():
+            signs = torch.randint(0, 2, weight.shape, generator=generator).to(weight) * 2 - 1
+            weight.mul_(1 + torch.finfo(weight.dtype).eps * signs)
+    return module
 
 
 def floating(output: Any) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..accelerate import accelerate
-from ..bench.models import UserCase, floating, from_name
+from ..bench.models import UserCase, floating, from_name, wobbled
 from .checks import NUMERICS, TRAINING, Named, Pool, Row
 from .schedule import Outcome
 
@@ -250,14 +250,10 @@ def trained(rivals: Rivals, steps: int) -> Row:
     Training is chaotic: two correct runs drift apart. How far PyTorch drifts from itself when its weights are moved by
     one rounding is the yardstick; accelerate may drift CHAOS times as far.
     """
-    wobbled = copy.deepcopy(rivals.theirs)
-    with torch.no_grad():
-        for weight in wobbled.parameters():
-            signs = torch.randint(0, 2, weight.shape, generator=rivals.generator).to(weight) * 2 - 1
-            weight.mul_(1 + torch.finfo(weight.dtype).eps * signs)
+    moved = wobbled(rivals.theirs, rivals.generator)
     targets = rivals.cotangents()
     plain, ours, other = (
-        _losses(rivals, copy.deepcopy(module), targets, steps) for module in (rivals.theirs, rivals.ours, wobbled)
+        _losses(rivals, copy.deepcopy(module), targets, steps) for module in (rivals.theirs, rivals.ours, moved)
     )
     floor = torch.finfo(rivals.dtype).eps * max(abs(loss) for loss in plain)
     drift = max(abs(a - b) for a, b in zip(ours, plain, strict=True))
