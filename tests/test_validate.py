@@ -110,6 +110,18 @@ def test_double_backward_of_recurrent_weights_keeps_the_rule(seed):
         assert row.passed, row.detail
 
 
+def test_a_gru_of_one_row_keeps_the_rule():
+    """One chain over 64 steps for the input side's bias, and one over all gates for the second order, missed it."""
+    [layer, cell] = (cases.matching([name])[0] for name in ("layer-GRU-T128-B1-*", "cell-GRU-cell-B1-*"))
+    rows = [
+        *checks.numerics(subject(case=layer.shrunk(1, 64, 128)), range(16)),
+        *checks.double_backward(subject(case=cell), range(32)),
+    ]
+    assert {"dbias_ih_l0", "dh_0"} <= by_quantity(rows).keys()
+    for row in rows:
+        assert row.passed, row.detail
+
+
 def test_a_planted_bug_must_be_caught(seed):
     mutant = MUTANTS["adversarial"][0]
     row = checks.caught("adversarial", mutant, mutant.modes[0], torch.float32, seed)
@@ -158,6 +170,8 @@ def test_torchs_own_bits(monkeypatch, seed):
 def test_refusals_say_why_nothing_was_checked():
     assert checks.refusals(LOSS) == []
     assert "PyTorch itself refuses" in checks.refusals(subject(dtype=torch.float8_e5m2))[0]
+    for case in cases.matching(["*-resets", "*-zoneout"]):
+        assert "torch.nn has no such layer" in checks.refusals(subject(case=case.shrunk(2, 3, 16), backend="torch"))[0]
 
 
 def test_the_share_is_the_larger_of_max_and_rms():

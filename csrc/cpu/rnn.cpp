@@ -21,6 +21,10 @@ int product(const mmfast_product_args& args);
 
 namespace {
 
+// Steps of a row whose gates' gradients are summed in one chain, for the biases: PyTorch sums the input side's over all
+// rows in short ones.
+constexpr int64_t kSteps = 16;
+
 // ---- forward
 
 template <typename T, typename C, bool kPlain>
@@ -294,7 +298,7 @@ class Backward {
         int64_t before = 0;  // rows of the step walked before this one
         for (int64_t s = 0; s < steps; ++s) {
             const int64_t t = d_.reverse ? s : steps - 1 - s, count = d_.rows.count(t);
-            if (sums() && s % kChain == kChain - 1)
+            if (sums() && s % kSteps == kSteps - 1)
                 each_vector<C>(share, d_.H, [&](int64_t b, int64_t unit, int) { close_chain(b, unit); });
             // rows that the step before had pass a gradient on; rows that it had not begin here, or end
             arrive(share, s, t, before < count || dh0_ || dc0_ ? before : count, true);

@@ -58,6 +58,11 @@ class RnnCase:
     op = "rnn"
 
     @property
+    def by_steps(self) -> bool:
+        """Whether PyTorch's contender goes one step at a time."""
+        return self.extra in ("resets", "zoneout")
+
+    @property
     def name(self) -> str:
         extra = f"-L{self.layers}" * (self.layers > 1) + "-bi" * self.bidirectional + "-packed" * self.packed
         extra += f"-{self.extra}" * bool(self.extra)

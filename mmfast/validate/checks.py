@@ -211,6 +211,8 @@ def refusals(subject: Subject) -> list[str]:
             choices = asked(lambda: trial._quantities(trial.ours, 1))
     except RuntimeError as error:
         return [f"PyTorch itself refuses: {str(error).splitlines()[0]}"]
+    if subject.backend == "torch" and getattr(subject.case, "by_steps", False):
+        return ["torch.nn has no such layer, whose bits could be compared"]
     if subject.backend != "torch" and not choices:
         return [f"no layer of it asks for a backend of {subject.case.op}"]
     reasons = []

@@ -167,13 +167,14 @@ def _gru(part: Part) -> Found:
     rest = (dh * z_).add_(part.passed())
     bar = torch.zeros_like(part.h0)
     walked = adjoints, p_bar, rest, to_r, r, to_p, z, to_z
+    w_gates = w_hh.unflatten(0, (3, -1))
     for a, p_t, passed, *k in zip(*map(_reversed, walked), strict=True):
         a_r, a_z, a_m = a.unbind(1)
         p_t.addcmul_(k[2], bar)
         a_r.addcmul_(k[0], p_t)
         a_m.addcmul_(k[1], p_t)
         a_z.addcmul_(k[4], bar)
-        bar = passed.addcmul_(k[3], bar).addmm_(a.view(len(a), -1), w_hh)
+        bar = passed.addcmul_(k[3], bar).add_(_by_gates(a, w_gates))
     side = torch.stack([adjoints[:, :, 0], adjoints[:, :, 1], p_bar], 2)
     return Found(tangents, None, side, adjoints, bar, None)
 
@@ -222,13 +223,19 @@ def _lstm(part: Part) -> Found:
     rest[1:] += at_c[:-1]
     bar, carry = torch.zeros_like(part.h0), at_c[-1]
     walked = adjoints, rest, part.passed(), to_gates, f, to_c
+    w_gates = w_hh.unflatten(0, (4, -1))
     for a, rest_t, passed, k, f_t, k_c in zip(*map(_reversed, walked), strict=True):
         c_bar = torch.addcmul(carry, k_c, bar)
         a[:, :3].addcmul_(k[:, :3], c_bar[:, None])
         a[:, 3].addcmul_(k[:, 3], bar)
         carry = rest_t.addcmul_(f_t, c_bar)
-        bar = torch.addmm(passed, a.view(len(a), -1), w_hh)
+        bar = passed + _by_gates(a, w_gates)
     return Found(tangents, cells[-1], adjoints, adjoints, bar, carry)
+
+
+def _by_gates(adjoints: Tensor, w_gates: Tensor) -> Tensor:
+    """(B, G, H) times W_hh as (G, H, H), added over the gates: a chain over all of them errs more than PyTorch's."""
+    return torch.bmm(adjoints.transpose(0, 1), w_gates).sum(0)
 
 
 def _reversed(steps: Tensor) -> tuple[Tensor, ...]:
