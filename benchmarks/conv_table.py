@@ -5,12 +5,14 @@
 One process, float32, interleaved rounds, minimum over them. PyTorch runs contiguous and channels last, and so does
 mmfast: `ratio` is PyTorch's faster one to mmfast's contiguous one, which a user gets who changes nothing, `best` to
 mmfast's faster one. A random layer is drawn with its memory format, in which both run; it is slower below 0.97 of
-PyTorch's speed by more than 2 us, after a second measurement with five times the rounds.
+PyTorch's speed by more than 2 us, after a second measurement with five times the rounds. Freed memory is kept: whether
+the next call's is fresh, which costs some 1 us a page, would be luck of the order of allocations, for either side.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -160,6 +162,15 @@ def random_cases(count: int, seed: int) -> Iterator[tuple[ConvTransposeCase, str
         yield case, rng.choice(PASSES[:2]), LAST[dims + 2] if dims > 1 and rng.random() < 0.5 else None
 
 
+def keep_memory() -> None:
+    """Makes glibc give nothing it frees back to the system."""
+    trim_threshold, mmap_max = -1, -4
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
+
+
 def rivals(count: int, seed: int) -> Iterator[tuple[str, dict[str, Call]]]:
     """A random layer's name and its two calls, in the memory format drawn for it."""
     for case, mode, layout in random_cases(count, seed):
@@ -178,6 +189,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=PASSES, action="append", help="the passes; default: the first two")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_memory()
     print(f"torch {torch.__version__}, {mmfast.native.isa()}, {options.threads} threads")
     _fill_table()
     passes = options.mode or list(PASSES[:2])

@@ -168,6 +168,12 @@ int threads_for(const Args& args, const Problem& problem) {
     return products < (1 << 18) ? 1 : args.threads;
 }
 
+// The rows of a plane's channels lie too far from each other for a processor to foresee. kWrite: 1 or 0.
+template <int kWrite, typename T>
+void prefetch_row(const T* from) {
+    for (int i = 0; i < kWidth<T>; i += 64 / int(sizeof(T))) __builtin_prefetch(from + i, kWrite, 2);
+}
+
 // ---- forward
 
 // to += from, or = where it is the first
@@ -191,8 +197,10 @@ void take_x(const Image<const T>& x, int64_t n, int64_t first, int64_t count, T*
                      least(count - p, kWidth<T>), x.channels);
     for (int64_t c = 0; !x.last && c < x.channels; ++c) {
         const T* from = x.at(n, c, first);
-        for (int64_t p = 0; p < count; p += kWidth<T>, taken += tile)
+        for (int64_t p = 0; p < count; p += kWidth<T>, taken += tile) {
+            prefetch_row<0>(from + count + p);
             copy_row(taken, from + p, least(count - p, kWidth<T>));
+        }
         taken += kWidth<T> - parts_of(count, kWidth<T>) * tile;
     }
 }
@@ -337,7 +345,11 @@ void fill_phases(const Problem& problem, const Plane& plane, const Image<const T
                     clear(row, begin + skipped);
                     clear(row + end + skipped, wide - end - skipped);
                     const T* from = dy.at(n, o, (o0 * axis[1].out + o1) * axis[2].out + begin);
-                    for (int64_t i = 0; i < end - begin; ++i) row[begin + skipped + i] = from[i * dy.step()];
+                    // a copy of its own: with a step that varies, it goes element by element
+                    if (dy.last)
+                        for (int64_t i = 0; i < end - begin; ++i) row[begin + skipped + i] = from[i * dy.channels];
+                    else
+                        memcpy(row + begin + skipped, from, size_t(end - begin) * sizeof(T));
                     deinterleave(phases.get(), row, inner, plane.count[2]);
                 }
             const int64_t used = plane.count[0] * plane.pitch[0];
@@ -407,10 +419,11 @@ int dx_of(const Args& args) {
                 }
                 for (int64_t c = 0; c < channels; c += kRows)
                     for (int64_t t = 0; t < count; t += kWide) {
-                        const int64_t tile = tile_of(channels - c);
-                        multiply(Packed<T>{packed.get() + c * terms + k * tile}, columns + t * depth, kWide, depth,
-                                 dx + c * problem.positions + p + t, problem.positions, int(least(kRows, channels - c)),
-                                 least(kWide, count - t), k > 0);
+                        const int64_t tile = tile_of(channels - c), rows = least(kRows, channels - c);
+                        T* to = dx + c * problem.positions + p + t;
+                        for (int64_t r = 0; r < rows; ++r) prefetch_row<1>(to + r * problem.positions);
+                        multiply(Packed<T>{packed.get() + c * terms + k * tile}, columns + t * depth, kWide, depth, to,
+                                 problem.positions, int(rows), least(kWide, count - t), k > 0);
                     }
             }
         }
@@ -464,26 +477,41 @@ void fill_reach(const Problem& problem, const Reach& reach, const Image<const T>
         }
 }
 
+// What a position's taps reach, as runs that follow each other in memory.
+struct Runs {
+    int64_t count, length;
+
+    Runs(const Problem& problem, int64_t channels) {
+        const bool whole = problem.axis[2].dilation == 1;
+        count = whole ? problem.taps / problem.axis[2].kernel : problem.taps;
+        length = whole ? problem.axis[2].kernel * channels : channels;
+    }
+    // where each starts, from what the first tap reaches on
+    void list(const Problem& problem, const Reach& reach, int64_t* starts) const {
+        for (int64_t k = 0; k < count; ++k) {
+            int64_t tap[3];
+            problem.tap(k * (problem.taps / count), tap);
+            starts[k] = 0;
+            for (int d = 0; d < 3; ++d) starts[k] += tap[d] * problem.axis[d].dilation * reach.pitch[d];
+        }
+    }
+};
+
 // columns (positions, pitch): for each of `count` positions from `first` on what its taps reach, (taps, channels)
 template <typename T>
-void take_reach(const Problem& problem, const Reach& reach, int64_t origin, int64_t channels, const T* from,
-                int64_t first, int64_t count, int64_t pitch, T* columns) {
+void take_reach(const Problem& problem, const Reach& reach, int64_t origin, const Runs& runs, const int64_t* starts,
+                const T* from, int64_t first, int64_t count, int64_t pitch, T* columns) {
     const Axis* axis = problem.axis;
-    const int64_t run = axis[2].dilation == 1 ? axis[2].kernel * channels : channels;
-    const int64_t runs = axis[2].dilation == 1 ? 1 : axis[2].kernel;
-    for (int64_t p = first; p < first + count; ++p, columns += pitch) {
+    for (int64_t p = first; p < first + count;) {
         const int64_t i[3] = {p / axis[2].in / axis[1].in, p / axis[2].in % axis[1].in, p % axis[2].in};
         const T* at = from - origin;
         for (int d = 0; d < 3; ++d) at += i[d] * axis[d].stride * reach.pitch[d];
-        T* to = columns;
-        for (int64_t k0 = 0; k0 < axis[0].kernel; ++k0)
-            for (int64_t k1 = 0; k1 < axis[1].kernel; ++k1)
-                for (int64_t k2 = 0; k2 < runs; ++k2, to += run) {
-                    const T* source = at + k0 * axis[0].dilation * reach.pitch[0] +
-                                      k1 * axis[1].dilation * reach.pitch[1] + k2 * axis[2].dilation * channels;
-                    // what is written beyond the end the next run overwrites
-                    for (int64_t j = 0; j < run; j += kLanes<T>) store(to + j, load(source + j));
-                }
+        const int64_t end = least(first + count, p + axis[2].in - i[2]);
+        for (; p < end; ++p, at += axis[2].stride * reach.pitch[2], columns += pitch)
+            for (int64_t k = 0; k < runs.count; ++k)
+                // what is written beyond the end the next run overwrites
+                for (int64_t j = 0; j < runs.length; j += kLanes<T>)
+                    store(columns + k * runs.length + j, load(at + starts[k] + j));
     }
 }
 
@@ -493,6 +521,7 @@ int dweight_of(const Args& args) {
     constexpr int kWide = int(kWidth<T>), L = kLanes<T>;
     const int64_t wide = args.out_channels * problem.taps, channels = args.in_channels;
     const int64_t pitch = parts_of(wide, L) * L;
+    const Runs runs(problem, args.out_channels);
     const Axis& along = problem.axis[problem.band];
     const int64_t inner = problem.positions / along.in;
     const int64_t slab = Reach(problem, {0, 1}, args.out_channels).pitch[problem.band] * along.stride;
@@ -508,7 +537,8 @@ int dweight_of(const Args& args) {
         clear(sum, channels * pitch);
         const int64_t most_reach = Reach(problem, {0, size}, args.out_channels).elements() + L;
         Scratch<T> scratch(most_reach + kPositions * pitch + L);
-        if (!scratch.get()) {
+        Scratch<int64_t> starts(runs.count);
+        if (!scratch.get() || !starts.get()) {
             __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
             return;
         }
@@ -520,11 +550,12 @@ int dweight_of(const Args& args) {
             const Range band{i, least(i + size, along.in)};
             const Reach reach(problem, band, args.out_channels);
             fill_reach(problem, reach, dy, n, scratch.get());
+            runs.list(problem, reach, starts.get());
             const int64_t origin = reach.first[problem.band] * reach.pitch[problem.band];
             const T* x = static_cast<const T*>(args.x) + n * channels * problem.positions;
             for (int64_t p = band.begin * inner; p < band.end * inner; p += kPositions) {
                 const int64_t count = least(kPositions, band.end * inner - p);
-                take_reach(problem, reach, origin, args.out_channels, scratch.get(), p, count, pitch, columns);
+                take_reach(problem, reach, origin, runs, starts.get(), scratch.get(), p, count, pitch, columns);
                 for (int64_t c = 0; c < channels; c += kRows) {
                     Rows<T> rows;
                     const int valid = int(least(kRows, channels - c));
