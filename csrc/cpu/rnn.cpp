@@ -298,8 +298,6 @@ class Backward {
         int64_t before = 0;  // rows of the step walked before this one
         for (int64_t s = 0; s < steps; ++s) {
             const int64_t t = d_.reverse ? s : steps - 1 - s, count = d_.rows.count(t);
-            if (sums() && s % kSteps == kSteps - 1)
-                each_vector<C>(share, d_.H, [&](int64_t b, int64_t unit, int) { close_chain(b, unit); });
             // rows that the step before had pass a gradient on; rows that it had not begin here, or end
             arrive(share, s, t, before < count || dh0_ || dc0_ ? before : count, true);
             arrive(share, s, t, count, false, before);
@@ -475,6 +473,8 @@ class Backward {
         for (int g = 0; g < G; ++g) d_.memory.store_to(dgates + g * H, d[g], valid);
         if (kMode == MMFAST_GRU) d_.memory.store_to(dm_ + row * d_.units_stride + unit, dm, valid);
         if (db_ih_ || db_hh_) {
+            // here, for in a step whoever writes a unit's gates is alone with its sums
+            if (s % kSteps == kSteps - 1) close_chain(b, unit);
             C* sum = sums_ + 2 * b * (G + (kMode == MMFAST_GRU)) * c_stride_ + unit;
 #pragma GCC unroll 4
             for (int g = 0; g < G; ++g) store(sum + g * c_stride_, load(sum + g * c_stride_) + d[g]);
