@@ -1,12 +1,9 @@
 // The adversarial loss on a CPU, called with the tensors themselves. For 64 logits the kernel takes a microsecond, and
 // reading five addresses in Python and converting a dozen arguments took ten times as long.
-#include "adversarial_direct.h"
-
-#include <stdint.h>
-
 #include <vector>
 
-#include "dlpack.h"
+#include "direct.h"
+#include "tensor_view.h"
 
 namespace mmfast {
 namespace {
@@ -14,112 +11,11 @@ namespace {
 // so few elements that other threads of Python may wait for them, and that gradients of a constant cost nothing
 constexpr int64_t kFew = 4096;
 
-// What is asked of torch once.
-struct Torch {
-    const DlpackExchange* exchange = nullptr;  // null: this torch has none, and no call is served
-    PyTypeObject* tensor = nullptr;
-    PyObject *empty_like = nullptr, *requires_grad = nullptr, *is_neg = nullptr;
-    PyObject *single = nullptr, *dual = nullptr;  // tensors without dimensions, float32 and float64
-};
-
-// torch.zeros((), dtype=torch.`dtype`, device="cpu"), whatever the default device
-PyObject* scalar_of(PyObject* torch, const char* dtype) {
-    PyObject* zeros = PyObject_GetAttrString(torch, "zeros");
-    PyObject* shape = Py_BuildValue("(())");
-    PyObject* options = Py_BuildValue("{s:N,s:s}", "dtype", PyObject_GetAttrString(torch, dtype), "device", "cpu");
-    PyObject* scalar = zeros && shape && options ? PyObject_Call(zeros, shape, options) : nullptr;
-    Py_XDECREF(zeros), Py_XDECREF(shape), Py_XDECREF(options);
-    return scalar;
-}
-
-// Errors leave it without an exchange table.
-Torch ask_torch() {
-    Torch found;
-    PyObject* torch = PyImport_ImportModule("torch");
-    if (!torch) return found;
-    found.tensor = reinterpret_cast<PyTypeObject*>(PyObject_GetAttrString(torch, "Tensor"));
-    found.empty_like = PyObject_GetAttrString(torch, "empty_like");
-    found.requires_grad = PyUnicode_InternFromString("requires_grad");
-    found.is_neg = PyUnicode_InternFromString("is_neg");
-    found.single = scalar_of(torch, "float32");
-    found.dual = scalar_of(torch, "float64");
-    Py_DECREF(torch);
-    if (!found.tensor || !found.empty_like || !found.requires_grad || !found.is_neg || !found.single || !found.dual)
-        return found;
-    PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(found.tensor), "__dlpack_c_exchange_api__");
-    if (!capsule) return found;
-    const auto* exchange = static_cast<DlpackExchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-    Py_DECREF(capsule);
-    if (exchange && exchange->major == kDlpackMajor && exchange->view_of_object) found.exchange = exchange;
-    return found;
-}
-
-const Torch& torch_of() {
-    static const Torch torch = [] {
-        const Torch found = ask_torch();
-        PyErr_Clear();
-        return found;
-    }();
-    return torch;
-}
-
-struct View {
-    void* data;
-    int64_t size;
-    int32_t dtype;  // enum mmfast_dtype
-};
-
-bool is_contiguous(const DlpackTensor& x, int64_t size) {
-    if (!x.strides || size == 0) return true;
-    int64_t expected = 1;
-    for (int i = x.ndim - 1; i >= 0; --i) {
-        if (x.shape[i] == 1) continue;
-        if (x.strides[i] != expected) return false;
-        expected *= x.shape[i];
-    }
-    return true;
-}
-
 bool have_one_shape(const DlpackTensor& x, const DlpackTensor& y) {
     if (x.ndim != y.ndim) return false;
     for (int i = 0; i < x.ndim; ++i)
         if (x.shape[i] != y.shape[i]) return false;
     return true;
-}
-
-// whether what is in memory is the tensor itself, and not its negative
-bool is_itself(PyObject* tensor) {
-    PyObject* negative = PyObject_CallMethodNoArgs(tensor, torch_of().is_neg);
-    Py_XDECREF(negative);
-    if (!negative) PyErr_Clear();
-    return negative == Py_False;
-}
-
-// false where the object is no torch.Tensor that is dense, on the CPU, of float32 or float64
-bool view(PyObject* object, DlpackTensor& x, View& found) {
-    const Torch& torch = torch_of();
-    if (Py_TYPE(object) != torch.tensor) return false;
-    if (torch.exchange->view_of_object(object, &x) != 0) {
-        PyErr_Clear();
-        return false;
-    }
-    if (x.device_type != kDlpackCpu || x.code != kDlpackFloat || x.lanes != 1 || x.bits < 32) return false;
-    int64_t size = 1;
-    for (int i = 0; i < x.ndim; ++i) size *= x.shape[i];
-    if (!x.data && size) return false;
-    found = {static_cast<char*>(x.data) + x.byte_offset, size, x.bits == 32 ? MMFAST_FLOAT32 : MMFAST_FLOAT64};
-    return is_contiguous(x, size) && is_itself(object);
-}
-
-PyObject* empty_like(PyObject* x) { return PyObject_Vectorcall(torch_of().empty_like, &x, 1, nullptr); }
-
-// what an error of the kernel's stands for: native.py's check
-PyObject* raise(int status) {
-    PyObject* kind = status == MMFAST_INVALID_ARGUMENT ? PyExc_ValueError
-                     : status == MMFAST_OUT_OF_MEMORY  ? PyExc_MemoryError
-                                                       : PyExc_RuntimeError;
-    PyErr_SetString(kind, mmfast_last_error());
-    return nullptr;
 }
 
 class Call {
@@ -148,7 +44,7 @@ class Call {
         std::vector<DlpackTensor> views(count_);
         for (size_t i = 0; i < count_; ++i) {
             View found;
-            if (!view(tensors_[i], views[i], found)) return false;
+            if (!is_tensor(tensors_[i]) || !view(tensors_[i], views[i], found)) return false;
             if (i == 0) args_.dtype = found.dtype, first_size_ = found.size;
             if (found.dtype != args_.dtype) return false;
             elements_ += found.size;
@@ -185,13 +81,6 @@ class Call {
             terms_[k].centre = means + (k ^ 1) * bytes;
             terms_[k].peer_slope = slopes + (k ^ 1) * bytes;
         }
-    }
-
-    static bool address(PyObject* tensor, void*& data) {
-        DlpackTensor x;
-        if (torch_of().exchange->view_of_object(tensor, &x) != 0) return false;
-        data = static_cast<char*>(x.data) + x.byte_offset;
-        return true;
     }
 
     // makes the gradients: None where nobody wants one, () where they are left for later
@@ -257,11 +146,11 @@ PyObject* adversarial_direct(PyObject*, PyObject* const* args, Py_ssize_t count)
     return call.compute();
 }
 
-// (tensor) -> the number of a tensor without dimensions, or None where `view` is false
+// (tensor) -> the number of a tensor without dimensions, or None where it has none that can be read
 PyObject* number_of(PyObject*, PyObject* tensor) {
     DlpackTensor x;
     View found;
-    if (!torch_of().exchange || !view(tensor, x, found) || found.size != 1) Py_RETURN_NONE;
+    if (!torch_of().exchange || !is_tensor(tensor) || !view(tensor, x, found) || found.size != 1) Py_RETURN_NONE;
     return PyFloat_FromDouble(found.dtype == MMFAST_FLOAT64 ? *static_cast<const double*>(found.data)
                                                             : double(*static_cast<const float*>(found.data)));
 }
@@ -274,6 +163,6 @@ PyMethodDef kMethods[] = {
 
 }  // namespace
 
-int add_direct(PyObject* module) { return PyModule_AddFunctions(module, kMethods); }
+int add_adversarial_direct(PyObject* module) { return PyModule_AddFunctions(module, kMethods); }
 
 }  // namespace mmfast

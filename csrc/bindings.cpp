@@ -17,7 +17,7 @@
 #include "emulator/machine.h"
 #include "emulator/selftest.h"
 #else
-#include "adversarial_direct.h"
+#include "direct.h"
 #endif
 
 namespace py = pybind11;
@@ -572,7 +572,7 @@ PYBIND11_MODULE(_C, m) {
     build["cuda"] = MMFAST_BUILD_CUDA;
     m.attr("build") = build;
     bind_cpu(m);
-    if (mmfast::add_direct(m.ptr())) throw py::error_already_set();
+    if (mmfast::add_adversarial_direct(m.ptr()) || mmfast::add_rnn_cell_direct(m.ptr())) throw py::error_already_set();
 #endif
 #if defined(MMFAST_HAS_CUDA) || defined(MMFAST_EMULATOR)
     bind_cuda(m);

@@ -601,6 +601,13 @@ def cpu_rnn_cell(
         check(status)
 
 
+def rnn_cell_direct(mode: int, most: int, x: torch.Tensor, hx: Any, weights: Sequence[torch.Tensor | None]) -> Any:
+    """A Cell's h', or an LSTM's (h', c'), or None where another path has to serve the tensors: they are not all plain,
+    contiguous, on the CPU, of one dtype, float32 or float64, and of sizes that fit, or x has more rows than `most`.
+    """
+    return library().rnn_cell_direct(mode, most, x, hx, *weights)
+
+
 def cpu_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> None:
     """out = a b + bias, or with `add` out += a b + bias: CPU tensors, float32 or float64, out dense along its rows."""
     pointers = _address(a), _address(b), _address(bias), out.data_ptr()

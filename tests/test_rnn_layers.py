@@ -264,6 +264,56 @@ def test_cells(label, dtype, batch, bias, isa):
             torch.testing.assert_close(ours(x, hx), theirs(x, hx), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("label", ["RNNCell-tanh", "RNNCell-relu", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
+def test_a_row_or_two_are_given_as_tensors(label, dtype, bias, isa):
+    """The kernel's direct call serves plain dense tensors that fit and no others, which another path serves as well."""
+    name, _, nonlinearity = label.partition("-")
+    mode = {"RNNCell": f"RNN_{nonlinearity.upper()}"}.get(name, name.removesuffix("Cell"))
+    options = {"nonlinearity": nonlinearity} if nonlinearity else {}
+    theirs = getattr(torch.nn, name)(37, 29, bias=bias, **options).to(dtype)
+    ours = getattr(mmfast.nn, name)(37, 29, bias=bias, backend="cpu", **options).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+
+    def direct(x, hx, weights=ours._weights()):  # noqa: B008
+        return native.rnn_cell_direct(MODES[mode], 2, x, hx, weights)
+
+    def of(h):
+        return (h, h) if name == "LSTMCell" else h
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=dtype)
+
+    w_ih, w_hh, *biases = ours._weights()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    with torch.no_grad():
+        for batch in (1, 2):
+            x, h = draw(batch, 37), draw(batch, 29)
+            torch.testing.assert_close(direct(x, of(h)), theirs(x, of(h)), rtol=tolerance, atol=tolerance)
+        others = [
+            (draw(2, 74)[:, ::2], h),
+            (x, draw(29, 2).t()),
+            (torch._neg_view(x), h),
+            (x, torch._neg_view(h)),
+            (draw(3, 37), draw(3, 29)),
+        ]
+        for x_other, h_other in others:
+            assert direct(x_other, of(h_other)) is None
+            found, expected = ours(x_other, of(h_other)), theirs(x_other, of(h_other))
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        assert direct(x[:, 1:], of(h)) is None
+        assert direct(x.half(), of(h.half())) is None
+        assert direct(x, of(h.to(torch.float64 if dtype == torch.float32 else torch.float32))) is None
+        assert direct(x.as_subclass(type("Other", (torch.Tensor,), {})), of(h)) is None
+        assert direct(x, None) is None
+        assert direct(x[0], of(h[0])) is None
+        assert direct(x, of(draw(1, 29))) is None
+        assert direct(x, of(h), (w_ih[1:], w_hh, *biases)) is None
+        assert direct(x, of(h), (w_ih, w_hh[:, 1:].contiguous(), *biases)) is None
+        assert direct(x, of(h), (w_ih, w_hh, None, draw(len(w_ih)))) is None
+
+
 @pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
 def test_cells_refuse_as_torch_does(name):
     ours, theirs = getattr(mmfast.nn, name)(5, 6), getattr(torch.nn, name)(5, 6)

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional as F
 from ..dispatch import Op
 from ..ops.rnn.backends import OP, Case
+from ..ops.rnn.layers import cell, cell_mode
 from .layer import Twin
 
 _FUNCTIONS: dict[str, Any] = {
@@ -245,6 +246,9 @@ class _Cell(Twin):
 
     name: str
 
+    def _mode(self) -> str:
+        raise NotImplementedError
+
     def _weights(self: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         own = self._parameters  # an attribute of a module takes a microsecond to be found
         try:
@@ -264,13 +268,19 @@ class _Cell(Twin):
             hx = _each(hx, lambda state: state.unsqueeze(0))
         return _each(self._call(input.unsqueeze(0), hx), lambda state: state.squeeze(0))
 
+    def _call(self: Any, input: Tensor, hx: Any) -> Any:
+        # the functions of mmfast.functional by one call less
+        return cell(self._mode(), input, hx, self._weights(), self.backend)
+
     def _check_dims(self, hx: Any) -> None:
         if hx.dim() not in (1, 2):
             raise ValueError(f"{self.name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
 
-    def _case(self: Any, mode: str) -> tuple[Op, Any]:
+    def static_case(self: Any) -> tuple[Op, Any]:
         parameter = next(self.parameters())
-        return OP, Case(parameter.device.type, parameter.dtype, mode, self.input_size, self.hidden_size, cell=True)
+        return OP, Case(
+            parameter.device.type, parameter.dtype, self._mode(), self.input_size, self.hidden_size, cell=True
+        )
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
@@ -299,12 +309,8 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
         self.backend = backend
 
-    def _call(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        weights = self._weights()
-        return F.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity, backend=self.backend)
-
-    def static_case(self) -> tuple[Op, Any]:
-        return self._case("RNN_" + self.nonlinearity.upper())
+    def _mode(self) -> str:
+        return cell_mode(self.nonlinearity)
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
@@ -329,12 +335,8 @@ class GRUCell(_Cell, torch.nn.GRUCell):
         super().__init__(input_size, hidden_size, bias, device, dtype)
         self.backend = backend
 
-    def _call(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        weights = self._weights()
-        return F.gru_cell(input, hx, *weights, backend=self.backend)
-
-    def static_case(self) -> tuple[Op, Any]:
-        return self._case("GRU")
+    def _mode(self) -> str:
+        return "GRU"
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
@@ -363,9 +365,5 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
             if state.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
 
-    def _call(self, input: Tensor, hx: Any) -> tuple[Tensor, Tensor]:
-        weights = self._weights()
-        return F.lstm_cell(input, hx, *weights, backend=self.backend)
-
-    def static_case(self) -> tuple[Op, Any]:
-        return self._case("LSTM")
+    def _mode(self) -> str:
+        return "LSTM"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ... import native
-from ...dispatch import is_watched
+from ...dispatch import is_plain, is_watched
 from ..product import product
 from .backends import OP
 from .equations import GATES, MODES
@@ -19,16 +22,29 @@ State = tuple[Tensor, Tensor]
 #: Rows up to which the products are made by the kernel: a call of torch.mm takes longer.
 FEW_ROWS = 2
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
-
-def at_once(mode: str, facts: tuple, tensors: Operands, backend: str | None) -> State | None:
-    """`step` where it is known to serve a call with these facts and nothing would miss it; else None."""
+def at_once(mode: str, facts: tuple, x: Tensor, hx: Any, weights: Sequence[Tensor | None], backend: str | None) -> Any:
+    """A Cell's result where its step without gradients is known to serve calls with these facts and nothing would miss
+    it; else None.
+    """
     if OP.known(facts, backend) != "cpu" or is_watched() or torch._C._is_any_autocast_enabled():
         return None
-    if not _PLAIN.issuperset(map(type, tensors)):
+    found = native.rnn_cell_direct(MODES[mode], FEW_ROWS, x, hx, weights)
+    if found is not None:
+        return found
+    h0, c0 = states_of(mode, hx)
+    operands: Any = (x, h0, c0, *weights)
+    if not is_plain([tensor for tensor in operands if tensor is not None]):
         return None
-    return step(mode, tensors)
+    state = step(mode, operands)
+    return state if state is None or mode == "LSTM" else state[0]
+
+
+def states_of(mode: str, hx: Any) -> Sequence[Tensor | None]:
+    """h and c of a Cell's hx."""
+    if mode != "LSTM":
+        return hx, None
+    return (None, None) if hx is None else hx
 
 
 def step(mode: str, tensors: Operands) -> State | None:

@@ -495,15 +495,8 @@ def rnn_cell(
     Raises RuntimeError for an unknown nonlinearity and for sizes that do not fit together, ValueError for an unknown
     backend.
     """
-    if nonlinearity not in ("tanh", "relu"):
-        raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
-    tanh = nonlinearity == "tanh"
-    mode, weights = "RNN_TANH" if tanh else "RNN_RELU", (weight_ih, weight_hh, bias_ih, bias_hh)
-    if found := _cell(mode, input, hx, None, weights, backend):
-        return found[0]
-    hx = _zero_cell_state(input, weight_hh) if hx is None else hx
-    function = torch._VF.rnn_tanh_cell if tanh else torch._VF.rnn_relu_cell
-    return function(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    return cell(cell_mode(nonlinearity), input, hx, weights, backend)
 
 
 def gru_cell(
@@ -523,10 +516,7 @@ def gru_cell(
     input: (B, I). hx: (B, H); None: zeros. weight_ih: (3 H, I). weight_hh: (3 H, H). bias_ih, bias_hh: (3 H,) or None.
     Returns h', (B, H). All else: `rnn_cell`.
     """
-    if found := _cell("GRU", input, hx, None, (weight_ih, weight_hh, bias_ih, bias_hh), backend):
-        return found[0]
-    hx = _zero_cell_state(input, weight_hh) if hx is None else hx
-    return torch._VF.gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    return cell("GRU", input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), backend)
 
 
 def lstm_cell(
@@ -546,13 +536,16 @@ def lstm_cell(
     input: (B, I). hx: (h, c), (B, H) each; None: zeros. weight_ih: (4 H, I). weight_hh: (4 H, H). bias_ih, bias_hh:
     (4 H,) or None. Returns (h', c'), (B, H) each. All else: `rnn_cell`.
     """
-    h, c = (None, None) if hx is None else hx
-    if found := _cell("LSTM", input, h, c, (weight_ih, weight_hh, bias_ih, bias_hh), backend):
-        return found
-    if hx is None:
-        zeros = _zero_cell_state(input, weight_hh)
-        hx = (zeros, zeros)
-    return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    return cell("LSTM", input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), backend)
+
+
+def cell_mode(nonlinearity: str) -> str:
+    """An RNNCell's mode; RuntimeError for an unknown nonlinearity."""
+    if nonlinearity == "tanh":
+        return "RNN_TANH"
+    if nonlinearity == "relu":
+        return "RNN_RELU"
+    raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
 
 
 def _cell_case(
@@ -562,37 +555,44 @@ def _cell_case(
     return Case(device.type, dtype, mode, input_size, hidden_size, autocast=autocast, gradients=gradients, cell=True)
 
 
-def _cell(
+def cell(
     mode: str,
     input: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
+    hx: Any,
     weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     backend: str | None,
-) -> tuple[Tensor, Tensor] | None:
-    """The state after one step, (h, c), without c h twice; None where it is for PyTorch to compute or to refuse."""
+) -> Any:
+    """What `rnn_cell`, `gru_cell` and `lstm_cell` return."""
     gradients = torch.is_grad_enabled()
     facts = (input.device, input.dtype, mode, input.shape[-1], weights[1].shape[1], gradients)
     if not (gradients or torch.compiler.is_compiling()):
-        found = one_step.at_once(mode, facts, (input, h, c, *weights), backend)
+        found = one_step.at_once(mode, facts, input, hx, weights, backend)
         if found is not None:
             return found
+    h, c = one_step.states_of(mode, hx)
+    if state := _cell(mode, facts, (input, h, c, *weights), backend):
+        return state if mode == "LSTM" else state[0]
+    if hx is None:
+        zeros = input.new_zeros(input.shape[0], weights[1].shape[1])
+        hx = (zeros, zeros) if mode == "LSTM" else zeros
+    return getattr(torch._VF, f"{mode.lower()}_cell")(input, hx, *weights)
+
+
+def _cell(mode: str, facts: tuple, operands: one_step.Operands, backend: str | None) -> tuple[Tensor, Tensor] | None:
+    """The state after one step, (h, c), without c h twice; None where it is for PyTorch to compute or to refuse."""
     chosen = OP.select_by(facts, _cell_case, backend)
     if chosen == "torch":
         return None
-    if chosen == "cpu" and not gradients:
-        tensors = [x for x in (input, h, c, *weights) if x is not None]
+    if chosen == "cpu" and not torch.is_grad_enabled():
+        tensors = [x for x in operands if x is not None]
         if is_plain(tensors) and not needs_formula(tensors):
-            return one_step.step(mode, (input, h, c, *weights))
+            return one_step.step(mode, operands)
+    input, h, c, *weights = operands
     given = [weight for weight in weights if weight is not None]
     states = [state for state in (h, c) if state is not None]
-    if not one_step.fits(mode, (input, h, c, *weights)) and not torch._C._is_any_autocast_enabled():
+    if not one_step.fits(mode, operands) and not torch._C._is_any_autocast_enabled():
         return None
     # the state after a sequence of one step
     first = [state.unsqueeze(0) for state in states] or None
     _, *last = _recurrent(mode, input.unsqueeze(0), first, [given], _Options(), chosen)
     return last[0].squeeze(0), last[-1].squeeze(0)
-
-
-def _zero_cell_state(input: Tensor, weight_hh: Tensor) -> Tensor:
-    return input.new_zeros(input.shape[0], weight_hh.shape[1])

@@ -15,7 +15,8 @@ enum DirectOptions : long {
     kDirectGradients = 16  // of those tensors that require one
 };
 
-// adds the functions to the module; not 0: a Python error is set
-int add_direct(PyObject* module);
+// add the functions to the module; not 0: a Python error is set
+int add_adversarial_direct(PyObject* module);
+int add_rnn_cell_direct(PyObject* module);
 
 }  // namespace mmfast
