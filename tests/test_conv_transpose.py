@@ -668,7 +668,9 @@ def test_preference():
     assert OP.explain(depthwise._replace(gradients=False)).backend == ("torch" if native.beats_mkl() else "cpu")
     assert OP.explain(depthwise._replace(stride=(1,))).backend == "torch"
     assert OP.explain(depthwise._replace(stride=(4,))).backend == "cpu"
-    assert OP.explain(depthwise._replace(stride=(4,), gradients=False)).backend == "torch"
+    wider = depthwise._replace(stride=(4,), gradients=False)
+    assert OP.explain(wider).backend == "torch"
+    assert OP.explain(wider._replace(bias=True)).backend == ("cpu" if native.beats_mkl() else "torch")
     narrow = "torch" if has_products(torch.bfloat16) else "cpu"
     assert OP.explain(plain._replace(dtype=torch.bfloat16, norm="batch")).backend == narrow
     assert OP.explain(plain._replace(dtype=torch.bfloat16, in_channels=16)).backend == "torch"

@@ -52,7 +52,7 @@ def test_every_mode_is_transcribed():
 
 
 def keep_off_kinks(logits: list[Tensor], others: list[Tensor]) -> None:
-    """Moves away what is 1 from the others' mean but for rounding, where the slope of hinge is either of two."""
+    """Moves what lies within rounding of 1 from the others' mean, where hinge has either of two slopes, from there."""
     for x, other in zip(logits, others, strict=True):
         distance = (x.double() - other.double().mean()).abs()
         x[(distance - 1).abs() < 1e-5] += 1e-3

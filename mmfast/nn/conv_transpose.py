@@ -62,7 +62,7 @@ class _Call(Twin):
         parameter = next(self.parameters())
         channels = (self.in_channels, self.out_channels)
         geometry = (self.kernel_size, self.stride, self.padding, self.output_padding, self.dilation, self.groups)
-        return OP, Case(parameter.device.type, parameter.dtype, *channels, *geometry)
+        return OP, Case(parameter.device.type, parameter.dtype, *channels, *geometry, bias=self.bias is not None)
 
 
 class _ConvTranspose(_Call):

@@ -43,7 +43,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 class Case(NamedTuple):
     """The static facts a choice depends on; one entry per spatial dimension in the tuples.
 
-    contiguous: the input is; gradients: they may be asked for. `of_call`, known in eager only:
+    bias: there is one; contiguous: the input is; gradients: they may be asked for. `of_call`, known in eager only:
     spread: the input has more than one position; small: the output has few elements.
     """
 
@@ -61,6 +61,7 @@ class Case(NamedTuple):
     norm: str = "none"
     activation: str = "none"
     negative_slope: float = 0.01
+    bias: bool = False
     contiguous: bool = True
     gradients: bool = True
     spread: bool = False
@@ -170,11 +171,12 @@ def prefers_products(case: Case) -> str:
     if case.dtype != torch.float32:
         return ""
     depthwise = case.groups > 1 and case.groups == case.in_channels == case.out_channels
-    infers = case.stride[0] == 2 and not native.beats_mkl()
+    infers = case.bias if native.beats_mkl() else case.stride[0] == 2
     if depthwise and len(case.stride) == 1 and case.stride[0] > 1 and (infers or case.gradients):
         # Granite Rapids, 512 channels, k4 s2, at 64, batch 8: forward 0.69 to 0.38 ms, both gradients 1.72 to 0.42 ms;
         # 64 channels, k16 s8: 0.33 to 0.36 ms, 1.00 to 0.38 ms. In 2-d, or k6 s1, the forward may take twice as long.
-        # Zen 5, 512 channels, k4 s2: without a bias the forward 0.18 to 0.28 ms, both gradients 1.3 to 0.4 ms
+        # Zen 5, 512 channels, k4 s2: without a bias the forward 0.18 to 0.28 ms, with one 0.92 to 0.27 ms,
+        # both gradients 1.3 to 0.4 ms
         return "depthwise in 1-d"
     if case.groups != 1 or case.crop:
         return ""

@@ -40,7 +40,7 @@ def conv_transpose1d(
     Differentiable to any order.
     """
     geometry: Any = (stride, padding, output_padding, groups, dilation)
-    chosen = _select_conv_transpose(1, input, weight, *geometry, backend)
+    chosen = _select_conv_transpose(1, input, weight, bias, *geometry, backend)
     if chosen == "torch":
         return torch.conv_transpose1d(input, weight, bias, *geometry)
     arguments: Any = (1, input, weight, bias, *geometry, chosen)
@@ -66,7 +66,7 @@ def conv_transpose2d(
     input: (N, Cin, H, W) or (Cin, H, W). weight: (Cin, Cout / groups, Kh, Kw). All else: `conv_transpose1d`.
     """
     geometry: Any = (stride, padding, output_padding, groups, dilation)
-    chosen = _select_conv_transpose(2, input, weight, *geometry, backend)
+    chosen = _select_conv_transpose(2, input, weight, bias, *geometry, backend)
     if chosen == "torch":
         return torch.conv_transpose2d(input, weight, bias, *geometry)
     arguments: Any = (2, input, weight, bias, *geometry, chosen)
@@ -92,7 +92,7 @@ def conv_transpose3d(
     input: (N, Cin, D, H, W) or (Cin, D, H, W). weight: (Cin, Cout / groups, Kd, Kh, Kw). All else: `conv_transpose1d`.
     """
     geometry: Any = (stride, padding, output_padding, groups, dilation)
-    chosen = _select_conv_transpose(3, input, weight, *geometry, backend)
+    chosen = _select_conv_transpose(3, input, weight, bias, *geometry, backend)
     if chosen == "torch":
         return torch.conv_transpose3d(input, weight, bias, *geometry)
     arguments: Any = (3, input, weight, bias, *geometry, chosen)
@@ -236,7 +236,7 @@ def _conv_transpose_norm_act(
     cropped = _crop(crop, dims)
     sizes = (stride, padding, output_padding, groups, dilation)
     facts = (any(cropped), epilogue.norm, epilogue.activation, epilogue.negative_slope)
-    chosen = _select_conv_transpose(dims, input, weight, *sizes, backend, *facts)
+    chosen = _select_conv_transpose(dims, input, weight, bias, *sizes, backend, *facts)
     geometry = _geometry(dims, *sizes, cropped)
     if chosen == "torch" or not _fits(dims, input, weight, bias, geometry):
         y = _OP[dims - 1](input, weight, bias, stride, padding, output_padding, groups, dilation)
@@ -316,6 +316,7 @@ def _select_conv_transpose(
     dims: int,
     input: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     stride: Size,
     padding: Size,
     output_padding: Size,
@@ -329,13 +330,14 @@ def _select_conv_transpose(
         return "torch"
     geometry: Any = (stride, padding, output_padding, groups, dilation)
     known = conv_transpose_call(input, weight.shape[1] * groups, _per_dim(stride, dims))
-    facts = (input.device, input.dtype, *known, weight.shape, *geometry, *epilogue)
+    facts = (input.device, input.dtype, bias is not None, *known, weight.shape, *geometry, *epilogue)
     return OP.select_by(facts, _conv_transpose_case, backend)
 
 
 def _conv_transpose_case(
     device: torch.device,
     dtype: torch.dtype,
+    bias: bool,
     contiguous: bool,
     gradients: bool,
     spread: bool,
@@ -362,7 +364,7 @@ def _conv_transpose_case(
         _per_dim(dilation, dims),
         groups,
         *epilogue,
-    )._replace(contiguous=contiguous, gradients=gradients, spread=spread, small=small)
+    )._replace(bias=bias, contiguous=contiguous, gradients=gradients, spread=spread, small=small)
 
 
 #: Elements of an output for which a fused norm saves less than its call costs, some 0.2 ms where caches are cold.
