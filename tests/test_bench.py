@@ -305,16 +305,24 @@ class _Jumping:
         self.share = share
 
     def truth(self, i):
-        return [self.exact.float()], [self.exact]
+        nothing = torch.full((5,), 1e-17, dtype=torch.float64)
+        exact = [self.exact, self.exact, nothing]
+        return [x.float() for x in exact], exact
 
     def near_misses(self, i):
-        return [[self.exact.float()], [(self.exact * (1 + self.share)).float()]]
+        """A jump in another result than the one that is asked about, and noise in the one that is 0."""
+        plain = self.exact.float()
+        return [
+            [plain, plain, torch.full((5,), 1e-8)],
+            [plain, (self.exact * (1 + self.share)).float(), torch.zeros(5)],
+        ]
 
 
 @pytest.mark.parametrize(("off", "jump", "passes"), [(0.05, 0.04, True), (0.05, 0.03, False), (0.05, 0, False)])
 def test_a_model_may_be_off_by_what_pytorch_is_off_from_weights_one_rounding_away(seed, off, jump, passes):
     jumping = _Jumping(seed, jump)
-    complaint = measuring._complaint(jumping, 0, [(jumping.exact * (1 + off)).float()])
+    (plain, _, zeros), _ = jumping.truth(0)
+    complaint = measuring._complaint(jumping, 0, [(jumping.exact * (1 + off)).float(), plain, zeros])
     assert (complaint == "") == passes
 
 
