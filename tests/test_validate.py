@@ -380,6 +380,31 @@ def test_a_verdict_on_few_values_is_made_on_more_where_it_fails(monkeypatch, see
     assert row.count >= 4096
 
 
+def test_a_failure_is_pronounced_on_four_times_as_many_draws(monkeypatch, seed):
+    many = cases.AdversarialCase("many", "lsgan", ((300,),))
+    [*_, right] = checks.numerics(subject(case=many), range(seed, seed + 20))
+    assert right.passed
+    wrong(monkeypatch, lambda x: 1.01 * x)
+    [*_, row] = checks.numerics(subject(case=many), range(seed, seed + 20))
+    assert not row.passed
+    assert row.count == 4 * right.count
+
+
+def test_one_bad_draw_is_judged_among_others():
+    """Both are off on ill-conditioned draws; on the first 16 of them only ours is."""
+    pool = checks.Pool("x")
+    exact = torch.ones(256, dtype=torch.float64)
+    for drawn in range(1, 65):
+        ours, theirs = exact.float(), exact.float()
+        ours[0] += 1e-5 * (drawn % 20 == 3)
+        theirs[0] += 1e-5 * (drawn % 20 == 19)
+        pool.add(ours, theirs, exact)
+        assert pool.settled(drawn) == (drawn == 64)
+        if drawn == 16:
+            assert not pool.passes
+    assert pool.passes
+
+
 # the command
 
 

@@ -35,6 +35,10 @@ FEWEST_SEEDS = 16
 #: so many times the seeds are drawn where fewer values than the rule asks for fail it
 FURTHER = 16
 
+#: a failure is pronounced on so many times the draws that it was first seen on: the values of a draw that is
+#: ill-conditioned are large together, and their maximum is one sample, however many they are
+AGAIN = 4
+
 #: how a backend runs on a device
 HOW = {
     ("cpu", "torch"): "PyTorch",
@@ -146,6 +150,7 @@ class Pool:
         self.errors = Errors(name)
         self.counts = {who: torch.zeros(len(BINS) + 1, dtype=torch.int64) for who in ("mmfast", "pytorch")}
         self.mismatch = ""
+        self.last = 0  # the draw that it is judged after, once that is known
 
     def add(self, ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
         try:
@@ -159,6 +164,12 @@ class Pool:
     @property
     def enough(self) -> bool:
         return self.errors.enough or bool(self.mismatch)
+
+    def settled(self, drawn: int) -> bool:
+        """Whether so many draws are all that it is judged on: decided once, for who stops where it passes passes."""
+        if self.enough and not self.last:
+            self.last = drawn if self.passes or self.mismatch else AGAIN * drawn
+        return 0 < self.last <= drawn
 
     @property
     def passes(self) -> bool:
@@ -227,7 +238,8 @@ def refusals(subject: Subject) -> list[str]:
 def numerics(subject: Subject, seeds: Sequence[int], order: int = 1) -> list[Row]:
     """A row for each output and gradient, its errors pooled over at least 16 seeds, and until there are 4096 values.
 
-    Where the seeds end before and a quantity fails, which may then be chance, up to 16 times as many are drawn for it.
+    A quantity that fails then is judged again after four times as many draws. Where the seeds end before there are
+    4096 values of one and it fails, which may then be chance, up to 16 times as many seeds are drawn for it.
     """
     pools: dict[str, Pool] = {}
     for drawn, seed in enumerate(itertools.count(seeds[0]), 1):
@@ -235,12 +247,13 @@ def numerics(subject: Subject, seeds: Sequence[int], order: int = 1) -> list[Row
         found = zip(trial.by_mmfast(order), trial.by_pytorch(order), trial.in_float64(order), strict=True)
         for (name, ours), (_, theirs), (_, exact) in found:
             pool = pools.setdefault(name, Pool(name))
-            if drawn <= FEWEST_SEEDS or not pool.errors.enough:
+            if not pool.last or drawn <= pool.last:
                 pool.add(ours, theirs, exact)
-        if drawn >= FEWEST_SEEDS and all(pool.enough for pool in pools.values()):
-            break
-        if drawn >= len(seeds) and all(pool.enough or pool.passes for pool in pools.values()):
-            break
+        if drawn >= min(FEWEST_SEEDS, len(seeds)):
+            settled = [pool.settled(drawn) for pool in pools.values()]
+            unsure = [pool for pool, done in zip(pools.values(), settled, strict=True) if not done]
+            if not unsure or (drawn >= len(seeds) and all(not pool.last and pool.passes for pool in unsure)):
+                break
         if drawn == FURTHER * len(seeds):
             break
     return [pool.row(subject, NUMERICS if order == 1 else SECOND, name) for name, pool in pools.items()]
