@@ -157,6 +157,15 @@ mmfast_rnn_layer as_layer(const py::tuple& row) {
     return layer;
 }
 
+// p: the pointers of mmfast_rnn_forward_args in their order, up to hn and cn
+mmfast_rnn_forward_args as_forward(const std::array<Pointer, 6>& p) {
+    mmfast_rnn_forward_args args{};
+    size_t at = 0;
+    args.gx = as_pointer(p[at++]);
+    for (void** out : {&args.gates, &args.cell, &args.y, &args.hn, &args.cn}) *out = as_pointer(p[at++]);
+    return args;
+}
+
 // p: the pointers of mmfast_rnn_backward_args in their order, but for those of the biases
 mmfast_rnn_backward_args as_backward(const std::array<Pointer, 13>& p) {
     mmfast_rnn_backward_args args{};
@@ -217,19 +226,9 @@ mmfast_rnn_layer as_cuda_layer(const py::tuple& row, int64_t rows, bool tf32, Po
     return layer;
 }
 
-// p: the pointers of mmfast_rnn_forward_args in their order
 int cuda_rnn_forward(const py::tuple& layer, int64_t rows, bool tf32, const std::array<Pointer, 6>& p, Pointer stream) {
-    const mmfast_rnn_forward_args args = {as_cuda_layer(layer, rows, tf32, stream),
-                                          as_pointer(p[0]),
-                                          as_pointer(p[1]),
-                                          as_pointer(p[2]),
-                                          as_pointer(p[3]),
-                                          as_pointer(p[4]),
-                                          as_pointer(p[5]),
-                                          {},
-                                          nullptr,
-                                          {},
-                                          0};
+    mmfast_rnn_forward_args args = as_forward(p);
+    args.layer = as_cuda_layer(layer, rows, tf32, stream);
     return run(mmfast_cuda_rnn_forward, args);
 }
 
@@ -372,17 +371,10 @@ int cuda_activation(bool backward, int dtype, int which, double negative_slope, 
 // b_ih, w_ih, and below of each direction db_ih and db_hh: 0 where a direction, or it, has none
 int rnn_forward(const py::tuple& layer, const std::array<Pointer, 6>& p, const std::array<Pointer, 2>& b_ih, Pointer x,
                 const std::array<Pointer, 2>& w_ih, int64_t input) {
-    const mmfast_rnn_forward_args args = {as_layer(layer),
-                                          as_pointer(p[0]),
-                                          as_pointer(p[1]),
-                                          as_pointer(p[2]),
-                                          as_pointer(p[3]),
-                                          as_pointer(p[4]),
-                                          as_pointer(p[5]),
-                                          {as_pointer(b_ih[0]), as_pointer(b_ih[1])},
-                                          as_pointer(x),
-                                          {as_pointer(w_ih[0]), as_pointer(w_ih[1])},
-                                          input};
+    mmfast_rnn_forward_args args = as_forward(p);
+    args.layer = as_layer(layer);
+    args.x = as_pointer(x), args.input = input;
+    for (size_t d = 0; d < 2; ++d) args.b_ih[d] = as_pointer(b_ih[d]), args.w_ih[d] = as_pointer(w_ih[d]);
     return run(mmfast_cpu_rnn_forward, args);
 }
 

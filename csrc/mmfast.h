@@ -8,7 +8,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MMFAST_ABI_VERSION 6
+#define MMFAST_ABI_VERSION 7
 
 #ifdef __cplusplus
 extern "C" {

@@ -24,7 +24,7 @@ from . import config
 if TYPE_CHECKING:
     from .ops.adversarial.equations import Inputs, Terms
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 #: enum mmfast_dtype
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
