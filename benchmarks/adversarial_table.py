@@ -204,9 +204,7 @@ def rows() -> list[Callable[[], Row]]:
     found.append(lambda: steps_of_a_critic("WGAN-GP step", wgan_gp, mmfast_wgan_gp))
     words = {"wasserstein": 1, "relativistic-average": 4, "relativistic-average-hinge": 4}
     found += [
-        lambda mode=mode: one_tensor(
-            "4M", mode, (1 << 22,), 2 if mode == "wasserstein" else 4, words.get(mode, 3)
-        )
+        lambda mode=mode: one_tensor("4M", mode, (1 << 22,), 2 if mode == "wasserstein" else 4, words.get(mode, 3))
         for mode in EAGER
     ]
     return found
