@@ -445,7 +445,8 @@ def _recurrent_of_cudnn(
 def _recurrent_of_aten(
     mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: _Options
 ) -> tuple[Tensor, ...]:
-    function = getattr(torch._VF, mode.lower())
+    # torch._VF's own, for which that module would look in Python, a few microseconds long
+    function = getattr(torch, mode.lower())
     flat = [weight for layer in weights for weight in layer]
     biases = len(weights[0]) > 3
     layers = len(weights) // (2 if options.bidirectional else 1)
