@@ -166,6 +166,11 @@ def beats_mkl() -> bool:
     return available() and not is_intel() and library().isa() == "avx512"
 
 
+def matches_mkl() -> bool:
+    """Whether the CPU kernels' product is as fast as MKL's, or faster; on Intel's processors it is not."""
+    return available() and not is_intel() and library().isa() != "baseline"
+
+
 @functools.cache
 def is_intel() -> bool:
     """Whether the processor is Intel's."""

@@ -1,11 +1,11 @@
-// The product of two matrices, for processors whose libraries use half of their vectors.
+// The product of two matrices, for processors whose libraries use half of their vectors, or where it spares calls.
 //
 // out = a b + bias, or += a b. Pointers, shapes and strides: mmfast_product_args in mmfast.h. 2 M N K flops; bound by
 // the vector units: a tile of kRows rows times up to kMaxVectors vectors of columns keeps its sums in registers and
 // reads, for each k, one row of a panel of b (in the second cache) and kRows numbers of a (in the first). b is packed
-// a block of kDepth rows and kColumns columns at a time, so that a panel's rows follow each other; a is read where it
-// is along k, and copied strip by strip where it is dense along its rows, for rows a power of two apart share a set of
-// the cache. Source: Goto and van de Geijn, doi:10.1145/1356052.1356053.
+// a block of at most kDepth rows at a time, so that a panel's rows follow each other; a is read where it is along k,
+// and copied strip by strip where it is dense along its rows, for rows a power of two apart share a set of the cache.
+// Source: Goto and van de Geijn, doi:10.1145/1356052.1356053.
 //
 // Threads own rows of out. Each number is one sequence of operations whoever owns it: the same bits for any number of
 // threads. Sums over k are made of chains of at most kLongest, for a chain's rounding error grows with its length.
@@ -19,22 +19,19 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
+// kPanels: of kDepth rows, that a block has; kLines: of 64 bytes, that a row of the strips of a takes
 #if defined(__AVX512F__)
-constexpr int kRows = 8;
+constexpr int kRows = 8, kMaxVectors = 3, kPanels = 6, kLines = 1;
 #else
-constexpr int kRows = 4;
+constexpr int kRows = 6, kMaxVectors = 2, kPanels = 32, kLines = 3;
 #endif
-constexpr int kMaxVectors = 3;
 constexpr int64_t kDepth = 512;
 constexpr int64_t kShortest = 16, kLongest = 128;
 
 template <typename C>
 constexpr int kPanelWidth = kMaxVectors * kLanes<C>;
 template <typename C>
-constexpr int64_t kColumns = 6 * kPanelWidth<C>;
-// strips whose rows lie in one cache line
-template <typename C>
-constexpr int kStrips = 64 / (kRows * int(sizeof(C)));
+constexpr int kStrips = kLines * 64 / (kRows * int(sizeof(C)));
 
 template <typename T>
 T smaller(T a, T b) {
@@ -106,45 +103,66 @@ class Product {
   private:
     // false: no memory
     bool rows(int64_t begin, int64_t end) const {
-        const int64_t depth = smaller(k_, kDepth), columns = smaller(n_ + kPanelWidth<C>, kColumns<C>);
+        // the less deep a block is, the more columns it has, and the fewer times a is read
+        const int64_t depth = smaller(k_, kDepth), most = kPanels * kDepth / (depth ? depth : 1) * kPanelWidth<C>;
+        const int64_t columns = smaller(n_ + kPanelWidth<C>, most);
         C* panels = static_cast<C*>(
             aligned_alloc(64, size_t((columns + kStrips<C> * kRows) * depth * int64_t(sizeof(C)) + 63) / 64 * 64));
         if (!panels) return false;
         C* strips = panels + columns * depth;
-        for (int64_t column = 0; column < n_; column += kColumns<C>)
+        for (int64_t column = 0; column < n_; column += most)
             for (int64_t k = 0; k == 0 || k < k_; k += kDepth)
-                block(begin, end, column, smaller(n_, column + kColumns<C>), k, smaller(k_ - k, kDepth), panels,
-                      strips);
+                block(begin, end, column, smaller(n_, column + most), k, smaller(k_ - k, kDepth), panels, strips);
         free(panels);
         return true;
     }
 
     void block(int64_t begin, int64_t end, int64_t column, int64_t last, int64_t k, int64_t depth, C* panels,
                C* strips) const {
-        for (int64_t j = column; j < last; j += kPanelWidth<C>)
-            pack(panels + (j - column) * depth, j, smaller(last - j, int64_t(kPanelWidth<C>)), k, depth);
+        each_panel(column, last,
+                   [&](int64_t j, int64_t columns) { pack(panels + (j - column) * depth, j, columns, k, depth); });
         const bool copies = a_row_ == 1 && a_k_ != 1;
         for (int64_t i = begin; i < end; i += kRows) {
             const int valid = int(smaller(end - i, int64_t(kRows)));
             const int64_t strip = (i - begin) / kRows % kStrips<C>;
-            if (copies && strip == 0) copy_strips(strips, i, end, k, depth);
+            if (copies && strip == 0) {
+                const int64_t right = i + kStrips<C> * kRows;
+                const bool goes_on = right < end;
+                copy_strips(strips, i, end, k, depth,
+                            a_ + (goes_on ? right : begin) + (goes_on ? k : k + depth) * a_k_);
+            }
             const C* row[kRows];
             // rows past the end are the last one again, and not stored
             for (int r = 0; r < kRows; ++r)
                 row[r] =
                     copies ? strips + strip * depth * kRows + r : a_ + (i + smaller(r, valid - 1)) * a_row_ + k * a_k_;
-            for (int64_t j = column; j < last; j += kPanelWidth<C>)
-                tile(row, copies ? kRows : a_k_, panels + (j - column) * depth, depth, i, valid, j,
-                     int(smaller(last - j, int64_t(kPanelWidth<C>))), k == 0);
+            each_panel(column, last, [&](int64_t j, int64_t columns) {
+                tile(row, copies ? kRows : a_k_, panels + (j - column) * depth, depth, i, valid, j, int(columns),
+                     k == 0);
+            });
         }
     }
 
-    // strips[strip][d][r] = a[i + strip * kRows + r][k + d], zeros past the end
-    void copy_strips(C* strips, int64_t i, int64_t end, int64_t k, int64_t depth) const {
+    // body(first column, columns) of each panel: as wide as each other, or nearly, for a tile of one vector has too few
+    // sums to hide how long an addition takes.
+    template <typename Body>
+    static void each_panel(int64_t column, int64_t last, const Body& body) {
+        const int64_t vectors = vectors_of(last - column), panels = (vectors + kMaxVectors - 1) / kMaxVectors;
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            const int64_t begin = column + vectors * panel / panels * kLanes<C>;
+            const int64_t end = column + vectors * (panel + 1) / panels * kLanes<C>;
+            body(begin, smaller(last, end) - begin);
+        }
+    }
+
+    // strips[strip][d][r] = a[i + strip * kRows + r][k + d], zeros past the end; next: what is copied after these
+    void copy_strips(C* strips, int64_t i, int64_t end, int64_t k, int64_t depth, const C* next) const {
         const int valid = int(smaller(end - i, int64_t(kStrips<C> * kRows)));
         for (int64_t d = 0; d < depth; ++d) {
             const C* from = a_ + i + (k + d) * a_k_;
-            __builtin_prefetch(from + kStrips<C> * kRows, 0, 2);
+#pragma GCC unroll 3
+            for (int line = 0; line < kLines; ++line)
+                __builtin_prefetch(next + d * a_k_ + line * (64 / int(sizeof(C))), 0, 2);
             for (int r = 0; r < kStrips<C> * kRows; r += kRows) {
                 C* strip = strips + (r * depth + d * kRows);
                 if (r + kRows <= valid)
@@ -199,8 +217,8 @@ class Product {
         const int vectors = vectors_of(columns);
         if (depth == 0)
             memset(sums, 0, sizeof sums);
-        else if (vectors == 3)
-            multiply_tile<C, 3>(sums, row, step, panel, depth, chain_);
+        else if (vectors == kMaxVectors)
+            multiply_tile<C, kMaxVectors>(sums, row, step, panel, depth, chain_);
         else if (vectors == 2)
             multiply_tile<C, 2>(sums, row, step, panel, depth, chain_);
         else

@@ -98,6 +98,8 @@ BROAD, WIDE, WIDE_TRAINING = 256, 1 << 13, 1 << 15
 #: Weights of a layer from which on packing them and writing their gradients takes longer than few rows of all steps: an
 #: LSTM's LEAN rows in oneDNN; SPARSE rows in a loop, without gradients or over SHORT sequences.
 HEAVY, LEAN, SPARSE = 1 << 20, 128, 48
+#: Rows of all steps to each input from which on the input's weights are worth packing where MKL is as fast.
+PACKED = 2
 #: Hidden sizes, units of all steps, and inputs from which on, of LSTMs that train here no faster than in oneDNN, which
 #: makes x's gradient in any case.
 MIDDLE, BAND, BROADER = range(65, 200), range(1 << 16, (1 << 18) + 1), 64
@@ -356,13 +358,16 @@ class Cpu(Walker):
         return ""
 
     def makes_input_side(self, x, layer, sizes) -> bool:
-        # gx is neither written nor read: 0.97 to 1.06 of the speed in training, 1.02 to 1.22 without gradients; the
-        # gates past a length, which the walk leaves out, are to be finite
-        return layer.lengths is None and sizes.rows >= FEW * sizes.steps and self.makes_products(x, sizes)
+        # gx is neither written nor read: with AVX-512 0.97 to 1.06 of the speed in training and 1.02 to 1.22 without
+        # gradients, with AVX2 0.98 to 1.08 and 0.95 to 1.5, but 0.6 to 0.95 for the few rows for which MKL packs no
+        # weights; the gates past a length, which the walk leaves out, are to be finite
+        worth = native.beats_mkl() or sizes.rows >= PACKED * x.shape[1]
+        return layer.lengths is None and worth and sizes.rows >= FEW * sizes.steps and self.makes_products(x, sizes)
 
     def makes_products(self, x, sizes) -> bool:
-        # one call for all: after other work its calls from Python took 0.1 to 0.3 ms for a layer
-        return sizes.rows > 0 and x.dtype.itemsize >= 4 and native.beats_mkl()
+        # one call for all: after other work torch's from Python took 0.1 to 0.3 ms for a layer; with AVX2 1.0 to 1.4 of
+        # the speed
+        return sizes.rows > 0 and x.dtype.itemsize >= 4 and native.matches_mkl()
 
     def walk(self, layer, sizes, parts, h0, c0, x, gx, kept, results) -> None:
         row, alive = native_layer(layer, sizes, parts, h0, c0)
