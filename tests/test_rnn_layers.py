@@ -247,7 +247,7 @@ def test_numerics_of_extras(mode, proj, dtype, seed):
 
 @pytest.mark.parametrize("label", ["RNNCell-tanh", "RNNCell-relu", "GRUCell", "LSTMCell"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("batch", [0, 1, 2, 5])
+@pytest.mark.parametrize("batch", [0, 1, 2, 5, 2500])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
 def test_cells(label, dtype, batch, bias, isa):
     """Without gradients the cells' own kernel; sizes that fill no vector, strided input, no state."""
@@ -267,7 +267,7 @@ def test_cells(label, dtype, batch, bias, isa):
 @pytest.mark.parametrize("label", ["RNNCell-tanh", "RNNCell-relu", "GRUCell", "LSTMCell"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
-def test_a_row_or_two_are_given_as_tensors(label, dtype, bias, isa):
+def test_few_rows_are_given_as_tensors(label, dtype, bias, isa):
     """The kernel's direct call serves plain dense tensors that fit and no others, which another path serves as well."""
     name, _, nonlinearity = label.partition("-")
     mode = {"RNNCell": f"RNN_{nonlinearity.upper()}"}.get(name, name.removesuffix("Cell"))
@@ -276,8 +276,8 @@ def test_a_row_or_two_are_given_as_tensors(label, dtype, bias, isa):
     ours = getattr(mmfast.nn, name)(37, 29, bias=bias, backend="cpu", **options).to(dtype)
     ours.load_state_dict(theirs.state_dict())
 
-    def direct(x, hx, weights=ours._weights()):  # noqa: B008
-        return native.rnn_cell_direct(MODES[mode], 2, x, hx, weights)
+    def direct(x, hx, weights=ours._weights(), most=2):  # noqa: B008
+        return native.rnn_cell_direct(MODES[mode], most, x, hx, weights)
 
     def of(h):
         return (h, h) if name == "LSTMCell" else h
@@ -288,9 +288,10 @@ def test_a_row_or_two_are_given_as_tensors(label, dtype, bias, isa):
     w_ih, w_hh, *biases = ours._weights()
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     with torch.no_grad():
-        for batch in (1, 2):
+        for batch in (7, 4, 3, 1, 2):
             x, h = draw(batch, 37), draw(batch, 29)
-            torch.testing.assert_close(direct(x, of(h)), theirs(x, of(h)), rtol=tolerance, atol=tolerance)
+            found = direct(x, of(h), most=batch)
+            torch.testing.assert_close(found, theirs(x, of(h)), rtol=tolerance, atol=tolerance)
         others = [
             (draw(2, 74)[:, ::2], h),
             (x, draw(29, 2).t()),

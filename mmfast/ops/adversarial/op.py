@@ -183,10 +183,10 @@ def _direct_formula(ctx: Any, dtotal: Tensor, tensors: Sequence[Tensor]) -> Sequ
 
 
 def _constants(ctx: Any, dtotal: float, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The gradients where no logit changes them."""
+    """The gradients where no logit changes them: one number each, expanded, as that of torch.sum is."""
     terms, mean = ctx.direct[:2]
     return [
-        torch.full_like(x, dtotal * term.weight * term.sign / (x.numel() if mean else 1)) if need else None
+        x.new_tensor(dtotal * term.weight * term.sign / (x.numel() if mean else 1)).expand_as(x) if need else None
         for term, x, need in zip(terms, tensors, ctx.needs_input_grad[1:], strict=True)
     ]
 
