@@ -20,43 +20,56 @@ namespace {
 
 using Args = mmfast_conv_transpose_args;
 
-constexpr int64_t kChannels = 16;  // of one sample, or of two, that share their memory
-constexpr int kTaps = 4;           // whose sums are in registers at the same time
+constexpr int64_t kChannels = 16;     // of one sample, or of two: a cache line of y channels last
+constexpr int64_t kParts = 8;         // for each thread
+constexpr int64_t kCached = 4 << 10;  // elements of some channels' rows, in the first-level cache
+constexpr int kTaps = 4;              // whose sums are in registers at the same time
 
 int threads_for(const Args& args, const Problem& problem) {
     return args.batch * args.in_channels * problem.taps * problem.positions < 32768 ? 1 : args.threads;
 }
 
-template <typename T>
+// What a tap reads from the rows of a channel on, and the tap.
 struct Term {
-    int64_t offset;
-    T weight;
+    int64_t offset, tap;
 };
 
-// What the channels of a part share.
+// What some channels share.
 template <typename T>
 struct Memory {
-    T* zeros;        // as many as were asked for, before the first channel
-    Term<T>* terms;  // one for each tap
-    T** rows;        // one for each phase of the last dimension
+    T* rows;        // of each channel, zero before the first ones
+    T* line;        // a row of y
+    T* weights;     // one for each tap
+    Term* terms;    // likewise
+    T** phases;     // one for each phase of the last dimension
+    int64_t* ends;  // likewise
 };
 
-// body(unit, memory) for each channel of each sample
+// body(units, memory) for some channels at a time, each with `size` elements of rows. They first fill their rows and
+// then read them: what is read across the bounds of what was written has to be in the cache, and gets there only after
+// all that was written before, such as results on their way to memory.
 template <typename T, typename Body>
-int each_unit(const Args& args, const Problem& problem, int64_t zeros, const Body& body) {
+int each_group(const Args& args, const Problem& problem, int64_t size, const Body& body) {
+    const int threads = threads_for(args, problem);
     const int64_t units = args.batch * args.in_channels;
+    const int64_t part_size = parts_of(parts_of(units, kChannels), kParts * most(1, threads)) * kChannels;
+    const int64_t together = most(1, least(kChannels, kCached / size));
     int status = MMFAST_OK;
-    parallel_for(threads_for(args, problem), parts_of(units, kChannels), [&](int64_t part) {
-        Scratch<T> elements(zeros);
-        Scratch<Term<T>> terms(problem.taps);
-        Scratch<T*> rows(args.stride[2]);
-        if (!elements.get() || !terms.get() || !rows.get()) {
+    parallel_for(threads, parts_of(units, part_size), [&](int64_t part) {
+        Scratch<T> elements(together * size + problem.axis[2].out + problem.taps);
+        Scratch<Term> terms(problem.taps);
+        Scratch<T*> phases(args.stride[2]);
+        Scratch<int64_t> ends(args.stride[2]);
+        if (!elements.get() || !terms.get() || !phases.get() || !ends.get()) {
             __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
             return;
         }
-        clear(elements.get(), zeros);
-        for (int64_t unit = part * kChannels; unit < least(units, (part + 1) * kChannels); ++unit)
-            body(unit, Memory<T>{elements.get(), terms.get(), rows.get()});
+        clear(elements.get(), together * size);
+        T *line = elements.get() + together * size, *weights = line + problem.axis[2].out;
+        const Memory<T> memory{elements.get(), line, weights, terms.get(), phases.get(), ends.get()};
+        const int64_t end = least(units, (part + 1) * part_size);
+        for (int64_t first = part * part_size; first < end; first += together)
+            body(Range{first, least(end, first + together)}, memory);
     });
     return status;
 }
@@ -133,22 +146,6 @@ class Plan {
     Scratch<int64_t> phase_ends_;
 };
 
-// row[q] = sum over terms of weight * x[offset + q]; whole vectors
-template <typename T>
-void sum_terms(const T* x, const Term<T>* terms, int64_t count, T* row, int64_t n) {
-    constexpr int L = kLanes<T>;
-    for (int64_t q = 0; q < n; q += 2 * L) {
-        Vec<T> low = {}, high = {};
-        for (int64_t t = 0; t < count; ++t) {
-            const T* from = x + terms[t].offset + q;
-            low += load(from) * terms[t].weight;
-            high += load(from + L) * terms[t].weight;
-        }
-        store(row + q, low);
-        store(row + q + L, high);
-    }
-}
-
 template <typename T>
 int forward_of(const Args& args) {
     const Problem problem(args);
@@ -157,39 +154,49 @@ int forward_of(const Args& args) {
     if (!all_finite(static_cast<const T*>(args.weight), args.in_channels * problem.taps)) return MMFAST_DECLINED;
     const Plan plan(problem, true);
     if (!plan.made()) return MMFAST_OUT_OF_MEMORY;
-    const int64_t in_rows = axis[0].in * axis[1].in, length = inner.q_end - inner.q_first;
-    const int64_t width = inner.reach + most(inner.in, inner.q_end) + 2 * L, row_length = length + 2 * L;
+    const int64_t in_rows = axis[0].in * axis[1].in;
+    const int64_t width = inner.reach + most(inner.in, inner.q_end) + L;
     const Image<T> y = image_of<T>(args, problem);
     int status = MMFAST_OK;
     const int bad = with_activation<T>(args.activation, args.negative_slope, [&](const auto& activation) {
-        const int64_t elements = in_rows * width + inner.stride * row_length + inner.out;
-        status = each_unit<T>(args, problem, elements, [&](int64_t unit, const Memory<T>& memory) {
-            T* padded = memory.zeros;
-            T* phases = padded + in_rows * width;
-            T* line = phases + inner.stride * row_length;
-            const int64_t c = unit % args.in_channels;
-            const T* weight = static_cast<const T*>(args.weight) + c * problem.taps;
-            const T* x = static_cast<const T*>(args.x) + unit * problem.positions;
-            for (int64_t r = 0; r < in_rows; ++r)
-                copy_row(padded + r * width + inner.reach, x + r * inner.in, inner.in);
-            const T bias = args.bias ? static_cast<const T*>(args.bias)[c] : T(0);
-            const auto value = [&](Vec<T> v) { return activation.value(v + bias); };
+        const int64_t size = in_rows * width;
+        status = each_group<T>(args, problem, size, [&](Range units, const Memory<T>& memory) {
+            const T* x = static_cast<const T*>(args.x) + units.begin * problem.positions;
+            for (int64_t r = 0; r < units.size() * in_rows; ++r)
+                copy_row(memory.rows + r * width + inner.reach, x + r * inner.in, inner.in);
             for (int64_t out_row = 0; out_row < axis[0].out * axis[1].out; ++out_row) {
-                for (int64_t r = 0; r < inner.stride; ++r) {
-                    int64_t count = 0;
+                int64_t count = 0;
+                for (int64_t turn = 0; turn < inner.stride; ++turn) {
+                    const int64_t u = inner.before + turn;
                     plan.each(out_row, [&](const Source& source) {
-                        const int64_t start = source.row * width + inner.reach + inner.q_first;
-                        plan.each_tap(r, [&](const Source& tap) {
-                            memory.terms[count++] = {start - tap.row, weight[source.tap + tap.tap]};
+                        const int64_t start = source.row * width + inner.reach + u / inner.stride;
+                        plan.each_tap(u % inner.stride, [&](const Source& tap) {
+                            memory.terms[count++] = {start - tap.row, source.tap + tap.tap};
                         });
                     });
-                    sum_terms(padded, memory.terms, count, phases + r * row_length, length);
-                    memory.rows[r] = phases + r * row_length;
+                    memory.ends[turn] = count;
                 }
-                T* target = y.at(unit / args.in_channels, c, out_row * inner.out);
-                const int64_t begin = inner.before - inner.q_first * inner.stride;
-                interleave_from(y.last ? line : target, memory.rows, inner.stride, begin, inner.out, value);
-                for (int64_t i = 0; y.last && i < inner.out; ++i) target[i * y.step()] = line[i];
+                for (int64_t unit = units.begin; unit < units.end; ++unit) {
+                    if (out_row == 0)
+                        prefetch_row<0>(x + (unit - units.begin + units.size()) * problem.positions,
+                                        least(problem.positions, kCached / 4));
+                    const int64_t c = unit % args.in_channels;
+                    const T *rows = memory.rows + (unit - units.begin) * size, *weights = memory.weights;
+                    for (int64_t t = 0; t < count; ++t)
+                        memory.weights[t] = static_cast<const T*>(args.weight)[c * problem.taps + memory.terms[t].tap];
+                    const T bias = args.bias ? static_cast<const T*>(args.bias)[c] : T(0);
+                    const Term* terms = memory.terms;
+                    const int64_t* ends = memory.ends;
+                    T* target = y.at(unit / args.in_channels, c, out_row * inner.out);
+                    interleave(y.last ? memory.line : target, inner.stride, inner.out,
+                               [=](int64_t turn, int64_t i, int) {
+                                   Vec<T> sum = splat(bias);
+                                   for (int64_t t = turn ? ends[turn - 1] : 0; t < ends[turn]; ++t)
+                                       sum += load(rows + terms[t].offset + i) * weights[t];
+                                   return activation.value(sum);
+                               });
+                    for (int64_t i = 0; y.last && i < inner.out; ++i) target[i * y.step()] = memory.line[i];
+                }
             }
         });
         return MMFAST_OK;
@@ -205,6 +212,7 @@ void add_taps(const T* const* windows, const T* x, const T* weight, int64_t n, T
         const int lanes = int(least(n - i, kLanes<T>));
         const Vec<T> v = load_float(x + i, lanes);
         Vec<T> total = first || !dx ? Vec<T>{} : load_float(dx + i, lanes);
+#pragma GCC unroll 4
         for (int k = 0; k < kCount; ++k) {
             const Vec<T> window = load_float(windows[k] + i, lanes);
             total += window * weight[k];
@@ -212,60 +220,70 @@ void add_taps(const T* const* windows, const T* x, const T* weight, int64_t n, T
         }
         if (dx) store_float(dx + i, total, lanes);
     }
-    for (int k = 0; dweight && k < kCount; ++k) dweight[k] += sum_lanes<T>(sum[k]);
+    if (!dweight) return;
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) dweight[k] += sum_lanes<T>(sum[k]);
+}
+
+// dx and this sample's share of dweight, of one channel whose gradient's phases are given. places: where a tap's window
+// of a row's phases begins.
+template <typename T>
+void gradients_of(const Args& args, const Problem& problem, const Plan& plan, const int64_t* places, const T* phases,
+                  int64_t unit) {
+    const Axis *axis = problem.axis, &inner = axis[2];
+    const int64_t whole = inner.stride * (inner.in + inner.reach);
+    const T* x = static_cast<const T*>(args.x) + unit * problem.positions;
+    const T* weight = static_cast<const T*>(args.weight) + unit % args.in_channels * problem.taps;
+    T* dx = args.dx ? static_cast<T*>(args.dx) + unit * problem.positions : nullptr;
+    T* dweight = args.dweight ? static_cast<T*>(args.dweight) + unit * problem.taps : nullptr;
+    if (dweight) clear(dweight, problem.taps);
+    for (int64_t in_row = 0; in_row < axis[0].in * axis[1].in; ++in_row) {
+        const int64_t begin = in_row * inner.in;
+        bool first = true;
+        plan.each(in_row, [&](const Source& source) {
+            for (int64_t k2 = 0; k2 < inner.kernel; k2 += kTaps, first = false) {
+                const T* windows[kTaps];
+                const int64_t count = least(inner.kernel - k2, kTaps);
+                for (int64_t k = 0; k < count; ++k) windows[k] = phases + source.row * whole + places[k2 + k];
+                const auto add = count == 4   ? add_taps<T, 4>
+                                 : count == 3 ? add_taps<T, 3>
+                                 : count == 2 ? add_taps<T, 2>
+                                              : add_taps<T, 1>;
+                add(windows, x + begin, weight + source.tap + k2, inner.in, dx ? dx + begin : nullptr, first,
+                    dweight ? dweight + source.tap + k2 : nullptr);
+            }
+        });
+        if (first && dx) clear(dx + begin, inner.in);
+    }
 }
 
 template <typename T>
 int backward_of(const Args& args) {
     const Problem problem(args);
-    constexpr int L = kLanes<T>;
     const Axis *axis = problem.axis, &inner = axis[2];
-    const T* weights = static_cast<const T*>(args.weight);
-    if (args.dx && !all_finite(weights, args.in_channels * problem.taps)) return MMFAST_DECLINED;
-    const int64_t out_rows = axis[0].out * axis[1].out, in_rows = axis[0].in * axis[1].in;
-    const int64_t length = inner.in + inner.reach, whole = inner.stride * length,
-                  seen = least(inner.out, whole - inner.before);
+    if (args.dx && !all_finite(static_cast<const T*>(args.weight), args.in_channels * problem.taps))
+        return MMFAST_DECLINED;
+    const int64_t out_rows = axis[0].out * axis[1].out;
+    const int64_t length = inner.in + inner.reach, whole = inner.stride * length;
     const Plan plan(problem, false);
-    Scratch<int64_t> places(inner.kernel);  // where a tap's window of a row's phases begins
+    Scratch<int64_t> places(inner.kernel);
     if (!plan.made() || !places.get()) return MMFAST_OUT_OF_MEMORY;
     for (int64_t k = 0; k < inner.kernel; ++k) places.get()[k] = inner.phase(k) * length + inner.shift(k);
     const Image<T> y = image_of<T>(args, problem);
-    const int64_t elements = out_rows * whole + whole + 2 * L;
-    const int status = each_unit<T>(args, problem, elements, [&](int64_t unit, const Memory<T>& memory) {
-        T* phases = memory.zeros;
-        T* row = phases + out_rows * whole;
-        const int64_t c = unit % args.in_channels;
-        for (int64_t r = 0; r < out_rows; ++r) {
-            const T* dy = y.at(unit / args.in_channels, c, r * inner.out);
-            if (y.last)
-                for (int64_t i = 0; i < seen; ++i) row[inner.before + i] = dy[i * y.step()];
-            else
-                copy_row(row + inner.before, dy, seen);
-            for (int64_t p = 0; p < inner.stride; ++p) memory.rows[p] = phases + r * whole + p * length;
-            deinterleave(memory.rows, row, inner.stride, length);
-        }
-        const T* x = static_cast<const T*>(args.x) + unit * problem.positions;
-        const T* weight = weights + c * problem.taps;
-        T* dx = args.dx ? static_cast<T*>(args.dx) + unit * problem.positions : nullptr;
-        T* dweight = args.dweight ? static_cast<T*>(args.dweight) + unit * problem.taps : nullptr;
-        if (dweight) clear(dweight, problem.taps);
-        for (int64_t in_row = 0; in_row < in_rows; ++in_row) {
-            const int64_t begin = in_row * inner.in;
-            bool first = true;
-            plan.each(in_row, [&](const Source& source) {
-                for (int64_t k2 = 0; k2 < inner.kernel; k2 += kTaps, first = false) {
-                    const T* windows[kTaps];
-                    const int64_t count = least(inner.kernel - k2, kTaps);
-                    for (int64_t k = 0; k < count; ++k) windows[k] = phases + source.row * whole + places.get()[k2 + k];
-                    const auto add = count == 4   ? add_taps<T, 4>
-                                     : count == 3 ? add_taps<T, 3>
-                                     : count == 2 ? add_taps<T, 2>
-                                                  : add_taps<T, 1>;
-                    add(windows, x + begin, weight + source.tap + k2, inner.in, dx ? dx + begin : nullptr, first,
-                        dweight ? dweight + source.tap + k2 : nullptr);
-                }
-            });
-            if (first && dx) clear(dx + begin, inner.in);
+    const int64_t size = out_rows * whole;
+    const int status = each_group<T>(args, problem, size, [&](Range units, const Memory<T>& memory) {
+        for (int64_t unit = units.begin; unit < units.end; ++unit)
+            for (int64_t r = 0; r < out_rows; ++r) {
+                const T* dy = y.at(unit / args.in_channels, unit % args.in_channels, r * inner.out);
+                T* phases = memory.rows + (unit - units.begin) * size + r * whole;
+                for (int64_t i = 0; y.last && i < inner.out; ++i) memory.line[i] = dy[i * y.step()];
+                for (int64_t p = 0; p < inner.stride; ++p) memory.phases[p] = phases + p * length;
+                deinterleave(memory.phases, y.last ? memory.line : dy, inner.out, inner.before, inner.stride, length);
+            }
+        for (int64_t unit = units.begin; unit < units.end; ++unit) {
+            const int64_t next = unit + units.size();
+            if (!y.last) prefetch_row<0>(y.at(0, next, 0), least(problem.out_positions, kCached / 4));
+            gradients_of(args, problem, plan, places.get(), memory.rows + (unit - units.begin) * size, unit);
         }
     });
     if (status || !args.dweight) return status;

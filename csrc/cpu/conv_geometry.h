@@ -147,6 +147,13 @@ void clear(T* p, int64_t n) {
     memset(p, 0, size_t(n > 0 ? n : 0) * sizeof(T));
 }
 
+// For rows that lie too far from each other, or are met too long after each other, for a processor to foresee. kWrite:
+// 1 or 0.
+template <int kWrite, typename T>
+void prefetch_row(const T* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / int(sizeof(T))) __builtin_prefetch(from + i, kWrite, 2);
+}
+
 // by vectors, for rows are short: a memcpy of a length known only at run time is a call
 template <typename T>
 void copy_row(T* to, const T* from, int64_t n) {
@@ -156,82 +163,81 @@ void copy_row(T* to, const T* from, int64_t n) {
     }
 }
 
-// Where the lanes of `kCount` rows that are interleaved come from: of the first two, then of one row more each time.
-template <typename T, int kCount>
-struct Interleaved {
-    Bits<T> from[kCount][kCount - 1];
-    Interleaved() {
-        for (int v = 0; v < kCount; ++v)
-            for (int i = 0; i < kLanes<T>; ++i) {
-                const int at = v * kLanes<T> + i, row = at % kCount, lane = at / kCount;
-                from[v][0][i] = row == 1 ? lane + kLanes<T> : lane;
-                for (int c = 2; c < kCount; ++c) from[v][c - 1][i] = row == c ? lane + kLanes<T> : i;
-            }
-    }
-};
-
-// to[kCount * i + c] = value(rows[c][begin + i]) for i < n but for the last ones; returns how many of them
-template <typename T, int kCount, typename Value>
-int64_t interleave_vectors(T* to, const T* const* rows, int64_t begin, int64_t n, const Value& value) {
-    static const Interleaved<T, kCount> lanes;
+// to[kCount * i + c] = source(c, i, lanes)[0] for i < n but for the last ones; returns how many of them
+template <typename T, int kCount, typename Source>
+int64_t interleave_vectors(T* to, int64_t n, const Source& source) {
+    constexpr int L = kLanes<T>;
     int64_t i = 0;
-    for (; i + kLanes<T> <= n; i += kLanes<T>) {
+    for (; i + L <= n; i += L) {
         Vec<T> v[kCount];
-        for (int c = 0; c < kCount; ++c) v[c] = value(load(rows[c] + begin + i));
+        // unrolled, that the vectors be registers, and where lanes come from known to the compiler
+#pragma GCC unroll 4
+        for (int c = 0; c < kCount; ++c) v[c] = source(c, i, L);
+#pragma GCC unroll 4
         for (int j = 0; j < kCount; ++j) {
-            Vec<T> mixed = __builtin_shuffle(v[0], v[1], lanes.from[j][0]);
-            for (int c = 2; c < kCount; ++c) mixed = __builtin_shuffle(mixed, v[c], lanes.from[j][c - 1]);
-            store(to + kCount * i + j * kLanes<T>, mixed);
+            Vec<T> mixed = v[0];
+#pragma GCC unroll 4
+            for (int c = 1; c < kCount; ++c) {
+                Bits<T> from;
+#pragma GCC unroll 16
+                for (int k = 0; k < L; ++k) {
+                    const int lane = (j * L + k) / kCount, row = (j * L + k) % kCount;
+                    from[k] = row == c ? L + lane : c == 1 ? lane : k;
+                }
+                mixed = __builtin_shuffle(mixed, v[c], from);
+            }
+            store(to + kCount * i + j * L, mixed);
         }
     }
     return i;
 }
 
-// to[count * i + c] = value(rows[c][begin + i]) for i < n
-template <typename T, typename Value>
-void interleave(T* to, const T* const* rows, int64_t count, int64_t begin, int64_t n, const Value& value) {
+// to[count * i + c] = element i of row c, for count * i + c < size; source(c, i, n): n elements of row c from i on
+template <typename T, typename Source>
+void interleave(T* to, int64_t count, int64_t size, const Source& source) {
+    const int64_t n = size / count;
     int64_t done = 0;
-    if (count == 2) done = interleave_vectors<T, 2>(to, rows, begin, n, value);
-    if (count == 3) done = interleave_vectors<T, 3>(to, rows, begin, n, value);
-    if (count == 4) done = interleave_vectors<T, 4>(to, rows, begin, n, value);
-    for (int64_t c = 0; c < count; ++c)
-        for (int64_t i = done; i < n; i += kLanes<T>) {
-            const int lanes = int(least(n - i, kLanes<T>));
-            const Vec<T> v = value(load_float(rows[c] + begin + i, lanes));
+    if (count == 2) done = interleave_vectors<T, 2>(to, n, source);
+    if (count == 3) done = interleave_vectors<T, 3>(to, n, source);
+    if (count == 4) done = interleave_vectors<T, 4>(to, n, source);
+    for (int64_t c = 0; c < count; ++c) {
+        const int64_t end = c < size % count ? n + 1 : n;
+        for (int64_t i = done; i < end; i += kLanes<T>) {
+            const int lanes = int(least(end - i, kLanes<T>));
+            const Vec<T> v = source(c, i, lanes);
             if (count == 1)
                 store_float(to + i, v, lanes);
             else
                 for (int j = 0; j < lanes; ++j) to[count * (i + j) + c] = v[j];
         }
+    }
 }
 
-// to[i] = value(rows[u % count][u / count]) for i < size, u = begin + i
-template <typename T, typename Value>
-void interleave_from(T* to, const T* const* rows, int64_t count, int64_t begin, int64_t size, const Value& value) {
-    const int64_t whole = parts_of(begin, count), lead = least(size, whole * count - begin);
-    const int64_t wholes = (size - lead) / count;
-    const auto one = [&](int64_t i) { return value(splat(rows[(begin + i) % count][(begin + i) / count]))[0]; };
-    for (int64_t i = 0; i < lead; ++i) to[i] = one(i);
-    interleave(to + lead, rows, count, whole, wholes, value);
-    for (int64_t i = lead + wholes * count; i < size; ++i) to[i] = one(i);
-}
-
-// phases[r][i] = row[stride * i + r] for i < n; stride 2 reads whole vectors beyond the end
+// phases[r][i] = row[stride * i + r - before] for i < n; zero is what the row, of `size`, does not have
 template <typename T>
-void deinterleave(T* const* phases, const T* row, int64_t stride, int64_t n) {
-    int64_t done = 0;
+void deinterleave(T* const* phases, const T* row, int64_t size, int64_t before, int64_t stride, int64_t n) {
+    const auto take = [&](int64_t begin, int64_t end) {
+        for (int64_t r = 0; r < stride; ++r)
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t at = stride * i + r - before;
+                phases[r][i] = at >= 0 && at < size ? row[at] : T(0);
+            }
+    };
+    int64_t done = least(n, before > 0 ? parts_of(before, stride) : 0);
+    take(0, done);
     if (stride == 2) {
+        constexpr int L = kLanes<T>;
         Bits<T> even;
-        for (int i = 0; i < kLanes<T>; ++i) even[i] = 2 * i;
-        for (; done < n; done += kLanes<T>) {
-            const Vec<T> a = load(row + 2 * done), b = load(row + 2 * done + kLanes<T>);
-            const int lanes = int(least(n - done, kLanes<T>));
-            store_float(phases[0] + done, Vec<T>(__builtin_shuffle(a, b, even)), lanes);
-            store_float(phases[1] + done, Vec<T>(__builtin_shuffle(a, b, even + 1)), lanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) even[i] = 2 * i;
+        const T* from = row - before;
+        for (; done + L <= n && 2 * (done + L) - before <= size; done += L) {
+            const Vec<T> a = load(from + 2 * done), b = load(from + 2 * done + L);
+            store(phases[0] + done, Vec<T>(__builtin_shuffle(a, b, even)));
+            store(phases[1] + done, Vec<T>(__builtin_shuffle(a, b, even + 1)));
         }
     }
-    for (int64_t r = 0; r < stride; ++r)
-        for (int64_t i = done; i < n; ++i) phases[r][i] = row[stride * i + r];
+    take(done, n);
 }
 
 }  // namespace MMFAST_ISA

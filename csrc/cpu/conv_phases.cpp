@@ -27,11 +27,15 @@ namespace {
 
 using Args = mmfast_conv_transpose_args;
 
-constexpr int64_t kColumns = 12 << 10;  // elements of columns that are made at a time
-constexpr int64_t kChain = 32;          // terms summed in one go
-constexpr int64_t kDepth = 512;         // terms of dx whose columns are made at a time
-constexpr int64_t kPositions = 128;     // of x that a tile of dweight sums in one go
-constexpr int64_t kParts = 8;           // sums of dweight, added in the end
+// elements of columns, and positions of x that a tile of dweight sums, at a time: they stay in the first-level cache
+#if defined(__AVX512F__)
+constexpr int64_t kColumns = 12 << 10, kPositions = 128;
+#else
+constexpr int64_t kColumns = 6 << 10, kPositions = 64;
+#endif
+constexpr int64_t kChain = 32;   // terms summed in one go
+constexpr int64_t kDepth = 512;  // terms of dx whose columns are made at a time
+constexpr int64_t kParts = 8;    // sums of dweight, added in the end
 #if defined(__AVX512F__)
 constexpr int kRows = 8;
 #else
@@ -83,13 +87,14 @@ __attribute__((noinline)) void multiply_tile(const Left& left, const T* right, i
                 for (int j = 0; j < kTileVectors; ++j) sum[r][j] += value * v[j];
             }
         }
+        const bool whole = rows == kTileRows && columns == kTileVectors * L;
 #pragma GCC unroll 8
         for (int r = 0; r < kTileRows; ++r) {
-            if (r >= rows) break;
+            if (!whole && r >= rows) break;
 #pragma GCC unroll 4
             for (int j = 0; j < kTileVectors; ++j) {
                 T* at = out + r * out_pitch + j * L;
-                const int lanes = int(least(L, columns - j * L));
+                const int lanes = whole ? L : int(least(L, columns - j * L));
                 store_float(at, add ? sum[r][j] + load_float(at, lanes) : sum[r][j], lanes);
             }
         }
@@ -168,12 +173,6 @@ int threads_for(const Args& args, const Problem& problem) {
     return products < (1 << 18) ? 1 : args.threads;
 }
 
-// The rows of a plane's channels lie too far from each other for a processor to foresee. kWrite: 1 or 0.
-template <int kWrite, typename T>
-void prefetch_row(const T* from) {
-    for (int i = 0; i < kWidth<T>; i += 64 / int(sizeof(T))) __builtin_prefetch(from + i, kWrite, 2);
-}
-
 // ---- forward
 
 // to += from, or = where it is the first
@@ -197,10 +196,8 @@ void take_x(const Image<const T>& x, int64_t n, int64_t first, int64_t count, T*
                      least(count - p, kWidth<T>), x.channels);
     for (int64_t c = 0; !x.last && c < x.channels; ++c) {
         const T* from = x.at(n, c, first);
-        for (int64_t p = 0; p < count; p += kWidth<T>, taken += tile) {
-            prefetch_row<0>(from + count + p);
+        for (int64_t p = 0; p < count; p += kWidth<T>, taken += tile)
             copy_row(taken, from + p, least(count - p, kWidth<T>));
-        }
         taken += kWidth<T> - parts_of(count, kWidth<T>) * tile;
     }
 }
@@ -219,7 +216,12 @@ void finish(const Args& args, const Problem& problem, const Plane& plane, Range 
     // of the outputs: the first, and one past the last
     const int64_t begin = most(0, q.begin * stride - axis[2].before);
     const int64_t end = most(begin, least(axis[2].out, q.end * stride - axis[2].before));
-    Scratch<const T*> rows(most(stride, args.out_channels));
+    // where the outputs that take turns begin, from the planes of the last axis' phases on
+    Scratch<int64_t> turns(stride);
+    for (int64_t c = 0; c < stride; ++c) {
+        const int64_t u = begin + axis[2].before - q.begin * stride + c;
+        turns.get()[c] = u % stride * plane.length + u / stride;
+    }
     for (int64_t outer = 0; outer < problem.phases; outer += stride) {
         int64_t r[3];
         problem.phase(outer, r);
@@ -231,16 +233,16 @@ void finish(const Args& args, const Problem& problem, const Plane& plane, Range 
                 const int64_t position = (o0 * axis[1].out + o1) * axis[2].out + begin;
                 for (int64_t o = 0; o < args.out_channels; ++o) {
                     const T* from = planes + (o * problem.phases + outer) * plane.length + plane.flat(a, b, q.begin);
-                    for (int64_t p = 0; p < stride; ++p) rows.get()[p] = from + p * plane.length;
                     const T bias = args.bias ? static_cast<const T*>(args.bias)[o] : T(0);
-                    const auto value = [&](Vec<T> v) { return activation.value(v + bias); };
-                    interleave_from(y.last ? buffer + o * axis[2].out : y.at(n, o, position), rows.get(), stride,
-                                    begin + axis[2].before - q.begin * stride, end - begin, value);
+                    interleave(y.last ? buffer + o * axis[2].out : y.at(n, o, position), stride, end - begin,
+                               [&](int64_t c, int64_t i, int lanes) {
+                                   return activation.value(load_float(from + turns.get()[c] + i, lanes) + bias);
+                               });
                 }
                 if (!y.last) continue;
-                for (int64_t o = 0; o < args.out_channels; ++o) rows.get()[o] = buffer + o * axis[2].out;
-                interleave(y.at(n, 0, position), rows.get(), args.out_channels, 0, end - begin,
-                           [](Vec<T> v) { return v; });
+                interleave(
+                    y.at(n, 0, position), args.out_channels, args.out_channels * (end - begin),
+                    [&](int64_t o, int64_t i, int lanes) { return load_float(buffer + o * axis[2].out + i, lanes); });
             }
     }
 }
@@ -264,9 +266,13 @@ void fill_planes(const Args& args, const Problem& problem, const Plane& plane, R
         for (int64_t row = 0; row < rows; row += kRows) {
             const int valid = int(least(kRows, rows - row));
             const Packed<T> left{packed + row * x.channels};
-            for (int64_t t = 0; t < count; t += kWidth<T>)
+            const Range next{x.channels * row / rows, least(x.channels, x.channels * (row + kRows) / rows)};
+            for (int64_t t = 0; t < count; t += kWidth<T>) {
+                for (int64_t c = next.begin; !x.last && c < next.end; ++c)
+                    prefetch_row<0>(x.at(n, c, p + pitch + t), kWidth<T>);
                 multiply(left, taken + t * x.channels, kWidth<T>, x.channels, columns + t, pitch, valid,
                          least(kWidth<T>, count - t), false);
+            }
             for (int r = 0; r < valid; ++r)
                 for (int64_t s = 0; s < found; ++s)
                     add_row(planes + offsets[row + r] + segments[s].at, columns + r * pitch + segments[s].from,
@@ -319,13 +325,13 @@ int forward_of(const Args& args) {
     return bad ? bad : status;
 }
 
-// The planes (output channel, phase) of one sample of dy, zero outside it. row: stride * count[2] and two vectors.
+// The planes (output channel, phase) of one sample of dy, zero outside it. row: of dy channels last.
 template <typename T>
 void fill_phases(const Problem& problem, const Plane& plane, const Image<const T>& dy, int64_t n, T* planes, T* row) {
     const Axis* axis = problem.axis;
-    const int64_t inner = axis[2].stride, wide = inner * plane.count[2];
-    const int64_t skipped = axis[2].before - inner * plane.low[2];  // o + skipped is the place in the row
-    const int64_t begin = most(0, -skipped), end = least(axis[2].out, wide - skipped);
+    const int64_t inner = axis[2].stride;
+    const int64_t skipped = axis[2].before - inner * plane.low[2];  // o + skipped is the place in the row of the phases
+    const int64_t begin = most(0, -skipped), end = least(axis[2].out, inner * plane.count[2] - skipped);
     Scratch<T*> phases(inner);
     for (int64_t o = 0; o < dy.channels; ++o)
         for (int64_t outer = 0; outer < problem.phases; outer += inner) {
@@ -338,19 +344,13 @@ void fill_phases(const Problem& problem, const Plane& plane, const Image<const T
                     const int64_t o1 = (plane.low[1] + b) * axis[1].stride + at[1] - axis[1].before;
                     for (int64_t r = 0; r < inner; ++r)
                         phases.get()[r] = first + r * plane.length + a * plane.pitch[0] + b * plane.pitch[1];
-                    if (o0 < 0 || o0 >= axis[0].out || o1 < 0 || o1 >= axis[1].out || end <= begin) {
-                        for (int64_t r = 0; r < inner; ++r) clear(phases.get()[r], plane.count[2]);
-                        continue;
+                    const bool outside = o0 < 0 || o0 >= axis[0].out || o1 < 0 || o1 >= axis[1].out;
+                    const T* from = outside ? row : dy.at(n, o, (o0 * axis[1].out + o1) * axis[2].out);
+                    if (dy.last && !outside) {
+                        for (int64_t i = begin; i < end; ++i) row[i] = from[i * dy.channels];
+                        from = row;
                     }
-                    clear(row, begin + skipped);
-                    clear(row + end + skipped, wide - end - skipped);
-                    const T* from = dy.at(n, o, (o0 * axis[1].out + o1) * axis[2].out + begin);
-                    // a copy of its own: with a step that varies, it goes element by element
-                    if (dy.last)
-                        for (int64_t i = 0; i < end - begin; ++i) row[begin + skipped + i] = from[i * dy.channels];
-                    else
-                        memcpy(row + begin + skipped, from, size_t(end - begin) * sizeof(T));
-                    deinterleave(phases.get(), row, inner, plane.count[2]);
+                    deinterleave(phases.get(), from, outside ? 0 : axis[2].out, skipped, inner, plane.count[2]);
                 }
             const int64_t used = plane.count[0] * plane.pitch[0];
             for (int64_t r = 0; r < inner; ++r) clear(first + r * plane.length + used, plane.length - used);
@@ -394,8 +394,7 @@ int dx_of(const Args& args) {
         const Range band{i, least(i + size, along.in)};
         const Plane plane = plane_of_dy(problem, band, kLanes<T>);
         const int64_t planes = args.out_channels * problem.phases * plane.length + kLanes<T>;
-        const int64_t row = axis[2].stride * plane.count[2] + 2 * kLanes<T>;
-        Scratch<T> scratch(planes + most(tiles * kWide * deep + kLanes<T>, row));
+        Scratch<T> scratch(planes + most(tiles * kWide * deep + kLanes<T>, axis[2].out));
         Scratch<Segment> segments(kWide);
         Scratch<int64_t> offsets(terms);
         if (!scratch.get() || !segments.get() || !offsets.get()) {
@@ -421,7 +420,7 @@ int dx_of(const Args& args) {
                     for (int64_t t = 0; t < count; t += kWide) {
                         const int64_t tile = tile_of(channels - c), rows = least(kRows, channels - c);
                         T* to = dx + c * problem.positions + p + t;
-                        for (int64_t r = 0; r < rows; ++r) prefetch_row<1>(to + r * problem.positions);
+                        for (int64_t r = 0; r < rows; ++r) prefetch_row<1>(to + r * problem.positions, kWide);
                         multiply(Packed<T>{packed.get() + c * terms + k * tile}, columns + t * depth, kWide, depth, to,
                                  problem.positions, int(rows), least(kWide, count - t), k > 0);
                     }
@@ -473,7 +472,8 @@ void fill_reach(const Problem& problem, const Reach& reach, const Image<const T>
             if (dy.last)
                 memcpy(to + lead, rows.get()[0], size_t(size * dy.channels) * sizeof(T));
             else
-                interleave(to + lead, rows.get(), dy.channels, 0, size, [](Vec<T> v) { return v; });
+                interleave(to + lead, dy.channels, dy.channels * size,
+                           [&](int64_t o, int64_t i, int lanes) { return load_float(rows.get()[o] + i, lanes); });
         }
 }
 
@@ -535,7 +535,8 @@ int dweight_of(const Args& args) {
     parallel_for(threads_for(args, problem), parts, [&](int64_t part) {
         T* sum = sums.get() + part * channels * pitch;
         clear(sum, channels * pitch);
-        const int64_t most_reach = Reach(problem, {0, size}, args.out_channels).elements() + L;
+        // rounded up, for vectors of columns that lie in two cache lines take twice as long to load
+        const int64_t most_reach = (Reach(problem, {0, size}, args.out_channels).elements() / L + 2) * L;
         Scratch<T> scratch(most_reach + kPositions * pitch + L);
         Scratch<int64_t> starts(runs.count);
         if (!scratch.get() || !starts.get()) {
@@ -562,6 +563,7 @@ int dweight_of(const Args& args) {
                     // rows past the end are the last one again, and not stored
                     for (int r = 0; r < kRows; ++r)
                         rows.data[r] = x + (c + least(r, valid - 1)) * problem.positions + p;
+                    for (int r = 0; r < valid; ++r) prefetch_row<0>(rows.data[r] + kPositions, kPositions);
                     for (int64_t column = 0; column < pitch; column += kWide)
                         multiply(rows, columns + column, pitch, count, sum + c * pitch + column, pitch, valid,
                                  least(kWide, pitch - column), true);

@@ -120,7 +120,9 @@ inline void each_vector(const T* y, int64_t rows, int64_t stride, int64_t size, 
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t row = r * stride;
         int64_t i = 0;
+        // unrolled, that the sums be registers
         for (; i + kGroup * kWidth <= size; i += kGroup * kWidth)
+#pragma GCC unroll 4
             for (int j = 0; j < kGroup; ++j)
                 body(load_float(y + row + i + j * kWidth, kWidth), kWidth, row + i + j * kWidth, j);
         for (int j = 0; i < size; i += kWidth, ++j) {
@@ -252,6 +254,7 @@ inline void sum_rows(int64_t rows, V* total, const Body& add) {
         const int64_t end = r + kRowBlock < rows ? r + kRowBlock : rows;
         V sum[kSums] = {};
         for (; r < end; ++r) add(r, sum);
+#pragma GCC unroll 8
         for (int j = 0; j < kSums; ++j) total[j] += sum[j];
     }
 }
@@ -292,6 +295,7 @@ inline void load_row(const T* p, int lanes, Vec<C>* v) {
     if (kVectors == 1)
         v[0] = load_float(p, lanes);
     else
+#pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) v[j] = load_float(p + j * kLanes<C>, kLanes<C>);
 }
 template <int kVectors, typename C, typename T>
@@ -299,6 +303,7 @@ inline void store_row(T* p, int lanes, const Vec<C>* v) {
     if (kVectors == 1)
         store_float(p, v[0], lanes);
     else
+#pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) store_float(p + j * kLanes<C>, v[j], kLanes<C>);
 }
 
@@ -311,11 +316,14 @@ void chunk_moments(const T* y, int64_t rows, int64_t channels, C* about, C* resi
         Vec<C> v[kVectors], mean[kVectors] = {}, rest[2 * kVectors] = {};
         sum_rows<kVectors>(rows, mean, [&](int64_t r, Vec<C>* sum) {
             load_row<kVectors, C>(y + r * channels + c, lanes, v);
+#pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) sum[j] += v[j];
         });
+#pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) mean[j] = mean[j] / C(rows);
         sum_rows<2 * kVectors>(rows, rest, [&](int64_t r, Vec<C>* sum) {
             load_row<kVectors, C>(y + r * channels + c, lanes, v);
+#pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) {
                 const Vec<C> d = v[j] - mean[j];
                 sum[j] += d;
@@ -380,11 +388,13 @@ int forward_channels_last(const Args& args, const Activation& activation) {
             constexpr int kVectors = decltype(vectors)::value;
             const int lanes = lanes_left<C>(args.channels, c);
             Affine<C, Vec<C>> affine[kVectors];
+#pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j)
                 affine[j] = affine_at<C>(args, scale, invstd, chunks.set(i), c + j * kLanes<C>);
             for (int64_t r = 0; r < chunks.count(i); ++r) {
                 Vec<C> v[kVectors];
                 load_row<kVectors, C>(y + r * args.channels + c, lanes, v);
+#pragma GCC unroll 8
                 for (int j = 0; j < kVectors; ++j) v[j] = activation.value(affine[j].argument(v[j]));
                 store_row<kVectors, C>(out + r * args.channels + c, lanes, v);
             }
@@ -416,12 +426,14 @@ int backward_channels_last(const Args& args, const Activation& activation) {
             constexpr int kVectors = decltype(vectors)::value;
             const int lanes = lanes_left<C>(channels, c);
             Affine<C, Vec<C>> affine[kVectors];
+#pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j)
                 affine[j] = affine_at<C>(args, scale, invstd, chunks.set(i), c + j * kLanes<C>);
             Vec<C> v[kVectors], d[kVectors], total[2 * kVectors] = {};
             sum_rows<2 * kVectors>(chunks.count(i), total, [&](int64_t r, Vec<C>* part) {
                 load_row<kVectors, C>(y + r * channels + c, lanes, v);
                 load_row<kVectors, C>(dout + r * channels + c, lanes, d);
+#pragma GCC unroll 8
                 for (int j = 0; j < kVectors; ++j) {
                     const Vec<C> dz = d[j] * activation.slope(affine[j].argument(v[j]));
                     part[j] += dz;
@@ -457,6 +469,7 @@ int backward_channels_last(const Args& args, const Activation& activation) {
             const int lanes = lanes_left<C>(channels, c);
             Affine<C, Vec<C>> affine[kVectors];
             Vec<C> bias_mean[kVectors], weight_mean[kVectors], v[kVectors], d[kVectors];
+#pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j)
                 affine[j] = affine_at<C>(args, scale, invstd, chunks.set(i), c + j * kLanes<C>);
             load_row<kVectors, C>(bias_part + chunks.set(i) * channels + c, lanes, bias_mean);
@@ -464,6 +477,7 @@ int backward_channels_last(const Args& args, const Activation& activation) {
             for (int64_t r = 0; r < chunks.count(i); ++r) {
                 load_row<kVectors, C>(y + r * channels + c, lanes, v);
                 load_row<kVectors, C>(dout + r * channels + c, lanes, d);
+#pragma GCC unroll 8
                 for (int j = 0; j < kVectors; ++j) {
                     Vec<C> dz = d[j] * activation.slope(affine[j].argument(v[j]));
                     if (args.measure) dz = dz - bias_mean[j] - affine[j].normalized(v[j]) * weight_mean[j];

@@ -427,7 +427,7 @@ def _dense(y: Tensor) -> Tensor:
 def _layout(y: Tensor, norm: str) -> tuple[bool, tuple[int, int, int, int]]:
     """(channels last, (sets, batch, channels, size)) of a dense y, as the native library wants it."""
     batch, channels = y.shape[:2]
-    size = y[0, 0].numel() if y.numel() else 0
+    size = y.shape[2:].numel()
     sets, batch = (batch, 1) if norm == "instance" else (1, batch)
     # with one position, both orders are the same memory, and vectors run over channels
     return size == 1 or not y.is_contiguous(), (sets, batch, channels, size)
