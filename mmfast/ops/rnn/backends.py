@@ -360,8 +360,11 @@ class Cpu(Walker):
     def makes_input_side(self, x, layer, sizes) -> bool:
         # gx is neither written nor read: with AVX-512 0.97 to 1.06 of the speed in training and 1.02 to 1.22 without
         # gradients, with AVX2 0.98 to 1.08 and 0.95 to 1.5, but 0.6 to 0.95 for the few rows for which MKL packs no
-        # weights; the gates past a length, which the walk leaves out, are to be finite
-        worth = native.beats_mkl() or sizes.rows >= PACKED * x.shape[1]
+        # weights, and 0.85 for HEAVY layers, whose panels no step finds in a cache; the gates past a length, which the
+        # walk leaves out, are to be finite
+        inputs, gates = x.shape[1], GATES[layer.mode] * sizes.hidden
+        light = gates * (inputs + sizes.output) < HEAVY and sizes.rows >= PACKED * inputs
+        worth = native.beats_mkl() or light
         return layer.lengths is None and worth and sizes.rows >= FEW * sizes.steps and self.makes_products(x, sizes)
 
     def makes_products(self, x, sizes) -> bool:
