@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ..product import ROWS, product
+from ..product import prefers_native, product
 from .equations import Geometry, convolve_backward
 
 #: Output channels up to which a layer has few of them.
@@ -65,12 +65,9 @@ def one_position_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometr
     """Fills y, (N, Cout, *size) and dense, and returns it."""
     matrix, window = x.reshape(x.shape[:2]), _as_matrix(_window(weight, x, geometry), y)
     flat = _as_matrix(y, y)
-    if y.dtype.itemsize == 2:
-        # the sums are float32, and rounded once
+    if prefers_native(matrix, window) or y.dtype.itemsize == 2:
+        # of 16 bits the sums are float32, and rounded once
         product(matrix, window, out=flat)
-    elif native.matches_mkl() and matrix.shape[0] >= ROWS and 1 in window.stride():
-        # 100 to 512, k4, batch 32, Zen 3: 1.3 ms, and 1.7 ms in parts; its chains are short
-        native.cpu_product(matrix, window, None, flat, False)
     else:
         torch.mm(matrix[:, :_CHANNELS], window[:_CHANNELS], out=flat)
         for begin in range(_CHANNELS, matrix.shape[1], _CHANNELS):
