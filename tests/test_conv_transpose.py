@@ -439,6 +439,22 @@ def test_moments_do_not_cancel(seed, isa, shift):
         torch.testing.assert_close(var.double(), y.var([0, 2, 3], correction=0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("channels", [3, 12, 20, 24, 36, 65, 72, 75])
+def test_norms_of_every_number_of_channels(seed, isa, channels, dtype):
+    """Channels last: vectors alone, in groups, and the last one over the one before; in its own place, too."""
+    g, epilogue, layout = geometry(2), Epilogue("batch", 1e-5, "silu"), torch.channels_last
+    shape = {"channels": (channels, channels), "size": (5, 7), "kernel": 1, "bias": False, "layout": layout}
+    tensors = random_tensors(seed, dtype, "batch", **shape)
+    tensors[1] = torch.eye(channels, dtype=dtype).reshape(channels, channels, 1, 1)
+    ours = outputs(tensors, g, epilogue, "cpu", layout)
+    exact = [None if x is None else x.double() for x in tensors]
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    for found, expected in zip(ours, outputs(exact, g, epilogue, "reference"), strict=True):
+        torch.testing.assert_close(found.double(), expected, **tolerance)
+    assert torch.equal(conv_transpose(tuple(tensors), g, epilogue, "cpu")[0], ours[0])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", ["batch", "instance", "none"])
 def test_threads_do_not_change_bits(seed, layout, norm):

@@ -29,12 +29,6 @@ constexpr int kGroup = 4;  // vectors a loop holds in registers
 // rows summed before they are added to a chunk's sum: short chains of additions lose less
 constexpr int64_t kRowBlock = 16;
 
-// An integer known when the kernel is compiled, as an argument.
-template <int kValue>
-struct Constant {
-    static constexpr int value = kValue;
-};
-
 template <typename C>
 inline Vec<C> keep_first(Vec<C> v, int n) {
     C lane[kLanes<C>];
@@ -238,13 +232,38 @@ int backward_channels_first(const Args& args, const Activation& activation) {
 
 // ---- channels last: a set is batch * size rows of `channels`
 
-// body(vectors' number as a constant, first channel) over the channels, kGroup vectors at a time
+template <typename C>
+inline int lanes_left(int64_t channels, int64_t c) {
+    return channels - c < kLanes<C> ? int(channels - c) : kLanes<C>;
+}
+
+// Vectors of channels. Where channels are no multiple of a vector the last one overlaps the one before, for a store of
+// some lanes takes many times as long: a row is loaded before it is stored, which may be in place.
+template <typename C, int kVectors>
+struct Group {
+    static constexpr int count = kVectors;
+    int64_t first, last;
+    int lanes;  // of the only vector
+
+    int64_t at(int j) const { return j + 1 < kVectors ? first + j * kLanes<C> : last; }
+};
+
+// body(group) over the channels, kGroup vectors at a time, but for a last one that would be alone and have to overlap
 template <typename C, typename Body>
 inline void each_channel_group(int64_t channels, const Body& body) {
-    constexpr int kWidth = kLanes<C>;
+    constexpr int L = kLanes<C>;
     int64_t c = 0;
-    for (; c + kGroup * kWidth <= channels; c += kGroup * kWidth) body(Constant<kGroup>{}, c);
-    for (; c < channels; c += kWidth) body(Constant<1>{}, c);
+    const auto next = [&](auto group) {
+        const int64_t end = c + decltype(group)::count * L;
+        body(decltype(group){c, (channels < end && L < channels ? channels : end) - L, lanes_left<C>(channels, c)});
+        c = end;
+    };
+    const int64_t vectors = (channels + L - 1) / L, pair = channels % L && vectors % kGroup == 1 ? 2 : 0;
+    while (c / L + kGroup + pair <= vectors) next(Group<C, kGroup>{});
+    const int64_t left = vectors - c / L;
+    if (left == 3 || left == 5) next(Group<C, 3>{});
+    if (left == 2 || left == 5) next(Group<C, 2>{});
+    if (left == 1) next(Group<C, 1>{});
 }
 
 // add(r, sums) over the rows, adding to kSums sums in blocks of kRowBlock rows
@@ -257,11 +276,6 @@ inline void sum_rows(int64_t rows, V* total, const Body& add) {
 #pragma GCC unroll 8
         for (int j = 0; j < kSums; ++j) total[j] += sum[j];
     }
-}
-
-template <typename C>
-inline int lanes_left(int64_t channels, int64_t c) {
-    return channels - c < kLanes<C> ? int(channels - c) : kLanes<C>;
 }
 
 struct RowChunks {
@@ -289,40 +303,33 @@ Affine<C, Vec<C>> affine_at(const Args& args, const C* scale, const C* invstd, i
             args.bias ? load_float(static_cast<const C*>(args.bias) + c, lanes) : Vec<C>{}};
 }
 
-// kVectors vectors of a row that begin at channel c, or the one that is left
-template <int kVectors, typename C, typename T>
-inline void load_row(const T* p, int lanes, Vec<C>* v) {
-    if (kVectors == 1)
-        v[0] = load_float(p, lanes);
-    else
-#pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) v[j] = load_float(p + j * kLanes<C>, kLanes<C>);
+// a group's vectors of a row
+template <typename C, typename T, int kVectors>
+inline void load_row(const T* p, const Group<C, kVectors>& group, Vec<C>* v) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) v[j] = load_float(p + group.at(j), kVectors == 1 ? group.lanes : kLanes<C>);
 }
-template <int kVectors, typename C, typename T>
-inline void store_row(T* p, int lanes, const Vec<C>* v) {
-    if (kVectors == 1)
-        store_float(p, v[0], lanes);
-    else
-#pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) store_float(p + j * kLanes<C>, v[j], kLanes<C>);
+template <typename C, typename T, int kVectors>
+inline void store_row(T* p, const Group<C, kVectors>& group, const Vec<C>* v) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) store_float(p + group.at(j), v[j], kVectors == 1 ? group.lanes : kLanes<C>);
 }
 
 // about, residual, squares: (channels,) each
 template <typename T, typename C>
 void chunk_moments(const T* y, int64_t rows, int64_t channels, C* about, C* residual, C* squares) {
-    each_channel_group<C>(channels, [&](auto vectors, int64_t c) {
-        constexpr int kVectors = decltype(vectors)::value;
-        const int lanes = lanes_left<C>(channels, c);
+    each_channel_group<C>(channels, [&](auto group) {
+        constexpr int kVectors = decltype(group)::count;
         Vec<C> v[kVectors], mean[kVectors] = {}, rest[2 * kVectors] = {};
         sum_rows<kVectors>(rows, mean, [&](int64_t r, Vec<C>* sum) {
-            load_row<kVectors, C>(y + r * channels + c, lanes, v);
+            load_row(y + r * channels, group, v);
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) sum[j] += v[j];
         });
 #pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) mean[j] = mean[j] / C(rows);
         sum_rows<2 * kVectors>(rows, rest, [&](int64_t r, Vec<C>* sum) {
-            load_row<kVectors, C>(y + r * channels + c, lanes, v);
+            load_row(y + r * channels, group, v);
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) {
                 const Vec<C> d = v[j] - mean[j];
@@ -330,9 +337,9 @@ void chunk_moments(const T* y, int64_t rows, int64_t channels, C* about, C* resi
                 sum[kVectors + j] += d * d;
             }
         });
-        store_row<kVectors, C>(about + c, lanes, mean);
-        store_row<kVectors, C>(residual + c, lanes, rest);
-        store_row<kVectors, C>(squares + c, lanes, rest + kVectors);
+        store_row(about, group, mean);
+        store_row(residual, group, rest);
+        store_row(squares, group, rest + kVectors);
     });
 }
 
@@ -384,19 +391,18 @@ int forward_channels_last(const Args& args, const Activation& activation) {
         const int64_t start = (chunks.set(i) * chunks.rows_per_set + chunks.first(i)) * args.channels;
         const T* y = static_cast<const T*>(args.y) + start;
         T* out = static_cast<T*>(args.out) + start;
-        each_channel_group<C>(args.channels, [&](auto vectors, int64_t c) {
-            constexpr int kVectors = decltype(vectors)::value;
-            const int lanes = lanes_left<C>(args.channels, c);
+        each_channel_group<C>(args.channels, [&](auto group) {
+            constexpr int kVectors = decltype(group)::count;
             Affine<C, Vec<C>> affine[kVectors];
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j)
-                affine[j] = affine_at<C>(args, scale, invstd, chunks.set(i), c + j * kLanes<C>);
+                affine[j] = affine_at<C>(args, scale, invstd, chunks.set(i), group.at(j));
             for (int64_t r = 0; r < chunks.count(i); ++r) {
                 Vec<C> v[kVectors];
-                load_row<kVectors, C>(y + r * args.channels + c, lanes, v);
+                load_row(y + r * args.channels, group, v);
 #pragma GCC unroll 8
                 for (int j = 0; j < kVectors; ++j) v[j] = activation.value(affine[j].argument(v[j]));
-                store_row<kVectors, C>(out + r * args.channels + c, lanes, v);
+                store_row(out + r * args.channels, group, v);
             }
         });
     });
@@ -422,17 +428,16 @@ int backward_channels_last(const Args& args, const Activation& activation) {
         const T* y = static_cast<const T*>(args.y) + start;
         const T* dout = static_cast<const T*>(args.dout) + start;
         C* sum = sums + i * 2 * channels;
-        each_channel_group<C>(channels, [&](auto vectors, int64_t c) {
-            constexpr int kVectors = decltype(vectors)::value;
-            const int lanes = lanes_left<C>(channels, c);
+        each_channel_group<C>(channels, [&](auto group) {
+            constexpr int kVectors = decltype(group)::count;
             Affine<C, Vec<C>> affine[kVectors];
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j)
-                affine[j] = affine_at<C>(args, scale, invstd, chunks.set(i), c + j * kLanes<C>);
+                affine[j] = affine_at<C>(args, scale, invstd, chunks.set(i), group.at(j));
             Vec<C> v[kVectors], d[kVectors], total[2 * kVectors] = {};
             sum_rows<2 * kVectors>(chunks.count(i), total, [&](int64_t r, Vec<C>* part) {
-                load_row<kVectors, C>(y + r * channels + c, lanes, v);
-                load_row<kVectors, C>(dout + r * channels + c, lanes, d);
+                load_row(y + r * channels, group, v);
+                load_row(dout + r * channels, group, d);
 #pragma GCC unroll 8
                 for (int j = 0; j < kVectors; ++j) {
                     const Vec<C> dz = d[j] * activation.slope(affine[j].argument(v[j]));
@@ -440,8 +445,8 @@ int backward_channels_last(const Args& args, const Activation& activation) {
                     part[kVectors + j] += dz * affine[j].normalized(v[j]);
                 }
             });
-            store_row<kVectors, C>(sum + c, lanes, total);
-            store_row<kVectors, C>(sum + channels + c, lanes, total + kVectors);
+            store_row(sum, group, total);
+            store_row(sum + channels, group, total + kVectors);
         });
     });
 
@@ -464,26 +469,25 @@ int backward_channels_last(const Args& args, const Activation& activation) {
         const T* y = static_cast<const T*>(args.y) + start;
         const T* dout = static_cast<const T*>(args.dout) + start;
         T* dy = static_cast<T*>(args.dy) + start;
-        each_channel_group<C>(channels, [&](auto vectors, int64_t c) {
-            constexpr int kVectors = decltype(vectors)::value;
-            const int lanes = lanes_left<C>(channels, c);
+        each_channel_group<C>(channels, [&](auto group) {
+            constexpr int kVectors = decltype(group)::count;
             Affine<C, Vec<C>> affine[kVectors];
             Vec<C> bias_mean[kVectors], weight_mean[kVectors], v[kVectors], d[kVectors];
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j)
-                affine[j] = affine_at<C>(args, scale, invstd, chunks.set(i), c + j * kLanes<C>);
-            load_row<kVectors, C>(bias_part + chunks.set(i) * channels + c, lanes, bias_mean);
-            load_row<kVectors, C>(weight_part + chunks.set(i) * channels + c, lanes, weight_mean);
+                affine[j] = affine_at<C>(args, scale, invstd, chunks.set(i), group.at(j));
+            load_row(bias_part + chunks.set(i) * channels, group, bias_mean);
+            load_row(weight_part + chunks.set(i) * channels, group, weight_mean);
             for (int64_t r = 0; r < chunks.count(i); ++r) {
-                load_row<kVectors, C>(y + r * channels + c, lanes, v);
-                load_row<kVectors, C>(dout + r * channels + c, lanes, d);
+                load_row(y + r * channels, group, v);
+                load_row(dout + r * channels, group, d);
 #pragma GCC unroll 8
                 for (int j = 0; j < kVectors; ++j) {
                     Vec<C> dz = d[j] * activation.slope(affine[j].argument(v[j]));
                     if (args.measure) dz = dz - bias_mean[j] - affine[j].normalized(v[j]) * weight_mean[j];
                     d[j] = affine[j].scale * dz;
                 }
-                store_row<kVectors, C>(dy + r * channels + c, lanes, d);
+                store_row(dy + r * channels, group, d);
             }
         });
     });
