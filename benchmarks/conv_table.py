@@ -5,21 +5,20 @@
 One process, float32, interleaved rounds, minimum over them. PyTorch runs contiguous and channels last, and so does
 mmfast: `ratio` is PyTorch's faster one to mmfast's contiguous one, which a user gets who changes nothing, `best` to
 mmfast's faster one. A random layer is drawn with its memory format, in which both run; it is slower below 0.97 of
-PyTorch's speed by more than 2 us, after a second measurement with five times the rounds. Freed memory is kept: whether
-the next call's is fresh, which costs some 1 us a page, would be luck of the order of allocations, for either side.
+PyTorch's speed by more than 2 us, after a second measurement with five times the rounds. Freed memory is kept, as in
+rnn_table.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rnn_table import best_of, print_slowest
+from rnn_table import best_of, keep_memory, print_slowest
 
 import mmfast
 from mmfast.bench.cases import PASSES, ConvTransposeCase, cases
@@ -160,15 +159,6 @@ def random_cases(count: int, seed: int) -> Iterator[tuple[ConvTransposeCase, str
             continue
         count -= 1
         yield case, rng.choice(PASSES[:2]), LAST[dims + 2] if dims > 1 and rng.random() < 0.5 else None
-
-
-def keep_memory() -> None:
-    """Makes glibc give nothing it frees back to the system."""
-    trim_threshold, mmap_max = -1, -4
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_max, 0)
 
 
 def rivals(count: int, seed: int) -> Iterator[tuple[str, dict[str, Call]]]:

@@ -5,12 +5,14 @@
 One process, float32, interleaved rounds, minimum over them. A case's floor is what its matrix products alone take, by
 torch.mm in the same rounds. Times are the wall's, or with --clock thread the thread's, which a busy machine disturbs
 less. A random shape is slower below 0.97 of PyTorch's speed by more than 2 us, after a second measurement with five
-times the rounds.
+times the rounds. Freed memory is kept: whether the next call's is fresh, which costs some 1 us a page, would be luck of
+the order of allocations, for either side.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import random
 import time
@@ -30,6 +32,15 @@ Call = Callable[[], Any]
 #: --clock
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": time.thread_time}
 _clock = [time.perf_counter]
+
+
+def keep_memory() -> None:
+    """Makes glibc give nothing it frees back to the system."""
+    trim_threshold, mmap_max = -1, -4
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
 
 
 def best_of(calls: dict[str, Call], seconds: float, least: int = 5) -> dict[str, float]:
@@ -200,6 +211,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases of the table with this in their name")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_memory()
     _clock[0] = CLOCKS[options.clock]
     print(f"torch {torch.__version__}, {mmfast.native.isa()}, {options.threads} threads")
     if options.what == "table":
