@@ -18,6 +18,7 @@ from mmfast.bench.cases import GATES as GATES_OF_CASES
 from mmfast.bench.cases import RnnCase
 from mmfast.bench.measure import peak_memory
 from mmfast.dispatch import asked
+from mmfast.nn import rnn as noted_layers
 from mmfast.ops.rnn import backends, equations
 from mmfast.ops.rnn.backends import OP, native_layer, sizes_of
 from mmfast.ops.rnn.equations import MODES, Layer
@@ -42,6 +43,77 @@ def test_layers_equal_torch(label, batch_first):
         y.mul(torch.arange(1.0, 1 + y.numel()).view(y.shape) / y.numel()).sum().backward()
         outcomes.append([y, hx, leaf.grad, [p.grad for p in module.parameters()]])
     torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """How often PyTorch's functions were called as a layer noted, while all calls are left to PyTorch."""
+    calls = []
+
+    def counted(function):
+        return lambda *args: calls.append(1) or function(*args)
+
+    for mode, function in noted_layers._TORCH.items():
+        monkeypatch.setitem(noted_layers._TORCH, mode, counted(function))
+    monkeypatch.setattr(backends.Cpu, "reluctance", lambda self, case: "for this test")
+    OP.forget()
+    yield calls
+    monkeypatch.undo()
+    OP.forget()
+
+
+@pytest.mark.parametrize("label", LAYERS)
+@pytest.mark.parametrize("with_states", [False, True], ids=["zeros", "hx"])
+def test_calls_noted_as_pytorchs(label, with_states, left):
+    """The second of two equal calls goes to PyTorch's function at once, and gives its result and gradients."""
+    ours, theirs = layer_of(label), layer_of(label, torch.nn)
+    x = torch.randn(2, 3, 4)
+    hx = None
+    if with_states:
+        hx = tuple(map(torch.randn_like, last)) if isinstance(last := theirs(x)[1], tuple) else torch.randn_like(last)
+    outcomes = []
+    for module in (ours, ours, theirs):
+        leaf = x.clone().requires_grad_()
+        y, last = module(leaf, hx)
+        outcomes.append([y, last, torch.autograd.grad(y.square().sum(), [leaf, *module.parameters()])])
+    assert len(left) == 1
+    torch.testing.assert_close(outcomes[1], outcomes[2], rtol=0, atol=0)
+    torch.testing.assert_close(outcomes[0], outcomes[2], rtol=0, atol=0)
+
+
+CHANGES = {
+    "weight": (lambda m: setattr(m.weight_hh_l0, "data", torch.randn(4, 4)), {}, RuntimeError, "shapes"),
+    "dtype": (lambda m: m.double(), {}, ValueError, "does not match weight dtype"),
+    "hx": (lambda m: None, {"hx": torch.zeros(1, 2, 5)}, RuntimeError, "Expected hidden size"),
+    "dims": (lambda m: None, {"hx": torch.zeros(3, 5)}, RuntimeError, "hx should also be 3-D"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_after_a_noted_call_are_seen(change, left):
+    module, x = mmfast.nn.GRU(4, 5), torch.randn(2, 3, 4)
+    module(x), module(x)
+    assert len(left) == 1
+    act, more, error, words = CHANGES[change]
+    act(module)
+    with pytest.raises(error, match=words):
+        module(x, **more)
+    assert len(left) == 1
+
+
+def test_who_asks_or_listens_passes_by_what_is_noted(left):
+    module, x = mmfast.nn.LSTM(4, 5), torch.randn(2, 3, 4)
+    module(x), module(x)
+    assert len(left) == 1
+    with mmfast.use_backend("cpu"):
+        module(x), module(x)
+    assert asked(lambda: module(x))
+    module.backend = "cpu"
+    module(x)
+    module.backend = None
+    module.zoneout = 0.5
+    module(x)
+    assert len(left) == 1
 
 
 class _quiet:

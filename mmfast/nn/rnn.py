@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional as F
-from ..dispatch import Op
+from ..dispatch import EPOCH, Op, each_call_chooses, is_transforming
 from ..ops.rnn.backends import OP, Case
-from ..ops.rnn.layers import cell, cell_mode
+from ..ops.rnn.layers import cell, cell_mode, is_left
 from .layer import Twin
 
 _FUNCTIONS: dict[str, Any] = {
@@ -26,6 +27,11 @@ _FUNCTIONS: dict[str, Any] = {
     "LSTM": F.lstm,
 }
 
+#: Elements of an input up to which the checks and the choice are a part of a call that can be seen.
+_SMALL = 1 << 14
+
+_TORCH: dict[str, Any] = {mode: getattr(torch, mode.lower()) for mode in _FUNCTIONS}
+
 
 class _Sequence(Twin, torch.nn.RNNBase):
     """A stack of recurrent layers in one or both directions. RNNBase makes the parameters and names the sizes."""
@@ -33,6 +39,9 @@ class _Sequence(Twin, torch.nn.RNNBase):
     #: Probabilities of `mmfast.functional.rnn`; not in state_dict.
     zoneout: float = 0.0
     recurrent_dropout: float = 0.0
+
+    #: By call, the shapes of the weights and states where it was left to PyTorch's function, None where it was not.
+    _noted: dict[tuple, tuple[list[Any], list[Any]] | None]
 
     def _set_extras(self, backend: str | None, zoneout: float, recurrent_dropout: float) -> None:
         self.backend = backend
@@ -57,6 +66,54 @@ class _Sequence(Twin, torch.nn.RNNBase):
     def forward(
         self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, reset_mask: Tensor | None = None
     ) -> tuple[Any, Any]:
+        plain = lengths is None and reset_mask is None and not is_compiling() and type(input) is Tensor
+        if plain and input.is_cpu and input.numel() <= _SMALL:
+            return self._forward_noted(input, hx)
+        return self._forward(input, hx, lengths, reset_mask)
+
+    def _forward_noted(self, input: Tensor, hx: Any) -> tuple[Any, Any]:
+        """`_forward`, of which it is noted which calls were left to PyTorch's function.
+
+        To check all and to choose takes as long as a few steps of a small layer. Compared each time is what may change
+        unseen: where its shapes do not fit, PyTorch's LSTM reads beyond a weight.
+        """
+        if self.backend or self.zoneout or self.recurrent_dropout or each_call_chooses() or is_transforming():
+            return self._forward(input, hx, None, None)
+        if self._asked is not EPOCH[0] or len(self._noted) > 64:
+            self._asked, self._noted = EPOCH[0], {}
+        facts = (input.shape, input.dtype, input.requires_grad, input.is_leaf, self.batch_first)
+        call = (*facts, torch.is_grad_enabled(), torch.get_num_threads())
+        weights = self._own_weights()
+        noted = self._noted.get(call)
+        if noted and weights and (found := self._of_torch(input, hx, weights, *noted)):
+            return found
+        output, last = self._forward(input, hx, None, None)
+        if call not in self._noted and weights and input.dim() == 3:
+            left = is_left(self.mode, input, weights, self.bidirectional, self.batch_first)
+            states = last if self.mode == "LSTM" else (last,)
+            shapes = [weight.shape for part in weights for weight in part], [state.shape for state in states]
+            self._noted[call] = shapes if left else None
+        return output, last
+
+    def _of_torch(
+        self, input: Tensor, hx: Any, weights: list[list[Any]], shapes: list[Any], of_states: list[Any]
+    ) -> tuple[Any, Any] | None:
+        """What PyTorch's function gives; None where it may not be called with these weights and states."""
+        flat = [weight for part in weights for weight in part]
+        is_lstm = self.mode == "LSTM"
+        if hx is None:
+            states: Any = [input.new_zeros(shape) for shape in of_states]
+        elif type(hx) is (tuple if is_lstm else Tensor):
+            states = hx if is_lstm else (hx,)
+        else:
+            return None
+        if flat[0].dtype != input.dtype or [x.shape for x in flat] != shapes or [x.shape for x in states] != of_states:
+            return None
+        shape = (self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
+        output, *last = _TORCH[self.mode](input, states if is_lstm else states[0], flat, self.bias, *shape)
+        return output, tuple(last) if is_lstm else last[0]
+
+    def _forward(self, input: Any, hx: Any, lengths: Tensor | None, reset_mask: Tensor | None) -> tuple[Any, Any]:
         if lengths is not None:
             self._check_padded(input)
         if isinstance(input, PackedSequence):
@@ -71,12 +128,13 @@ class _Sequence(Twin, torch.nn.RNNBase):
         name = self.mode.partition("_")[0]
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D {kind}")
 
-    def _layers_weights(self) -> list[list[Any]]:
+    def _own_weights(self) -> list[list[Any]] | None:
+        """The weights of each layer and direction; None where they are parametrized."""
         own: dict[str, Any] = self._parameters  # an attribute of a module takes a microsecond to be found
         try:
             return [[own[name] for name in names] for names in self._all_weights]
-        except KeyError:  # parametrized
-            return self.all_weights
+        except KeyError:
+            return None
 
     def _check_padded(self, input: Any) -> None:
         if isinstance(input, PackedSequence) or input.dim() != 3:
@@ -116,7 +174,7 @@ class _Sequence(Twin, torch.nn.RNNBase):
         return _FUNCTIONS[self.mode](
             input,
             hx,
-            self._layers_weights(),
+            self._own_weights() or self.all_weights,
             dropout=self.dropout,
             training=self.training,
             bidirectional=self.bidirectional,

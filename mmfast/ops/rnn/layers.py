@@ -187,13 +187,7 @@ def _recurrent(
     formula = seen and is_transforming()
     formula = formula and needs_formula([input, *(states or ()), *(weight for layer in weights for weight in layer)])
     # a graph is not compiled anew for another batch
-    seen = seen and not formula
-    kind = (options.bidirectional, batch_sizes is not None, options.lengths is not None, not seen)
-    hidden, steps, gradients = sizes.hidden_size, _steps(input, options), torch.is_grad_enabled()
-    last = (2 if options.bidirectional else 1) * (weights[-1][0].numel() + weights[-1][1].numel())
-    of_extent = extent(mode, last, steps, batch, hidden, gradients, input) if seen else UNSEEN
-    extras = (options.reset_mask is not None, options.zoneout > 0, options.recurrent_dropout > 0)
-    facts = (input.device, input.dtype, mode, *sizes, *kind, gradients, *of_extent, *extras)
+    facts = _facts(mode, input, weights, sizes, options, batch, seen and not formula)
     chosen = OP.select_by(facts, _rnn_case, backend)
     if chosen != "torch":
         one: Any = equations.sequence if formula else partial(sequence, backend=chosen)
@@ -202,7 +196,7 @@ def _recurrent(
         in_float32 = _rnn_case(*facts).stays_float32
         if found := _recurrent_outside_autocast(in_float32, one, mode, input, states or (), weights, options):
             return found
-    if any(extras):
+    if any(_extras(options)):
         walk = _extras_outside_graphs if torch.compiler.is_compiling() else _recurrent_by_layers
         return walk(equations.sequence, mode, input, states or (), weights, options)
     if states is None:
@@ -213,6 +207,29 @@ def _recurrent(
 
 # Its steps depend on numbers in batch_sizes, which no graph knows; torch.nn's layers run between two graphs, too
 _packed_outside_graphs = _disable_dynamo(_recurrent)
+
+
+def is_left(mode: str, input: Tensor, weights: Weights, bidirectional: bool, batch_first: bool) -> bool:
+    """Whether PyTorch serves this call of padded input, which raised nothing, where nobody asks for a backend."""
+    options = _Options(bidirectional=bidirectional, batch_first=batch_first)
+    sizes = _recurrent_sizes(mode, weights, bidirectional)
+    facts = _facts(mode, input, weights, sizes, options, input.shape[0 if batch_first else 1], True)
+    return OP.select_by(facts, _rnn_case) == "torch"
+
+
+def _facts(
+    mode: str, input: Tensor, weights: Weights, sizes: _Sizes, options: _Options, batch: int, seen: bool
+) -> tuple:
+    """What the choice depends on; seen: whether steps and batch, too, may decide."""
+    kind = (options.bidirectional, options.batch_sizes is not None, options.lengths is not None, not seen)
+    hidden, steps, gradients = sizes.hidden_size, _steps(input, options), torch.is_grad_enabled()
+    last = (2 if options.bidirectional else 1) * (weights[-1][0].numel() + weights[-1][1].numel())
+    of_extent = extent(mode, last, steps, batch, hidden, gradients, input) if seen else UNSEEN
+    return input.device, input.dtype, mode, *sizes, *kind, gradients, *of_extent, *_extras(options)
+
+
+def _extras(options: _Options) -> tuple[bool, bool, bool]:
+    return options.reset_mask is not None, options.zoneout > 0, options.recurrent_dropout > 0
 
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> Case:
