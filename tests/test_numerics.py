@@ -49,7 +49,9 @@ def test_bugs_fail(seed, dtype, bug, figure):
 
 def test_twice_the_noise_fails_on_rms_alone(seed):
     out, yardstick, reference = draw(seed, torch.bfloat16)
-    doubled = (reference + (out.double() - reference) * 1.7).to(torch.float32)
+    most = (yardstick.double() - reference).abs().max()
+    # of the largest of 4,096 errors some are twice another draw's by chance
+    doubled = (reference + ((out.double() - reference) * 1.7).clamp(-most, most)).to(torch.float32)
     comparison = compare(doubled, yardstick.float(), reference)
     assert not comparison.passes
     assert all("rms" in failure for failure in comparison.failures)
