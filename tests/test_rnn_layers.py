@@ -47,14 +47,9 @@ def test_layers_equal_torch(label, batch_first):
 
 @pytest.fixture
 def left(monkeypatch):
-    """How often PyTorch's functions were called as a layer noted, while all calls are left to PyTorch."""
-    calls = []
-
-    def counted(function):
-        return lambda *args: calls.append(1) or function(*args)
-
-    for mode, function in noted_layers._TORCH.items():
-        monkeypatch.setitem(noted_layers._TORCH, mode, counted(function))
+    """How often a layer called PyTorch's function as it had noted, while all calls are left to PyTorch."""
+    calls, function = [], noted_layers.recurrent_of_aten
+    monkeypatch.setattr(noted_layers, "recurrent_of_aten", lambda *args: calls.append(1) or function(*args))
     monkeypatch.setattr(backends.Cpu, "reluctance", lambda self, case: "for this test")
     OP.forget()
     yield calls
@@ -101,18 +96,42 @@ def test_changes_after_a_noted_call_are_seen(change, left):
     assert len(left) == 1
 
 
-def test_who_asks_or_listens_passes_by_what_is_noted(left):
-    module, x = mmfast.nn.LSTM(4, 5), torch.randn(2, 3, 4)
-    module(x), module(x)
-    assert len(left) == 1
+def _forced(module, x):
     with mmfast.use_backend("cpu"):
         module(x), module(x)
-    assert asked(lambda: module(x))
-    module.backend = "cpu"
-    module(x)
-    module.backend = None
-    module.zoneout = 0.5
-    module(x)
+
+
+def _autocast(module, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        module(x), module(x)
+
+
+def _with(**attributes):
+    def act(module, x):
+        vars(module).update(attributes)
+        module(x), module(x)
+
+    return act
+
+
+#: calls that another path has to serve, two each: the second may not be taken for one like the first
+PASSED_BY = {
+    "use_backend": _forced,
+    "backend": _with(backend="cpu"),
+    "listener": lambda module, x: asked(lambda: (module(x), module(x))),
+    "autocast": _autocast,
+    "transform": lambda module, x: [torch.func.grad(lambda x: module(x)[0].sum())(x) for _ in range(2)],
+    "zoneout": _with(zoneout=0.5),
+    "recurrent dropout": _with(recurrent_dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("way", PASSED_BY)
+def test_who_asks_or_listens_passes_by_what_is_noted(way, left):
+    module, x = mmfast.nn.GRU(4, 5), torch.randn(2, 3, 4)
+    module(x), module(x)
+    assert len(left) == 1
+    PASSED_BY[way](module, x)
     assert len(left) == 1
 
 

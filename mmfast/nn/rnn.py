@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional as F
 from ..dispatch import EPOCH, Op, each_call_chooses, is_transforming
 from ..ops.rnn.backends import OP, Case
-from ..ops.rnn.layers import cell, cell_mode, is_left
+from ..ops.rnn.layers import Options, cell, cell_mode, is_left, recurrent_of_aten
 from .layer import Twin
 
 _FUNCTIONS: dict[str, Any] = {
@@ -29,8 +29,6 @@ _FUNCTIONS: dict[str, Any] = {
 
 #: Elements of an input up to which the checks and the choice are a part of a call that can be seen.
 _SMALL = 1 << 14
-
-_TORCH: dict[str, Any] = {mode: getattr(torch, mode.lower()) for mode in _FUNCTIONS}
 
 
 class _Sequence(Twin, torch.nn.RNNBase):
@@ -89,7 +87,7 @@ class _Sequence(Twin, torch.nn.RNNBase):
             return found
         output, last = self._forward(input, hx, None, None)
         if call not in self._noted and weights and input.dim() == 3:
-            left = is_left(self.mode, input, weights, self.bidirectional, self.batch_first)
+            left = is_left(self.mode, input, weights, self._options())
             states = last if self.mode == "LSTM" else (last,)
             shapes = [weight.shape for part in weights for weight in part], [state.shape for state in states]
             self._noted[call] = shapes if left else None
@@ -99,7 +97,6 @@ class _Sequence(Twin, torch.nn.RNNBase):
         self, input: Tensor, hx: Any, weights: list[list[Any]], shapes: list[Any], of_states: list[Any]
     ) -> tuple[Any, Any] | None:
         """What PyTorch's function gives; None where it may not be called with these weights and states."""
-        flat = [weight for part in weights for weight in part]
         is_lstm = self.mode == "LSTM"
         if hx is None:
             states: Any = [input.new_zeros(shape) for shape in of_states]
@@ -107,11 +104,15 @@ class _Sequence(Twin, torch.nn.RNNBase):
             states = hx if is_lstm else (hx,)
         else:
             return None
-        if flat[0].dtype != input.dtype or [x.shape for x in flat] != shapes or [x.shape for x in states] != of_states:
+        if [x.shape for part in weights for x in part] != shapes or [x.shape for x in states] != of_states:
             return None
-        shape = (self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
-        output, *last = _TORCH[self.mode](input, states if is_lstm else states[0], flat, self.bias, *shape)
+        if weights[0][0].dtype != input.dtype:
+            return None
+        output, *last = recurrent_of_aten(self.mode, input, states, weights, self._options())
         return output, tuple(last) if is_lstm else last[0]
+
+    def _options(self) -> Options:
+        return Options(self.dropout, self.training, self.bidirectional, self.batch_first)
 
     def _forward(self, input: Any, hx: Any, lengths: Tensor | None, reset_mask: Tensor | None) -> tuple[Any, Any]:
         if lengths is not None:

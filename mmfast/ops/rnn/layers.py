@@ -73,7 +73,7 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     mode = "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU"
-    options = _Options(
+    options = Options(
         dropout, training, bidirectional, batch_first, batch_sizes, lengths, reset_mask, zoneout, recurrent_dropout
     )
     output, h_n = _recurrent(mode, input, None if hx is None else (hx,), weights, options, backend)
@@ -105,7 +105,7 @@ def gru(
     Equivalent to: the forward of `torch.nn.GRU` with these parameters, which is `torch._VF.gru`.
     All else: `rnn`, with 3 H rows in the order r, z, n in each weight. Source: Cho et al., arXiv:1406.1078.
     """
-    options = _Options(
+    options = Options(
         dropout, training, bidirectional, batch_first, batch_sizes, lengths, reset_mask, zoneout, recurrent_dropout
     )
     output, h_n = _recurrent("GRU", input, None if hx is None else (hx,), weights, options, backend)
@@ -142,14 +142,14 @@ def lstm(
     Returns (output, (h_n, c_n)): output (T, B, D * P). All else: `rnn`. Sources: Hochreiter and Schmidhuber, 1997,
     doi:10.1162/neco.1997.9.8.1735; projection: Sak et al., arXiv:1402.1128.
     """
-    options = _Options(
+    options = Options(
         dropout, training, bidirectional, batch_first, batch_sizes, lengths, reset_mask, zoneout, recurrent_dropout
     )
     output, h_n, c_n = _recurrent("LSTM", input, hx, weights, options, backend)
     return output, (h_n, c_n)
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """Of a stack, as the functions above name them."""
 
     dropout: float = 0.0
@@ -168,7 +168,7 @@ def _recurrent(
     input: Tensor,
     states: Sequence[Tensor] | None,
     weights: Weights,
-    options: _Options,
+    options: Options,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     if options.batch_sizes is not None and torch.compiler.is_compiling():
@@ -209,16 +209,15 @@ def _recurrent(
 _packed_outside_graphs = _disable_dynamo(_recurrent)
 
 
-def is_left(mode: str, input: Tensor, weights: Weights, bidirectional: bool, batch_first: bool) -> bool:
+def is_left(mode: str, input: Tensor, weights: Weights, options: Options) -> bool:
     """Whether PyTorch serves this call of padded input, which raised nothing, where nobody asks for a backend."""
-    options = _Options(bidirectional=bidirectional, batch_first=batch_first)
-    sizes = _recurrent_sizes(mode, weights, bidirectional)
-    facts = _facts(mode, input, weights, sizes, options, input.shape[0 if batch_first else 1], True)
+    sizes = _recurrent_sizes(mode, weights, options.bidirectional)
+    facts = _facts(mode, input, weights, sizes, options, input.shape[0 if options.batch_first else 1], True)
     return OP.select_by(facts, _rnn_case) == "torch"
 
 
 def _facts(
-    mode: str, input: Tensor, weights: Weights, sizes: _Sizes, options: _Options, batch: int, seen: bool
+    mode: str, input: Tensor, weights: Weights, sizes: _Sizes, options: Options, batch: int, seen: bool
 ) -> tuple:
     """What the choice depends on; seen: whether steps and batch, too, may decide."""
     kind = (options.bidirectional, options.batch_sizes is not None, options.lengths is not None, not seen)
@@ -228,7 +227,7 @@ def _facts(
     return input.device, input.dtype, mode, *sizes, *kind, gradients, *of_extent, *_extras(options)
 
 
-def _extras(options: _Options) -> tuple[bool, bool, bool]:
+def _extras(options: Options) -> tuple[bool, bool, bool]:
     return options.reset_mask is not None, options.zoneout > 0, options.recurrent_dropout > 0
 
 
@@ -239,13 +238,13 @@ def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -
     return Case._make((device.type, dtype, mode, *kind, autocasts(device.type), *seen, False, *extras))
 
 
-def _steps(input: Tensor, options: _Options) -> int:
+def _steps(input: Tensor, options: Options) -> int:
     if options.batch_sizes is not None:
         return options.batch_sizes.shape[0]
     return input.shape[1 if options.batch_first else 0]
 
 
-def _checked_options(options: _Options, input: Tensor, batch: int) -> _Options:
+def _checked_options(options: Options, input: Tensor, batch: int) -> Options:
     """With lengths and reset_mask as tensors of the kernels' own dtypes. Raises for what is out of range."""
     if options.lengths is not None:
         lengths = _checked_lengths(options.lengths, input, batch, options.batch_first, options.batch_sizes)
@@ -359,7 +358,7 @@ def _recurrent_by_layers(
     input: Tensor,
     states: Sequence[Tensor],
     weights: Weights,
-    options: _Options,
+    options: Options,
 ) -> tuple[Tensor, ...]:
     """The stack, each layer by `function(x, weights, h0, c0, layer)`, between them dropout as PyTorch draws it."""
     directions = 2 if options.bidirectional else 1
@@ -389,7 +388,7 @@ def _recurrent_outside_autocast(
     input: Tensor,
     states: Sequence[Tensor],
     weights: Weights,
-    options: _Options,
+    options: Options,
 ) -> tuple[Tensor, ...] | None:
     """In the dtype of PyTorch's result: of autocast, to which PyTorch casts all that cuDNN and oneDNN read, or float32.
 
@@ -407,7 +406,7 @@ def _recurrent_outside_autocast(
         return _recurrent_by_layers(function, mode, *operands, options)
 
 
-def _masked(layer: Layer, x: Tensor, output_size: int, options: _Options) -> Layer:
+def _masked(layer: Layer, x: Tensor, output_size: int, options: Options) -> Layer:
     """The layer with masks drawn for recurrent dropout and zoneout, in this order, in training; else with its rate."""
     if options.recurrent_dropout and options.training:
         batch = x.shape[1] if layer.batch_sizes is None else int(layer.batch_sizes[0])
@@ -427,7 +426,7 @@ _extras_outside_graphs = _disable_dynamo(_recurrent_by_layers)
 
 
 def _recurrent_of_torch(
-    mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: _Options
+    mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: Options
 ) -> tuple[Tensor, ...]:
     if options.lengths is not None:
         return _lengths_of_torch(mode, input, states, weights, options)
@@ -435,16 +434,16 @@ def _recurrent_of_torch(
         tensors = [input, *states, *(weight for layer in weights for weight in layer)]
         if is_plain(tensors) and not needs_formula(tensors) and needs_gradient(tensors):
             return _recurrent_of_cudnn(mode, input, states, weights, options)
-    return _recurrent_of_aten(mode, input, states, weights, options)
+    return recurrent_of_aten(mode, input, states, weights, options)
 
 
-def _is_cudnns(input: Tensor, options: _Options) -> bool:
+def _is_cudnns(input: Tensor, options: Options) -> bool:
     """Whether cuDNN serves PyTorch's layers, and no mask of its own dropout is in the way of a formula."""
     return input.is_cuda and torch.backends.cudnn.enabled and not (options.dropout and options.training)
 
 
 def _recurrent_of_cudnn(
-    mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: _Options
+    mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: Options
 ) -> tuple[Tensor, ...]:
     # nothing is dropped: in training mode for the workspace that a backward needs
     options, count = options._replace(dropout=0.0, training=True), len(states)
@@ -456,12 +455,13 @@ def _recurrent_of_cudnn(
 
     formula = partial(_recurrent_by_layers, equations.sequence)
     flat = [weight for layer in weights for weight in layer]
-    return StockLayers.apply(partial(run, _recurrent_of_aten), partial(run, formula), input, *states, *flat)
+    return StockLayers.apply(partial(run, recurrent_of_aten), partial(run, formula), input, *states, *flat)
 
 
-def _recurrent_of_aten(
-    mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: _Options
+def recurrent_of_aten(
+    mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: Options
 ) -> tuple[Tensor, ...]:
+    """(output, *last states) of PyTorch's own function, which checks little of what it is given."""
     # torch._VF's own, for which that module would look in Python, a few microseconds long
     function = getattr(torch, mode.lower())
     flat = [weight for layer in weights for weight in layer]
@@ -475,7 +475,7 @@ def _recurrent_of_aten(
 
 
 def _lengths_of_torch(
-    mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: _Options
+    mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: Options
 ) -> tuple[Tensor, ...]:
     """By way of a PackedSequence."""
     batch_first = options.batch_first
@@ -612,5 +612,5 @@ def _cell(mode: str, facts: tuple, operands: one_step.Operands, backend: str | N
         return None
     # the state after a sequence of one step
     first = [state.unsqueeze(0) for state in states] or None
-    _, *last = _recurrent(mode, input.unsqueeze(0), first, [given], _Options(), chosen)
+    _, *last = _recurrent(mode, input.unsqueeze(0), first, [given], Options(), chosen)
     return last[0].squeeze(0), last[-1].squeeze(0)
