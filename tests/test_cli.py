@@ -1,5 +1,6 @@
 """The command line: what a user types, what is written, and one line with exit code 2 for what cannot be done."""
 
+import functools
 import json
 import os
 import re
@@ -16,7 +17,8 @@ from scipy.io import wavfile
 
 import mmfast
 from mmfast import cli
-from mmfast.train import checkpoint
+from mmfast.train import checkpoint, drawing
+from mmfast.train.evaluate import Speed
 from mmfast.train.settings import FORMAT
 
 SMALL = ["--size", "8", "--batch", "4"]
@@ -94,25 +96,53 @@ def test_train_writes_a_whole_run_and_says_what_it_learned(finished):
         assert said in printed
     # Every step starts from equal weights: rounding alone.
     assert float(re.search(r"over 20 steps: (\S+)", printed)[1]) < 1e-3
-    for said in ("all together", "control", "chance", "encoders", "decoders", "whole step"):
-        assert said in printed
+    for row in ("its image", "its text", "its speech", "all together", r"another picture's text \(control\)", "chance"):
+        assert re.search(rf"│ {row} +│ \d\.\d{{3}} │", printed), row
+    assert "random ones; new names of known pictures" in " ".join(printed.split())
+    for part in ("encoders", "decoders", "generator", "discriminator", "loss", "whole step"):
+        assert re.search(rf"│ {part} +│ \d+\.\d +│ \d+\.\d +│ \d+\.\d\d +│", printed), part
     assert not [path for path in Path().rglob("*") if path.suffix == ".tmp"]
 
 
 @pytest.mark.parametrize(
     "options",
-    [("--preset", "article", "--batch", "4"), (*SMALL, "--amp", "fp16"), (*SMALL, "--compile")],
-    ids=["article", "fp16", "compiled"],
+    [
+        ("--preset", "article", "--batch", "4"),
+        ("--preset", "article", "--batch", "4", "--amp", "bf16"),
+        (*SMALL, "--amp", "fp16"),
+        (*SMALL, "--amp", "bf16"),
+        (*SMALL, "--compile"),
+        (*SMALL, "--compile", "--amp", "bf16"),
+    ],
+    ids=["article", "article-bf16", "fp16", "bf16", "compiled", "compiled-bf16"],
 )
 # torch's own, raised inside its tracer
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_other_ways_to_train(options, own_pictures, monkeypatch):
     """Half precision, compiled, the article's own modules: they train and save."""
     monkeypatch.setattr("mmfast.train.evaluate.report", lambda *args: None)
+    if "--compile" in options and "--amp" in options:
+        # Inductor's code is the other's; here it is what Dynamo makes of the mixture.
+        compile = functools.partialmethod(torch.nn.Module.compile, backend="eager")
+        monkeypatch.setattr(torch.nn.Module, "compile", compile)
     assert run("train", *options, "--data", own_pictures, "--steps", "3", "--out", "run") == 0
     assert checkpoint.load(Path("run"))["training"]["step"] == 3
     rows = Path("run/metrics.csv").read_text().splitlines()
     assert len(rows) == 4 and "nan" not in rows[-1]
+
+
+def test_one_picture_is_enough(tmp_path, capsys, monkeypatch):
+    """Of which a report can say little: R@1 among one picture is chance."""
+    monkeypatch.setattr("mmfast.train.evaluate.compare_speed", lambda *args: Speed(1, 1, 0, 20))
+    monkeypatch.setattr("mmfast.train.evaluate.compare_parts", lambda *args: {})
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(mine / "a.png")
+    (mine / "captions.csv").write_text("file,text\n" + "".join(f"a.png,{name}\n" for name in ("a", "b", "c", "d")))
+    assert run("train", *SMALL, "--data", mine, "--steps", "2", "--out", "run") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"│ chance +│ 1\.000 │", printed)
+    assert "draw your own" in printed
 
 
 def test_a_run_is_resumed_to_a_larger_limit(finished, tmp_path, capsys):
@@ -185,13 +215,22 @@ def test_a_backend_is_used_and_kept(own_pictures, monkeypatch):
         (["--data", "nowhere"], "there is no folder"),
         (["--backend", "abacus"], "--backend abacus cannot train here: unknown backend 'abacus'"),
         (["--backend", "triton"], "--backend triton cannot train here: backend 'triton' was asked for"),
+        (["--device", "cuda"], "--device cuda: PyTorch sees no CUDA device here; take --device cpu"),
+        (["--device", "tpu"], "--device tpu is not known: take cpu or cuda"),
+        (["--fsdp"], "--fsdp shares the weights among processes: start it with torchrun"),
+        (["--fsdp", "--amp", "fp16"], "--fsdp has no gradient scaler for --amp fp16: take --amp bf16"),
+        (["--amp", "int8"], "--amp int8 is not known: take bf16 or fp16"),
+        (["--preset", "large"], "--preset large is not known: take default or article"),
+        (["--preset", "article", "--size", "32"], "--preset article has pictures of side 28: leave out --size"),
+        (["--log", "wandb"], "--log wandb is not known: take tensorboard"),
         (["--resume", "nowhere"], "nowhere is no run folder"),
         (["--out", "/proc/run"], "cannot be written|no permission to write"),
         (["--out", "/dev/null"], "cannot be written"),
     ],
     ids=lambda value: "-".join(value).strip("-").replace("/", "_") if isinstance(value, list) else None,
 )
-def test_train_refuses_in_one_line(capsys, argv, says):
+def test_train_refuses_in_one_line(capsys, monkeypatch, argv, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert re.search(says, refused(capsys, "train", *argv))
 
 
@@ -305,6 +344,28 @@ def test_samples_depend_on_what_is_asked_for_and_repeat(finished, capsys):
     assert capsys.readouterr().out.split() == ["a.png", "b.png", "c.png"]
 
 
+def test_the_way_to_another_text_begins_and_ends_at_pictures_of_both(finished):
+    """It begins with the first picture of the one text, and ends with the first of the other, of the same noise."""
+
+    def pictures(name, *argv):
+        assert run("sample", finished[0], *argv, "--out", f"{name}.png") == 0
+        with Image.open(f"{name}.png") as image:
+            sheet = np.array(image.convert("RGB")).astype(int)
+        top, left = 3 * drawing.FONT_SIZE + 3 * drawing.GAP, drawing.GAP + drawing.TEXT_WIDTH
+        places = [left + i * (drawing.TILE + drawing.GAP) for i in range(8)]
+        return [sheet[top : top + drawing.TILE, place : place + drawing.TILE] for place in places]
+
+    way = pictures("way", "red heart", "--to", "blue star")
+    ends = pictures("from", "red heart")[0], pictures("to", "blue star")[0]
+    for found, end in zip((way[0], way[-1]), ends, strict=True):
+        assert abs(found - end).max() <= 1  # rounding
+        assert len(np.unique(end.reshape(-1, 3), axis=0)) > 10
+    assert abs(ends[0] - ends[1]).max() > 1
+    # in equal steps, of which none turns back
+    distances = [abs(picture - ends[0]).sum() for picture in way]
+    assert distances == sorted(distances) and distances[-1] > distances[4] > distances[1]
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -318,6 +379,7 @@ def test_samples_depend_on_what_is_asked_for_and_repeat(finished, capsys):
         (["cat", "--out", "cat.gif"], "cat.gif is no PNG"),
         (["cat", "--out", "no/cat.png"], "the folder of --out no/cat.png does not exist"),
         (["cat", "--out", "/proc/cat.png"], "/proc/cat.png"),
+        (["cat", "--to", ""], "the caption is empty"),
         (["cat", "dog"], "unrecognized arguments: dog"),
     ],
     ids=lambda value: "-".join(value).replace("/", "_") or "nothing" if isinstance(value, list) else None,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 import mmfast
 from mmfast.models import Output
-from mmfast.train import UserError, checkpoint, data, drawing, evaluate, loop
+from mmfast.train import UserError, checkpoint, data, drawing, evaluate, loop, strip
 from mmfast.train.settings import Settings, read_config, write_config
 from mmfast.train.step import LOSSES, PlainHinge, Step, alignment_loss, speech_loss, text_loss
 
@@ -192,11 +193,113 @@ def test_the_comparison_sees_a_difference(settings, dataset, monkeypatch):
     assert evaluate.compare_speed(settings, dataset, step.state_dict(), captions, steps=1).difference > 1e-3
 
 
+# ---- R@1
+
+
+def known_pictures(count, captions):
+    """A stand-in for a data set: `count` noisy pictures, alike but for a few patterns of weak and strong contrast.
+
+    `captions`: of which pictures there are names, all of them held out; every other one is spoken.
+    """
+    contrast = torch.linspace(8, 40, count)[:, None]
+    patterns = torch.nn.functional.normalize(torch.randn(count, 6), dim=1) @ torch.randn(6, 192).sign()
+    images = (150 + contrast * patterns).clamp(0, 255).view(count, 3, 8, 8).byte()
+
+    def batch(rows):
+        return types.SimpleNamespace(images=images[captions[rows]] / 127.5 - 1, spoken=rows % 2 == 0)
+
+    return types.SimpleNamespace(images=images, picture_of=captions, held_out=torch.arange(len(captions)), batch=batch)
+
+
+def model_that_draws(*drawn):
+    """A stand-in for a model: of true pictures (B, 3, 8, 8), functions to what it draws of image, text and speech."""
+
+    def encode(batch):
+        codes = torch.stack([draw(batch.images).flatten(1) for draw in drawn], 1)
+        always = torch.ones_like(batch.spoken)
+        return codes, torch.stack([always, always, batch.spoken], 1)
+
+    return types.SimpleNamespace(encode=encode, generator=lambda noise, code: code.view(-1, 3, 8, 8))
+
+
+def test_recall_of_models_whose_pictures_are_known(settings):
+    """Among all pictures, so that nothing is left to chance; the last batch of 4 holds one caption."""
+    dataset = known_pictures(20, torch.cat([torch.arange(20), torch.randint(0, 20, (13,))]))
+    known = dataset.images / 127.5 - 1
+    mean = known.mean(0)
+
+    def right(true):
+        return true
+
+    def faint(true):
+        return mean + 0.05 * (true - mean)
+
+    def wrong(true):
+        return known[[(int((known == x).flatten(1).all(1).nonzero()) + 1) % 20 for x in true]]
+
+    def constant(true):
+        return known[3].expand_as(true)
+
+    def found(*drawn):
+        return evaluate.recall(model_that_draws(*drawn), dataset, settings)
+
+    perfect = {"image": 1, "text": 1, "speech": 1, "all": 1, "shuffled": 0, "chance": 1 / 20}
+    assert found(right, right, right) == perfect
+    assert found(faint, faint, faint) == perfect
+    mixed = found(right, wrong, faint)
+    assert (mixed["image"], mixed["text"], mixed["speech"]) == (1, 0, 1)
+    same = found(wrong, constant, wrong)
+    assert same["text"] == pytest.approx((dataset.picture_of == 3).double().mean().item())
+    assert (same["image"], same["speech"]) == (0, 0)
+
+
+def test_recall_of_speech_counts_the_spoken_alone(settings):
+    """What is drawn from the zeros in place of silent captions' codes is no hit, and no miss."""
+    dataset = known_pictures(20, torch.arange(20))
+    model = model_that_draws(*[lambda true: true] * 3)
+    encode = model.encode
+
+    def silenced(batch):
+        codes, present = encode(batch)
+        return codes * present[:, :, None], present
+
+    model.encode = silenced
+    assert evaluate.recall(model, dataset, settings)["speech"] == 1
+
+
+def test_recall_by_chance(settings):
+    """Pictures of nothing are nearest to their own in one of 100 cases, of 300 pictures."""
+    dataset = known_pictures(300, torch.arange(300).repeat(3))
+    found = evaluate.recall(model_that_draws(*[torch.randn_like] * 3), dataset, settings)
+    assert found["chance"] == 0.01
+    assert all(found[name] < 0.04 for name in ("image", "text", "all", "shuffled"))
+
+
+def test_recall_among_one_picture_is_chance(settings):
+    found = evaluate.recall(
+        model_that_draws(*[lambda true: true] * 3), known_pictures(1, torch.zeros(3).long()), settings
+    )
+    assert found.pop("shuffled") != found["text"]  # nan: there is no other picture
+    assert set(found.values()) == {1}
+
+
+@pytest.mark.parametrize(("pictures", "most"), [(300, 100), (7, 100), (1, 100)])
+def test_a_gallery_has_the_own_picture_first_and_none_twice(pictures, most):
+    own = torch.randint(0, pictures, (50,))
+    shown = evaluate.gallery(own, pictures, most, torch.Generator().manual_seed(0))
+    assert shown.shape == (50, min(most, pictures))
+    assert torch.equal(shown[:, 0], own)
+    assert all(len(set(row)) == len(row) and set(row) <= set(range(pictures)) for row in shown.tolist())
+    assert pictures < most or len({tuple(sorted(row)) for row in shown.tolist()}) == 50
+
+
 # ---- resumption
 
 
 @pytest.mark.parametrize("stop", [3, 8], ids=["between-epochs", "at-a-checkpoint"])
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, settings, dataset, stop):
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, settings, dataset, monkeypatch, stop):
+    """The strip too, of which steps are drawn before the stop and after."""
+    monkeypatch.setattr(strip, "FIRST", 3)
     trained(tmp_path / "whole", settings, dataset)
     trained(tmp_path / "parts", replace(settings, steps=stop), dataset)
     torch.manual_seed(99)  # what another process would have
@@ -205,6 +308,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, settings, dataset, stop):
     assert second.step.done == stop
     second.train()
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert second.strip.steps == [3, 6, 12]
 
 
 def test_a_run_stopped_by_the_clock_is_a_run_stopped_by_steps(tmp_path, settings, dataset):
@@ -345,6 +449,10 @@ def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path, setting
     assert all(bool(v.isfinite().all()) for k, v in flat(state["training"]).items() if torch.is_tensor(v))
 
 
+# Where the system refuses to write, whoever asks: a full disk, and a folder that takes no files.
+REFUSING = [("/dev/full", "the disk is full"), ("/sys/mmfast", "no permission to write")]
+
+
 @pytest.mark.parametrize(("number", "says"), [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "no permission")])
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, number, says):
     checkpoint.save(tmp_path, {"step": 1})
@@ -363,7 +471,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, number, says)
 @pytest.mark.parametrize(
     "name", ["metrics.csv", f".{checkpoint.NAME}.{os.getpid()}.tmp"], ids=["metrics", "checkpoint"]
 )
-def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path, settings, dataset, monkeypatch, name):
+@pytest.mark.parametrize(("place", "says"), REFUSING, ids=["full", "read-only"])
+def test_a_refused_write_ends_the_run_in_one_line(tmp_path, settings, dataset, monkeypatch, name, place, says):
     """From step 6 on the system itself refuses to write; the checkpoint of step 4 is kept, and goes on."""
     step = Step.__call__
 
@@ -371,11 +480,11 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path, settings, datas
         losses = step(self, *args)
         if self.done == 6:
             (tmp_path / name).unlink(missing_ok=True)
-            (tmp_path / name).symlink_to("/dev/full")
+            (tmp_path / name).symlink_to(place)
         return losses
 
     monkeypatch.setattr(Step, "__call__", then_full)
-    with pytest.raises(UserError, match="the disk is full") as caught:
+    with pytest.raises(UserError, match=says) as caught:
         new_run(tmp_path, settings, dataset).train()
     assert "\n" not in str(caught.value)
     assert checkpoint.load(tmp_path)["training"]["step"] == 4
@@ -413,6 +522,61 @@ def test_config_holds_all_settings(tmp_path, settings):
     assert config["data"] == {"pictures": 3}
 
 
+class Writer:
+    """A stand-in for SummaryWriter: what it was given, and the system's refusal to write `after` so many numbers."""
+
+    def __init__(self, after, folder, purge_step):
+        self.after, self.folder, self.purge_step = after, folder, purge_step
+        self.numbers, self.closed = [], False
+
+    def add_scalar(self, name, value, step):
+        if len(self.numbers) == self.after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.numbers.append((name, value, step))
+
+    def close(self):
+        self.closed = True
+        if len(self.numbers) == self.after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def writers(monkeypatch):
+    """writers(after): those that are made from now on."""
+    module, made = types.ModuleType("torch.utils.tensorboard"), []
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def failing(after):
+        module.SummaryWriter = lambda *given, **named: made.append(Writer(after, *given, **named)) or made[-1]
+        return made
+
+    return failing
+
+
+def test_tensorboard_is_given_the_metrics(tmp_path, settings, dataset, writers):
+    """Of each sitting the steps that it adds; it hides what an earlier one wrote behind its checkpoint."""
+    made = writers(None)
+    trained(tmp_path, replace(settings, log="tensorboard", steps=5), dataset)
+    second = new_run(tmp_path, replace(settings, log="tensorboard"), dataset)
+    second.load()
+    assert second.train()
+    assert [writer.purge_step for writer in made] == [1, 6]
+    assert all(writer.closed and writer.folder == str(tmp_path / "tensorboard") for writer in made)
+    given = [number for writer in made for number in writer.numbers]
+    rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
+    expected = [(f"loss/{name}", x, int(step)) for step, *row in rows for name, x in zip(LOSSES, row, strict=True)]
+    assert [(name, f"{value:.6g}", step) for name, value, step in given] == expected
+
+
+@pytest.mark.parametrize("after", [70, 96], ids=["in-a-step", "at-the-end"])
+def test_tensorboard_that_cannot_write_ends_the_run_in_one_line(tmp_path, settings, dataset, writers, after):
+    writers(after)
+    with pytest.raises(UserError, match=r"the disk is full, \S+tensorboard was not written") as caught:
+        new_run(tmp_path, replace(settings, log="tensorboard"), dataset).train()
+    assert "\n" not in str(caught.value)
+    assert checkpoint.load(tmp_path)["training"]["step"] == (8 if after == 70 else 12)
+
+
 # ---- pictures
 
 
@@ -441,6 +605,29 @@ def test_a_grid_shows_the_pictures_and_the_captions(tmp_path):
     assert {tuple(pixel) for pixel in pixels} <= colours
     assert sheets[0].size == sheets[1].size
     assert sheets[0].tobytes() != sheets[1].tobytes()
+
+
+def test_a_strip_shows_what_was_drawn_at_its_steps(tmp_path, settings, dataset, monkeypatch):
+    """Of the captions' texts by the averaged weights; and a folder that takes no files is one line."""
+    from PIL import Image
+
+    monkeypatch.setattr(strip, "FIRST", 2)
+    run = trained(tmp_path, replace(settings, steps=8), dataset)
+    assert run.strip.steps == [2, 4, 8]
+    shown, averaged = run.strip, run.step.averaged
+    text = averaged.encode(dataset.batch(shown.captions))[0][:, 1]
+    drawn = (averaged.generator(shown.noise, text).clamp(-1, 1) + 1) * 127.5
+    assert torch.equal(shown.frames[-1], drawn.round().byte())
+    assert not torch.equal(shown.frames[0], shown.frames[1])
+    evaluate.draw_strip(shown, dataset, tmp_path / "strip.png")
+    with Image.open(tmp_path / "strip.png") as image:
+        found = {colour for _, colour in image.convert("RGB").getcolors(1_000_000)}
+    for frames in shown.frames:
+        assert {tuple(pixel) for pixel in frames.permute(0, 2, 3, 1).reshape(-1, 3).tolist()} <= found
+    for place, says in REFUSING:
+        (tmp_path / f".strip.png.{os.getpid()}.tmp").symlink_to(place)
+        with pytest.raises(UserError, match=says):
+            evaluate.draw_strip(shown, dataset, tmp_path / "strip.png")
 
 
 def test_curves_draw_every_column(tmp_path, settings, dataset):

@@ -97,8 +97,9 @@ def recall(
     """R@1: how often a picture drawn from a held-out caption is nearest to its own true one among `rivals` pictures.
 
     Nearest by the cosine of 16 x 16 RGB (or less, of smaller pictures) from which the data's mean picture is taken; the
-    others are drawn at random. text, speech, image, all: what the generator is given; shuffled: the text of another
-    caption, a control; chance. The captions are new names of pictures that were trained on.
+    others are drawn at random. text, speech, image, all: what the generator is given; shuffled: the text of a caption
+    of another picture, a control; chance, 1 where there is one picture only. nan where nothing was given. The captions
+    are new names of pictures that were trained on.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     captions = kept_out(dataset)
@@ -106,23 +107,28 @@ def recall(
     small = _thumbnails(dataset.images.float())
     mean = small.mean(0)
     known = torch.nn.functional.normalize(small - mean, dim=1)
-    others = torch.rand(len(captions), len(known), generator=generator)
     own = dataset.picture_of[captions]
-    gallery = others.scatter(1, own[:, None], 2.0).topk(min(rivals, len(known)), 1).indices  # the own one first
+    shown = gallery(own, len(known), rivals, generator)
     means = Means()
     for rows in torch.arange(len(captions)).split(settings.batch):
         batch = dataset.batch(captions[rows])
         codes, present = model.encode(batch)
         noise = torch.randn(len(rows), settings.noise_size, generator=generator)
-        spoken = present[:, 2]
+        counted = {"speech": present[:, 2], "shuffled": own[rows] != own[rows].roll(1)}
         given = {name: codes[:, i] for i, name in enumerate(MODALITIES)}
         given |= {"all": combine(codes, present), "shuffled": codes.roll(1, 0)[:, 1]}
         for name, code in given.items():
             drawn = _thumbnails(levels(model.generator(noise, code))) - mean
-            scores = torch.einsum("bd,bkd->bk", drawn, known[gallery[rows]])
-            hits = scores[:, 0] > scores[:, 1:].amax(1)
-            means.add(name, hits[spoken] if name == "speech" else hits)
-    return {name: means[name] for name in (*MODALITIES, "all", "shuffled")} | {"chance": 1 / gallery.shape[1]}
+            scores = torch.einsum("bd,bkd->bk", drawn, known[shown[rows]])
+            hits = (scores[:, :1] > scores[:, 1:]).all(1)
+            means.add(name, hits[counted.get(name, ...)])
+    return {name: means[name] for name in (*MODALITIES, "all", "shuffled")} | {"chance": 1 / shown.shape[1]}
+
+
+def gallery(own: Tensor, pictures: int, most: int, generator: torch.Generator) -> Tensor:
+    """For each of the pictures `own`, (N,), it and then others drawn from all `pictures`: (N, at most `most`)."""
+    others = torch.rand(len(own), pictures, generator=generator)
+    return others.scatter(1, own[:, None], 2.0).topk(min(most, pictures), 1).indices
 
 
 def _thumbnails(images: Tensor) -> Tensor:
@@ -350,7 +356,7 @@ def recall_table(found: dict[str, float]) -> Table:
     for name in MODALITIES:
         table.add_row(f"its {name}", f"{found[name]:.3f}")
     table.add_row("all together", f"{found['all']:.3f}")
-    table.add_row("another caption's text (control)", f"{found['shuffled']:.3f}")
+    table.add_row("another picture's text (control)", f"{found['shuffled']:.3f}")
     table.add_row("chance", f"{found['chance']:.3f}")
     table.caption = "nearest to its own true picture among random ones; new names of known pictures"
     return table

@@ -107,25 +107,35 @@ class Metrics:
         return {name: sum(column) / len(rows) for name, column in zip(LOSSES, zip(*rows, strict=True), strict=True)}
 
     def _write(self, steps: list[int], rows: list[list[float]]) -> None:
+        if self.path is None:
+            return
         lines = [f"{step},{','.join(f'{x:.6g}' for x in row)}\n" for step, row in zip(steps, rows, strict=True)]
-        if self.path is not None:
-            with file_errors(self.path), open(self.path, "a") as file:
-                file.writelines(lines)
+        with file_errors(self.path), open(self.path, "a") as file:
+            file.writelines(lines)
         if self.writer is None:
             return
-        for step, row in zip(steps, rows, strict=True):
-            for name, x in zip(LOSSES, row, strict=True):
-                self.writer.add_scalar(f"loss/{name}", x, step)
+        with file_errors(self.path.with_name("tensorboard")):
+            for step, row in zip(steps, rows, strict=True):
+                for name, x in zip(LOSSES, row, strict=True):
+                    self.writer.add_scalar(f"loss/{name}", x, step)
 
 
-def summary_writer(settings: Settings, run: Path, step: int) -> Any:
+@contextlib.contextmanager
+def summary_writer(settings: Settings, run: Path | None, step: int) -> Iterator[Any]:
     """The SummaryWriter that --log asks for, in the run's folder, or None. What it held behind `step` is hidden."""
-    if settings.log is None:
-        return None
+    if settings.log is None or run is None:
+        yield None
+        return
     from torch.utils.tensorboard import SummaryWriter
 
-    with file_errors(run):
-        return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+    folder = run / "tensorboard"
+    with file_errors(folder):
+        writer = SummaryWriter(str(folder), purge_step=step + 1)
+    try:
+        yield writer
+    finally:
+        with file_errors(folder):
+            writer.close()
 
 
 class Run:
@@ -205,10 +215,10 @@ class Run:
 
     def _steps(self, stopped: list[int]) -> bool:
         first = self.processes.first
-        writer = summary_writer(self.settings, self.folder, self.step.done) if first else None
-        metrics = Metrics(self.folder if first else None, self.step.done, writer)
+        folder = self.folder if first else None
         began, before, done = time.monotonic(), self.seconds, self.step.done
-        with contextlib.closing(writer) if writer else contextlib.nullcontext(), Progress(shown=first) as progress:
+        with summary_writer(self.settings, folder, done) as writer, Progress(shown=first) as progress:
+            metrics = Metrics(folder, done, writer)
             while True:
                 told, over = self.processes.any([bool(stopped), self.finished()], self.step.device)
                 if told or over:
