@@ -4,7 +4,8 @@
 
 First an unbroken run of so many minutes, whose memory is looked at once a second; then the same number of steps with
 SIGKILL a moment after steps drawn from all of them, each followed by --resume. Prints a line for each
-kill, the memory, and whether metrics.csv and the weights are the same bit for bit; exit code 1 where they are not.
+kill, the memory, and whether metrics.csv and the weights are the same bit for bit; exit code 1 where they are not, or
+where the memory at the end is more than 5 % above what it was after a fifth of the run.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median_low
 
 import torch
 
@@ -54,7 +56,15 @@ def unbroken(run: Path, minutes: float, options: list[str], threads: int) -> tup
             memory.append(resident(process))
     if process.returncode:
         raise SystemExit(process.communicate()[0])
+    if len(memory) < 5:
+        raise SystemExit("the run was too short to judge its memory: take more --minutes")
     return last - first, memory
+
+
+def settled(memory: list[int]) -> tuple[int, int]:
+    """The memory after a fifth of a run and at its end: medians over a fifth each, which no save's buffer moves."""
+    fifth = len(memory) // 5
+    return median_low(memory[fifth : 2 * fifth]), median_low(memory[-fifth:])
 
 
 def broken(run: Path, steps: int, marks: list[int], options: list[str], threads: int) -> None:
@@ -97,18 +107,18 @@ def main() -> int:
         whole, parts = Path(folder) / "whole", Path(folder) / "parts"
         seconds, memory = unbroken(whole, given.minutes, options, given.threads)
         steps = rows(whole)
-        settled = memory[len(memory) // 5 :]
-        print(
-            f"unbroken: {steps} steps in {seconds:.0f} s; memory {settled[0] / MEGABYTE:.0f} MB after a fifth, ", end=""
-        )
-        print(f"{settled[-1] / MEGABYTE:.0f} MB at the end, at most {max(memory) / MEGABYTE:.0f} MB", flush=True)
+        begin, end = settled(memory)
+        print(f"unbroken: {steps} steps in {seconds:.0f} s; memory {begin / MEGABYTE:.0f} MB after a fifth, ", end="")
+        print(f"{end / MEGABYTE:.0f} MB at the end, at most {max(memory) / MEGABYTE:.0f} MB: ", end="")
+        flat = end <= 1.05 * begin
+        print("flat" if flat else "IT GROWS", flush=True)
         marks = sorted(random.sample(range(1, steps), given.kills))
         broken(parts, steps, marks, options, given.threads)
         metrics = (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
         weights = same_weights(whole, parts)
     print(f"after {given.kills} kills: metrics.csv {'the same' if metrics else 'DIFFERENT'}, ", end="")
     print(f"weights {'the same' if weights else 'DIFFERENT'}")
-    return 0 if metrics and weights else 1
+    return 0 if metrics and weights and flat else 1
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import copy
 import errno
 import functools
+import importlib.util
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -648,3 +650,27 @@ def test_shown_captions_are_held_out_and_of_different_pictures(dataset):
         assert set(captions.tolist()) <= set(dataset.held_out.tolist())
         assert len(set(dataset.picture_of[captions].tolist())) == len(captions)
     assert dataset.has_speech[spoken].all()
+
+
+# ---- the kill test's own verdict
+
+
+@pytest.mark.parametrize(("growth", "code"), [(1.0, 0), (1.04, 0), (1.06, 1)])
+def test_memory_that_grows_fails_the_soundness_run(tmp_path, monkeypatch, growth, code):
+    """Judged from a fifth of the run on, whatever the beginning and single saves take."""
+    path = Path(__file__).parent.parent / "benchmarks" / "train_soundness.py"
+    spec = importlib.util.spec_from_file_location("train_soundness", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    memory = [100, *[1000] * 39, *[round(1000 * growth)] * 59, 5000]
+
+    def unbroken(run, *given):
+        run.mkdir()
+        (run / "metrics.csv").write_text("step\n" + "1\n" * 30)
+        return 1.0, memory
+
+    monkeypatch.setattr(script, "unbroken", unbroken)
+    monkeypatch.setattr(script, "broken", unbroken)
+    monkeypatch.setattr(script, "same_weights", lambda *runs: True)
+    monkeypatch.setattr(sys, "argv", ["train_soundness.py"])
+    assert script.main() == code
