@@ -6,6 +6,7 @@ All but torchrun's own processes are forked from one that has imported everythin
 import contextlib
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,13 +30,20 @@ for stream in (1, 2):
 torch.set_num_threads(1)
 """
 
-# The speeds that a report compares are the first process's alone.
+# The speeds that a report compares are the first process's alone. Each step draws a number, as dropout would.
 TRAIN = """
 from mmfast import cli
-from mmfast.train import evaluate
+from mmfast.train import evaluate, step
 evaluate.compare_speed = lambda *given: evaluate.Speed(1, 1, 0, 20)
 evaluate.compare_parts = lambda *given: {}
+once = step.Step.__call__
+step.Step.__call__ = lambda *given: (torch.rand(()), once(*given))[1]
 sys.exit(cli.main(arguments))
+"""
+
+UNTOLD = """
+from mmfast.train import evaluate
+evaluate.report = lambda *given: None
 """
 
 STEPS = """
@@ -44,7 +52,8 @@ from mmfast.train.processes import leave, started, whole
 from mmfast.train.settings import Settings
 from mmfast.train.step import Step, PlainHinge
 
-source, cache, *ways = arguments
+source, cache, layers, *ways = arguments
+nn, hinge = (mmfast.nn, mmfast.nn.AdversarialLoss("hinge")) if layers == "mmfast" else (torch.nn, PlainHinge())
 torch.set_default_dtype(torch.float64)
 dataset = data.prepare(cache, size=8, source=source, progress=False)
 
@@ -53,7 +62,7 @@ def trained(processes, fsdp):
         size=8, batch=8, mels=data.MELS, code_size=16, noise_size=4, warmup=1, learning_rate=1e-3, spoken=6, fsdp=fsdp
     )
     torch.manual_seed(0)
-    step = Step(settings, torch.nn, PlainHinge(), processes)
+    step = Step(settings, nn, hinge, processes)
     # Adam divides by the root of a square, which would magnify rounding where a gradient is nearly 0
     step.optimizer.param_groups[0]["eps"] = step.discriminator_optimizer.param_groups[0]["eps"] = 1e-3
     gradients = []
@@ -131,10 +140,11 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(run, tmp_path, own_pictures, cache):
+@pytest.mark.parametrize("layers", ["torch", "mmfast"])
+def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(layers, run, tmp_path, own_pictures, cache):
     """In float64: losses, gradients of two steps - so the updates between them, too - and the weights after them."""
     for count, ways in ((0, ["alone"]), (2, ["ddp", "fsdp"])):
-        codes, said = run(count, STEPS, own_pictures, cache, *ways)
+        codes, said = run(count, STEPS, own_pictures, cache, layers, *ways)
         assert set(codes) == {0}, said
     alone = torch.load(tmp_path / "alone")
     assert any(g.abs().max() > 1e-3 for g in alone["gradients"][1].values())
@@ -158,27 +168,59 @@ def new(own_pictures, cache, *more):
     return "train", "--size", "8", "--batch", "4", "--data", own_pictures, "--cache", cache, *more
 
 
-@pytest.mark.parametrize("how", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
-def test_a_run_of_two_processes_goes_on_in_one_or_two(how, run, tmp_path, own_pictures, cache):
-    """Only the first process writes; resumed in two it goes on with the same files, in one to the same losses."""
+@pytest.fixture
+def trained(run):
+    """trained(count, *arguments): a run that ends well, and of which one process reports."""
 
     def trained(count, *arguments):
         codes, said = run(count, TRAIN, *arguments)
         assert set(codes) == {0}, said
         assert said.count("draw your own") == 1
 
-    trained(2, *new(own_pictures, cache, *how, "--out", "whole", "--steps", "5"))
+    return trained
+
+
+def losses(folder):
+    rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+    return torch.tensor([[float(x) for x in row] for row in rows])
+
+
+@pytest.mark.parametrize("how", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_a_run_of_two_processes_goes_on_in_one_or_two(how, trained, tmp_path, own_pictures, cache):
+    """Only the first process writes; resumed in two it goes on with the same files, and each process with the random
+    numbers it would have drawn; in one, and from there in two again, to the same losses but for rounding."""
+    trained(2, *new(own_pictures, cache, *how, "--out", "whole", "--steps", "8"))
     trained(2, *new(own_pictures, cache, *how, "--out", "parts", "--steps", "3"))
-    trained(2, "train", "--resume", "parts", "--steps", "5")
+    shutil.copytree(tmp_path / "parts", tmp_path / "changing")
+    trained(2, "train", "--resume", "parts", "--steps", "8")
     assert (tmp_path / "whole/metrics.csv").read_bytes() == (tmp_path / "parts/metrics.csv").read_bytes()
-    state = checkpoint.load(tmp_path / "whole")
-    assert len(state["random"]) == 2
-    again = checkpoint.load(tmp_path / "parts")
+    state, again = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
     for name, weight in state["training"]["model"].items():
         assert torch.equal(weight, again["training"]["model"][name]), name
-    if not how:
-        trained(0, "train", "--resume", "parts", "--steps", "7")
-        assert len((tmp_path / "parts/metrics.csv").read_text().splitlines()) == 8
+    ours, theirs = ([random["cpu"] for random in x["random"]] for x in (again, state))
+    assert len(ours) == 2 and not torch.equal(*ours)
+    assert all(map(torch.equal, ours, theirs))
+    for count, steps in ((0, 5), (2, 8)):
+        trained(count, "train", "--resume", "changing", "--steps", steps)
+    torch.testing.assert_close(losses(tmp_path / "changing"), losses(tmp_path / "whole"), rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_in_half_precision(run, tmp_path, own_pictures, cache):
+    """The first losses are those of one process in float32, as far as half precision goes."""
+    ways = {
+        "one": (0,),
+        "bf16": (2, "--amp", "bf16"),
+        "fp16": (2, "--amp", "fp16"),
+        "fsdp": (2, "--amp", "bf16", "--fsdp"),
+    }
+    found = {}
+    for name, (count, *how) in ways.items():
+        codes, said = run(count, UNTOLD + TRAIN, *new(own_pictures, cache, *how, "--out", name, "--steps", "2"))
+        assert set(codes) == {0}, said
+        found[name] = losses(tmp_path / name)[:, :-1]  # the last is the gradient, where fp16 begins with too large ones
+    for name in ("bf16", "fp16", "fsdp"):
+        assert not torch.equal(found[name], found["one"]), name
+        torch.testing.assert_close(found[name], found["one"], rtol=0.03, atol=0.03, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(run, tmp_path, own_pictures, cache):

@@ -155,7 +155,7 @@ def compare_speed(
     same batches and noise, and before each step plain PyTorch is given mmfast's weights: so each step's losses differ
     by that step's rounding alone, which GAN training would soon magnify. The global random state is left as it was.
     """
-    settings = replace(settings, device="cpu", amp=None, compile=False, fsdp=False)
+    settings = replace(settings, device="cpu", amp=None, compile=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         plain = Step(settings, torch.nn, PlainHinge())
@@ -180,7 +180,7 @@ def compare_speed(
 
 def compare_parts(settings: Settings, dataset: Dataset, captions: Tensor, rounds: int = 5) -> dict[str, list[float]]:
     """[plain PyTorch, mmfast]: the least ms, forward and backward, of each part of a step, taking turns."""
-    settings = replace(settings, device="cpu", amp=None, compile=False, fsdp=False)
+    settings = replace(settings, device="cpu", amp=None, compile=False)
     batch = dataset.batch(captions, first_spoken(dataset.has_speech[captions], settings.spoken))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import itertools
+import os
 import signal
 import tempfile
 import time
@@ -281,6 +282,8 @@ def start(settings: Settings, out: Path | None) -> None:
     """A new run: checks everything cheap first, then prepares the data, trains and reports."""
     settings = replace(settings, mels=data.MELS).check()
     check_packages(settings)
+    if settings.fsdp and "RANK" not in os.environ:
+        raise UserError("--fsdp shares the weights among processes: start it with torchrun -m mmfast train")
     settings.check_shares(process_count())
     device = torch.device(settings.device)
     with started(device) as processes, new_folder(out, processes) as folder, chosen_backend(settings):
@@ -294,7 +297,7 @@ def start(settings: Settings, out: Path | None) -> None:
 def resume(folder: Path, *, steps: int | None, minutes: float | None, backend: str | None) -> None:
     """Goes on with a run as if it had never stopped; `steps` and `minutes`, from its start, replace its limits.
 
-    It may go on in another number of processes.
+    It may go on in another number of processes; in one, --fsdp has nothing to share.
     """
     settings, config = read_config(folder)
     if steps is not None or minutes is not None:
@@ -390,7 +393,7 @@ def try_step(settings: Settings) -> None:
         speech=torch.randn(2, 5, settings.mels),
         speech_lengths=lengths,
     )
-    new_step(replace(settings, fsdp=False, compile=False))(batch, torch.arange(2), *draw(settings, 2, 0))
+    new_step(replace(settings, compile=False))(batch, torch.arange(2), *draw(settings, 2, 0))
 
 
 def new_step(settings: Settings, processes: Processes = ALONE) -> Step:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +79,6 @@ class Settings:
             raise UserError(f"--device {self.device} is not known: take cpu or cuda")
         if kind == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--device {self.device}: PyTorch sees no CUDA device here; take --device cpu")
-        if self.fsdp and "RANK" not in os.environ:
-            raise UserError("--fsdp shares the weights among processes: start it with torchrun -m mmfast train")
         if self.fsdp and self.amp == "fp16":
             raise UserError("--fsdp has no gradient scaler for --amp fp16: take --amp bf16")
 

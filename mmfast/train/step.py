@@ -89,9 +89,10 @@ class Step:
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
         if settings.compile:
             compile_parts(self.model, self.discriminator)
-        if settings.fsdp:
+        self.sharded = settings.fsdp and processes.count > 1
+        if self.sharded:
             shard(self.averaged, processes)
-        share = shard if settings.fsdp else spread
+        share = shard if self.sharded else spread
         self._forward, self._judge = share(self.model, processes), share(self.discriminator, processes)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=settings.learning_rate, betas=(0.5, 0.99), fused=True
@@ -198,7 +199,7 @@ class Step:
 
     def drawing_model(self) -> Multimodal:
         """The averaged model, whole in every process, in eval mode."""
-        if not self.settings.fsdp:
+        if not self.sharded:
             return self.averaged
         model = build(self.settings, torch.nn)[0].to(self.device).requires_grad_(False).eval()
         model.load_state_dict(whole_tree(self.averaged.state_dict()))
