@@ -525,20 +525,23 @@ def test_config_holds_all_settings(tmp_path, settings):
 
 
 class Writer:
-    """A stand-in for SummaryWriter: what it was given, and the system's refusal to write `after` so many numbers."""
+    """A stand-in for SummaryWriter: what it was given; `after` so many numbers the system refuses to write, once."""
 
     def __init__(self, after, folder, purge_step):
         self.after, self.folder, self.purge_step = after, folder, purge_step
         self.numbers, self.closed = [], False
 
     def add_scalar(self, name, value, step):
-        if len(self.numbers) == self.after:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._write()
         self.numbers.append((name, value, step))
 
     def close(self):
         self.closed = True
+        self._write()
+
+    def _write(self):
         if len(self.numbers) == self.after:
+            self.after = None
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
