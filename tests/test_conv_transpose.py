@@ -216,7 +216,7 @@ def test_integers_are_exact(seed, isa, row, out_channels):
     assert torch.equal(ours.double(), exact)
 
 
-@pytest.mark.parametrize("method", ["gather", "phases", "depthwise"])
+@pytest.mark.parametrize("method", ["gather", "squares", "phases", "depthwise"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 def test_products_of_matrices_are_exact(seed, isa, dtype, method):
     """Blocks of several samples and parts of one, both layouts, every place written: NaN was there before."""
@@ -229,6 +229,9 @@ def test_products_of_matrices_are_exact(seed, isa, dtype, method):
     for _ in range(30):
         dims = rng.choice((1, 2, 2, 3))
         stride, dilation, kernel = ([rng.randint(1, most) for _ in range(dims)] for most in (3, 2, 5))
+        if method == "squares":
+            dims, stride = 2, (stride * 2)[:2]
+            kernel, dilation = [2 * step for step in stride], [1] * dims
         output_padding = [rng.randint(0, max(pair) - 1) for pair in zip(stride, dilation, strict=True)]
         crop = tuple(rng.choice((0, 0, 1)) for _ in range(2 * dims))
         g = Geometry(tuple(stride), (rng.randint(0, 2),) * dims, tuple(output_padding), tuple(dilation), 1, crop)
@@ -245,8 +248,8 @@ def test_products_of_matrices_are_exact(seed, isa, dtype, method):
         exact = equations.convolve(x.double(), weight.double(), None if bias is None else bias.double(), g)
         y = laid_out(torch.full(exact.shape, torch.nan, dtype=dtype), of_y)
         window = products.native_window(x, weight, g)
-        if method == "gather":
-            native.cpu_gather_forward(window, x, weight, bias, y)
+        if method in ("gather", "squares"):
+            getattr(native, f"cpu_{method}_forward")(window, x, weight, bias, y)
         else:
             # x as it lies in memory is for the phases' forward alone
             x = x if method == "phases" else x.contiguous()
@@ -257,7 +260,11 @@ def test_products_of_matrices_are_exact(seed, isa, dtype, method):
         dx = torch.full_like(x, torch.nan)
         # the depthwise kernel leaves each sample's
         dweight = torch.full((batch if method == "depthwise" else 1, *weight.shape), torch.nan, dtype=dtype)
-        getattr(native, f"cpu_{method}_backward")(window, x, weight, dy, dx, dweight)
+        if method == "squares":
+            assert native.cpu_squares_backward(window, x, weight, dy, dx)
+            dweight = equations.convolve_backward(dy, x, weight, g, (False, True, False))[1][None]
+        else:
+            getattr(native, f"cpu_{method}_backward")(window, x, weight, dy, dx, dweight)
         exact = equations.convolve_backward(dy.double(), x.double(), weight.double(), g, (True, True, False))
         assert torch.equal(dx.double(), exact[0])
         assert torch.equal(dweight.sum(0).double(), exact[1])
@@ -274,7 +281,7 @@ def test_sums_of_many_terms_are_of_short_chains(seed, isa):
     torch.testing.assert_close(y.double(), exact, rtol=5 * torch.finfo(torch.float32).eps, atol=0)
 
 
-@pytest.mark.parametrize("method", ["gather", "phases"])
+@pytest.mark.parametrize("method", ["gather", "squares", "phases"])
 def test_products_of_matrices_do_not_depend_on_threads(seed, method):
     generator = torch.Generator().manual_seed(seed)
     g = geometry(2, 2, 1)
@@ -285,10 +292,11 @@ def test_products_of_matrices_do_not_depend_on_threads(seed, method):
         def run(threads, x=x, weight=weight, dy=dy):
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
-            y, dx, dweight = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
+            y, dx, dweight = torch.empty_like(dy), torch.empty_like(x), torch.zeros_like(weight)
             window = products.native_window(x, weight, g)
             getattr(native, f"cpu_{method}_forward")(window, x, weight, None, y, *[(0, 0.0)] * (method == "phases"))
-            getattr(native, f"cpu_{method}_backward")(window, x, weight, dy, dx, dweight)
+            of_weight = () if method == "squares" else (dweight,)
+            getattr(native, f"cpu_{method}_backward")(window, x, weight, dy, dx, *of_weight)
             torch.set_num_threads(before)
             return y, dx, dweight
 
