@@ -132,12 +132,13 @@ def test_numerics_of_the_epilogue(seed, isa, norm, activation, size, layout, dty
         ((20, 12), (3, 4, 5), 2, 2, 0, 1),
         ((24, 6), (70,), 3, 3, 0, 1),
         ((64, 32), (9, 17), 4, 2, 1, 1),
+        ((32, 40), (20, 18), 4, 2, 1, 1),
         ((40, 33), (3, 4, 5), 3, 2, 1, 1),
         ((128, 32), (70,), 16, 8, 4, 1),
     ],
     ids=[
         *("C3-2d", "C1-1d", "position", "C2-3d", "depthwise-1d", "depthwise-2d", "depthwise-3d"),
-        *("apart-2d", "apart-3d", "apart-1d", "wide-2d", "wide-3d", "wide-1d"),
+        *("apart-2d", "apart-3d", "apart-1d", "wide-2d", "squares", "wide-3d", "wide-1d"),
     ],
 )
 def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding, groups, layout):
@@ -452,6 +453,27 @@ def test_gradients_that_are_not_finite(seed, isa, out_channels, kernel, stride, 
         # sums of 180 products and more on either side; how accurate they are, the rule judges
         for ours, theirs in zip(found, expected[:2], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_squares_are_not_of_what_is_not_finite(seed, isa, layout):
+    """Differences of infinities are NaN, also where the formula has an infinity."""
+    generator = torch.Generator().manual_seed(seed)
+    g = geometry(2, 2, 1)
+    x, weight = torch.randn(1, 32, 32, 34, generator=generator), torch.randn(32, 32, 4, 4, generator=generator)
+    dout = torch.randn(1, 32, 64, 68, generator=generator)
+    x[0, 3, 5, 7] = dout[0, 1, 7, 4] = torch.inf
+    x, dout = laid_out(x, LAYOUTS[layout]), laid_out(dout, LAYOUTS[layout])
+    assert products.in_squares(x, weight, g) is (isa == "avx2")
+    tensors = (x.requires_grad_(), weight.requires_grad_(), *[None] * 5)
+    out = conv_transpose(tensors, g, Epilogue(), "cpu")[0]
+    expected = equations.convolve(x, weight, None, g)
+    assert expected.isinf().any() and not expected.isnan().any()
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    (dx,) = torch.autograd.grad(out, x, dout)
+    expected = equations.convolve_backward(dout, x, weight, g, (True, False, False))[0]
+    assert expected.isinf().any()
+    torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_nan_spoils_the_moments_of_its_channel_only(seed, isa):
