@@ -1,12 +1,13 @@
-"""The transposed convolutions on a CPU against PyTorch's in eager: a table with bars, all cases, and random layers.
+"""The transposed convolutions on a CPU against PyTorch's: a table with bars, all cases, and random layers.
 
     python benchmarks/conv_table.py [table|cases|random] [--threads 1] [--seconds 1] [--only 64to3] [--mode forward]
+        [--dtype bfloat16] [--compile]
 
-One process, float32, interleaved rounds, minimum over them. PyTorch runs contiguous and channels last, and so does
-mmfast: `ratio` is PyTorch's faster one to mmfast's contiguous one, which a user gets who changes nothing, `best` to
-mmfast's faster one. A random layer is drawn with its memory format, in which both run; it is slower below 0.97 of
-PyTorch's speed by more than 2 us, after a second measurement with five times the rounds. Freed memory is kept, as in
-rnn_table.py.
+One process, interleaved rounds, minimum over them; with --compile both sides are compiled. PyTorch runs contiguous and
+channels last, and so does mmfast: `ratio` is PyTorch's faster one to mmfast's contiguous one, which a user gets who
+changes nothing, `best` to mmfast's faster one. A random layer is drawn with its memory format, in which both run; it is
+slower below 0.97 of PyTorch's speed by more than 2 us, after a second measurement with five times the rounds. Freed
+memory is kept, as in rnn_table.py.
 """
 
 from __future__ import annotations
@@ -46,25 +47,32 @@ class Generator:
         return Dcgan(nn).generator
 
     def inputs(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-        return [torch.randn(self.batch, 100, 1, 1, generator=generator)]
+        return [torch.randn(self.batch, 100, 1, 1, generator=generator).to(dtype)]
 
     def run(self, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         return module(x)
 
 
+#: what all rows are of: --dtype and --compile
+OF = {"dtype": torch.float32, "compiled": False}
+
+
 def call_of(case: Any, nn: Any, mode: str, layout: torch.memory_format | None) -> Call:
     """One pass of the case's module from a namespace, in a memory format."""
     torch.manual_seed(0)
-    module = case.build(nn)
-    (x,) = case.inputs(torch.Generator().manual_seed(1), torch.float32, "cpu")
+    module = case.build(nn).to(OF["dtype"])
+    (x,) = case.inputs(torch.Generator().manual_seed(1), OF["dtype"], "cpu")
     if layout is not None:
         module, x = module.to(memory_format=layout), x.contiguous(memory_format=layout)
+    if OF["compiled"]:
+        torch.compiler.reset()
+        module.compile(dynamic=False)
     if mode == FORWARD:
         module.eval()
         return lambda: _forward(lambda x: case.run(module, x), [x])
     # noise has no gradient
     x = x.requires_grad_(isinstance(case, ConvTransposeCase))
-    cotangent = torch.randn(case.run(module, x).shape, generator=torch.Generator().manual_seed(2))
+    cotangent = torch.randn(case.run(module, x).shape, generator=torch.Generator().manual_seed(2)).to(OF["dtype"])
     if layout is not None:
         cotangent = cotangent.contiguous(memory_format=layout)
     weights = list(module.parameters())
@@ -132,7 +140,7 @@ def random_cases(count: int, seed: int) -> Iterator[tuple[ConvTransposeCase, str
 
     while count:
         dims = rng.choice((1, 2, 2, 3))
-        kernel, stride = rng.randint(1, 6), rng.randint(1, 4)
+        kernel, stride, dilation = rng.randint(1, 6), rng.randint(1, 4), rng.choice((1, 1, 1, 1, 2, 3))
         inputs, outputs, groups = log_uniform(1, 512), log_uniform(1, 512), 1
         if rng.random() < 0.25:
             groups = rng.choice((2, 4, inputs))
@@ -147,11 +155,12 @@ def random_cases(count: int, seed: int) -> Iterator[tuple[ConvTransposeCase, str
             kernel,
             stride,
             rng.randint(0, kernel // 2),
-            rng.randint(0, stride - 1),
+            rng.randint(0, max(stride, dilation) - 1),
             groups,
             rng.random() < 0.5,
             rng.choice(("", "", "BatchNorm", "InstanceNorm")),
             rng.choice(("", "ReLU", "LeakyReLU", "Tanh", "SiLU")),
+            dilation,
         )
         work = case.work(torch.float32)
         # what a norm has to have, and what ends in time
@@ -177,8 +186,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="cases with this in their name")
     parser.add_argument("--mode", choices=PASSES, action="append", help="the passes; default: the first two")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="both sides")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    OF.update(dtype=getattr(torch, options.dtype), compiled=options.compile)
     keep_memory()
     print(f"torch {torch.__version__}, {mmfast.native.isa()}, {options.threads} threads")
     _fill_table()

@@ -19,6 +19,8 @@ from mmfast.ops.conv_transpose.op import backward_op, conv_transpose, forward_op
 from mmfast.ops.product import has_products
 
 LAYOUTS = {"first": None, "last": torch.channels_last}
+#: by the number of spatial dimensions
+ORDERS = {"first": dict.fromkeys((1, 2, 3)), "last": {1: None, 2: torch.channels_last, 3: torch.channels_last_3d}}
 ACTIVATIONS = equations.ACTIVATIONS
 
 
@@ -90,23 +92,25 @@ def random_tensors(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("norm", "activation"),
+    ("norm", "activation", "size"),
     [
-        ("batch", "relu"),
-        ("batch", "tanh"),
-        ("given", "silu"),
-        ("instance", "leaky_relu"),
-        ("none", "sigmoid"),
-        ("none", "gelu"),
+        ("batch", "relu", (3, 2)),
+        ("batch", "tanh", (2, 2, 1)),
+        ("given", "silu", (3, 2)),
+        ("instance", "leaky_relu", (3, 2)),
+        ("instance", "relu", (5,)),
+        ("none", "sigmoid", (3, 2)),
+        ("none", "gelu", (2, 1, 3)),
     ],
 )
-def test_numerics_of_the_epilogue(seed, isa, norm, activation, layout, dtype):
-    g, epilogue = geometry(2, stride=2, padding=1), Epilogue(norm, 1e-5, activation, 0.2)
+def test_numerics_of_the_epilogue(seed, isa, norm, activation, size, layout, dtype):
+    g, epilogue = geometry(len(size), stride=2, padding=1), Epilogue(norm, 1e-5, activation, 0.2)
+    order = ORDERS[layout][len(size)]
 
     def draw(at):
-        tensors = random_tensors(at, dtype, norm, bias=norm == "none", layout=LAYOUTS[layout])
+        tensors = random_tensors(at, dtype, norm, size=size, bias=norm == "none", layout=order)
         exact = [None if x is None else x.double() for x in tensors]
-        runs = [outputs(tensors, g, epilogue, backend, LAYOUTS[layout], at) for backend in ("cpu", "stock")]
+        runs = [outputs(tensors, g, epilogue, backend, order, at) for backend in ("cpu", "stock")]
         # moments have no yardstick: the tests of moments are below
         return named(*runs, outputs(exact, g, epilogue, "reference", None, at))
 
@@ -140,7 +144,7 @@ def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding
     # as their models do: the RGB layer ends in tanh, the projection in relu
     activation = "tanh" if channels[1] <= 4 else "relu"
     g, epilogue = geometry(len(size), stride, padding, groups=groups), Epilogue(activation=activation)
-    order = {1: None, 2: torch.channels_last, 3: torch.channels_last_3d}[len(size)] if layout == "last" else None
+    order = ORDERS[layout][len(size)]
 
     def draw(at):
         shape = {
@@ -163,13 +167,23 @@ def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-@pytest.mark.parametrize(("size", "stride", "padding"), [((5, 7), 2, 1), ((1, 1), 1, 0)], ids=["spread", "position"])
-def test_numerics_of_16_bits(seed, dtype, size, stride, padding):
-    g, epilogue = geometry(2, stride, padding), Epilogue(activation="tanh")
+@pytest.mark.parametrize(
+    ("channels", "groups", "size", "stride", "padding"),
+    [
+        ((48, 33), 1, (5, 7), 2, 1),
+        ((48, 33), 1, (1, 1), 1, 0),
+        ((8, 8), 1, (5, 7), 2, 1),
+        ((32, 16), 4, (5, 7), 2, 1),
+        ((24, 24), 24, (33,), 2, 1),
+    ],
+    ids=["spread", "position", "narrow", "grouped", "depthwise"],
+)
+def test_numerics_of_16_bits(seed, dtype, channels, groups, size, stride, padding):
+    g, epilogue = geometry(len(size), stride, padding, groups=groups), Epilogue(activation="tanh")
 
     def draw(at):
-        tensors = random_tensors(at, dtype, "none", channels=(48, 33), size=size, kernel=4)
-        tensors[1] *= 48**-0.5
+        tensors = random_tensors(at, dtype, "none", channels, size, kernel=4, groups=groups)
+        tensors[1] *= (channels[0] // groups) ** -0.5
         exact = [None if x is None else x.double() for x in tensors]
         runs = [outputs(tensors, g, epilogue, backend, None, at) for backend in ("cpu", "stock")]
         return named(*runs, outputs(exact, g, epilogue, "reference", None, at))
@@ -489,29 +503,29 @@ def test_threads_do_not_change_bits(seed, layout, norm):
 
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("channels", "groups"), [((8, 3), 1), ((8, 8), 8)], ids=["C3", "depthwise"])
+@pytest.mark.parametrize(("channels", "groups"), [((48, 3), 1), ((8, 8), 8)], ids=["C3", "depthwise"])
 def test_threads_do_not_change_bits_of_columns(seed, layout, threads, channels, groups):
     shape = {"layout": LAYOUTS[layout], "groups": groups}
     tensors = random_tensors(seed, torch.float32, "none", channels, (24, 24), 4, 6, **shape)
     g, epilogue = geometry(2, 2, 1, groups=groups), Epilogue(activation="tanh")
-    expected = conv_transpose(tuple(tensors), g, epilogue, "cpu")[0]
+    expected = outputs(tensors, g, epilogue, "cpu")
     torch.set_num_threads(threads)
-    # integers: torch's matrix product may add in another order
-    tensors = [None if x is None else (4 * x).round() for x in tensors]
-    several = conv_transpose(tuple(tensors), g, epilogue, "cpu")[0]
-    torch.set_num_threads(1)
-    assert torch.equal(several, conv_transpose(tuple(tensors), g, epilogue, "cpu")[0])
-    assert several.shape == expected.shape
+    several = outputs(tensors, g, epilogue, "cpu")
+    # dbias is a plain sum, and torch's; so is the backward of what is channels last, but for depthwise
+    ours = 3 if groups > 1 or layout == "first" else 1
+    assert all(map(torch.equal, several[:ours], expected[:ours]))
 
 
-def test_memory_format_is_pytorchs(seed):
-    for channels, x_layout, w_layout in itertools.product([(6, 20), (6, 3)], LAYOUTS.values(), LAYOUTS.values()):
-        tensors = random_tensors(seed, torch.float32, "none", channels, (5, 4), layout=x_layout)
-        tensors[1] = laid_out(tensors[1], w_layout)
-        expected = F.conv_transpose2d(tensors[0], tensors[1])
-        assert empty_output(tensors[0], tensors[1], geometry(2)).stride() == expected.stride()
+@pytest.mark.parametrize("dims", [2, 3])
+def test_memory_format_is_pytorchs(seed, dims):
+    convolve = (F.conv_transpose2d, F.conv_transpose3d)[dims - 2]
+    for channels, x_layout, w_layout in itertools.product([(6, 20), (6, 3)], LAYOUTS, LAYOUTS):
+        tensors = random_tensors(seed, torch.float32, "none", channels, (5, 4, 3)[:dims], layout=ORDERS[x_layout][dims])
+        tensors[1] = laid_out(tensors[1], ORDERS[w_layout][dims])
+        expected = convolve(tensors[0], tensors[1])
+        assert empty_output(tensors[0], tensors[1], geometry(dims)).stride() == expected.stride()
         for activation in ("none", "relu", "silu"):
-            out = conv_transpose(tuple(tensors), geometry(2), Epilogue(activation=activation), "cpu")[0]
+            out = conv_transpose(tuple(tensors), geometry(dims), Epilogue(activation=activation), "cpu")[0]
             assert out.stride() == expected.stride()
 
 
@@ -596,6 +610,39 @@ def test_empty_batch():
         assert out.shape == (0, 3, 6, 6)
         dx, dweight = torch.autograd.grad(out.sum(), [x, weight])
         assert dx.shape == x.shape and not dweight.any()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_an_empty_batch_through_a_norm(momentum):
+    """Leaves the running statistics what they are, whoever serves."""
+    theirs = torch.nn.Sequential(
+        torch.nn.ConvTranspose2d(4, 3, 2, 2), torch.nn.BatchNorm2d(3, momentum=momentum), torch.nn.ReLU()
+    )
+    ours = mmfast.accelerate(copy.deepcopy(theirs))
+    x = torch.empty(0, 4, 3, 3)
+    with mmfast.use_backend("cpu"):
+        for model in (theirs, ours):
+            model(x).sum().backward()
+    assert ours(x).shape == (0, 3, 6, 6)
+    theirs(x)
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [((64, 64), 1), ((64, 3), 1), ((64, 64), 64)])
+def test_autocast(seed, channels, groups):
+    """A whole layer's dtype is autocast's, whichever kernel serves it; gradients are those of the leaves."""
+    x, weight, *_ = random_tensors(seed, torch.float32, "none", channels, (5, 7), 4, bias=False, groups=groups)
+    results = []
+    for backend in ("torch", "cpu"):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = MF.conv_transpose2d(*leaves, stride=2, padding=1, groups=groups, backend=backend)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item())
 
 
 def test_errors_are_pytorchs():
@@ -706,7 +753,9 @@ def test_preference():
     assert OP.explain(wider._replace(bias=True)).backend == ("cpu" if native.beats_mkl() else "torch")
     narrow = "torch" if has_products(torch.bfloat16) else "cpu"
     assert OP.explain(plain._replace(dtype=torch.bfloat16, norm="batch")).backend == narrow
-    assert OP.explain(plain._replace(dtype=torch.bfloat16, in_channels=16)).backend == "torch"
+    assert OP.explain(plain._replace(dtype=torch.bfloat16, in_channels=16)).backend == narrow
+    assert OP.explain(plain._replace(dtype=torch.bfloat16, in_channels=4)).backend == "torch"
+    assert OP.explain(depthwise._replace(dtype=torch.bfloat16, stride=(1,))).backend == narrow
 
 
 @pytest.mark.parametrize("norm", equations.NORMS)
@@ -778,9 +827,17 @@ def test_transforms_and_forward_mode(seed):
     torch.testing.assert_close(ours, theirs)
 
 
-def generator_of(nn, norm=True):
+NORMS_OF_WEIGHTS = {
+    "weight": torch.nn.utils.parametrizations.weight_norm,
+    "spectral": torch.nn.utils.parametrizations.spectral_norm,
+    "older weight": torch.nn.utils.weight_norm,
+    "older spectral": torch.nn.utils.spectral_norm,
+}
+
+
+def generator_of(nn, norm=True, of_weights="weight"):
     inner = nn.Sequential(nn.ConvTranspose2d(6, 8, 4, 2, 1, bias=False), *[nn.BatchNorm2d(8)] * norm, nn.LeakyReLU(0.2))
-    parametrized = torch.nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(8, 5, 3, 2))
+    parametrized = NORMS_OF_WEIGHTS[of_weights](nn.ConvTranspose2d(8, 5, 3, 2))
     return nn.Sequential(
         nn.ConvTranspose2d(4, 6, 4, 1), nn.InstanceNorm2d(6, affine=True), nn.SiLU(), inner, parametrized,
         nn.BatchNorm2d(5, momentum=None), nn.Tanh(),
@@ -798,13 +855,16 @@ def watched_calls(monkeypatch):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sequential_is_fused_and_the_same(seed, training, layout, monkeypatch):
+@pytest.mark.parametrize("of_weights", NORMS_OF_WEIGHTS)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_sequential_is_fused_and_the_same(seed, training, layout, of_weights, monkeypatch):
     torch.manual_seed(seed)
-    theirs = generator_of(torch.nn).train(training)
+    theirs = generator_of(torch.nn, of_weights=of_weights).train(training)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    ours = mmfast.accelerate(copy.deepcopy(theirs))
+    ours = mmfast.accelerate(generator_of(torch.nn, of_weights=of_weights).train(training))
+    ours.load_state_dict(theirs.state_dict())
     keys = list(theirs.state_dict())
     assert list(ours.state_dict()) == keys and type(ours) is mmfast.nn.Sequential
     calls = watched_calls(monkeypatch)
@@ -834,7 +894,7 @@ def on_cpu():
 
 def test_sequential_calls_each_module_where_somebody_listens(monkeypatch, on_cpu):
     model = mmfast.accelerate(generator_of(torch.nn, norm=False))
-    x = torch.randn(2, 4, 2, 2)
+    x = torch.randn(2, 4, 2, 2, requires_grad=True)
     calls = watched_calls(monkeypatch)
     model(x)
     assert calls == [3, 2, 3]
@@ -844,18 +904,25 @@ def test_sequential_calls_each_module_where_somebody_listens(monkeypatch, on_cpu
         def hook(*_, heard=heard):
             heard.append(1)
 
-        for listen in (listened.register_forward_hook, listened.register_forward_pre_hook):
+        for listen in (
+            listened.register_forward_hook,
+            listened.register_forward_pre_hook,
+            listened.register_full_backward_hook,
+            listened.register_full_backward_pre_hook,
+        ):
             calls.clear()
             handle = listen(hook)
-            model(x)
+            model(x).sum().backward()
             handle.remove()
             assert calls == kept
-        assert len(heard) == 2
+        assert len(heard) == 4
     calls.clear()
     model[1].forward = lambda y: y
     model(x)
     del model[1].forward
     with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        model(x)
+    with torch.nn.modules.module.register_module_full_backward_hook(lambda *_: None):
         model(x)
     assert calls == [2, 3]
     calls.clear()

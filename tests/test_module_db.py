@@ -49,9 +49,9 @@ def test_samples(name: str, dtype: str, training: bool, backend: str | None, out
 
 @per_mode
 @per_dtype
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_samples_on_the_cpu_kernel(name: str, dtype: str, training: bool, outcome, same) -> None:
-    """Forced upon samples that are so short that PyTorch's loop would serve them, and with its error inputs."""
+@per_layer
+def test_samples_on_the_cpu_kernel(name: str, dtype: str, training: bool, outcome, same) -> None:
+    """Forced upon samples that are so small that PyTorch's would serve them, and with its error inputs."""
     with mmfast.use_backend("cpu"):
         hold_to_torch(INFOS[name], name, dtype, training, None, outcome, same)
         test_error_inputs(name, dtype, training)

@@ -189,17 +189,18 @@ class ConvTransposeCase:
     bias: bool = True
     norm: str = ""
     activation: str = ""
+    dilation: int = 1
 
     op = "conv_transpose"
 
     @property
     def name(self) -> str:
         tail = "".join(f"-{part}" for part in (self.norm, self.activation) if part)
-        group = f"-g{self.groups}" * (self.groups > 1)
+        more = f"d{self.dilation}" * (self.dilation > 1) + f"-g{self.groups}" * (self.groups > 1)
         at = "x".join(map(str, self.size))
         return (
             f"{self.model}-{self.in_channels}to{self.out_channels}-k{self.kernel}s{self.stride}p{self.padding}"
-            f"{group}-at{at}-B{self.batch}{tail}"
+            f"{more}-at{at}-B{self.batch}{tail}"
         )
 
     def build(self, nn: Any) -> torch.nn.Module:
@@ -213,6 +214,7 @@ class ConvTransposeCase:
             self.output_padding,
             self.groups,
             self.bias,
+            self.dilation,
         )
         layers = [conv]
         if self.norm:
@@ -249,7 +251,8 @@ class ConvTransposeCase:
         )
 
     def out_size(self) -> list[int]:
-        return [(side - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding for side in self.size]
+        more = self.dilation * (self.kernel - 1) + 1 + self.output_padding - 2 * self.padding
+        return [(side - 1) * self.stride + more for side in self.size]
 
     def work(self, dtype: torch.dtype) -> Work:
         dims = len(self.size)

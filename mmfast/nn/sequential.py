@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import functional as F
 from ..dispatch import EPOCH, Op, each_call_chooses
@@ -30,6 +32,9 @@ _ACTIVATIONS: dict[type, str] = {
     torch.nn.SiLU: "silu",
     torch.nn.GELU: "gelu",
 }
+
+#: torch.nn.utils' older hooks before a forward, that compute the weight and look at nothing else
+_MAKE_WEIGHT = (WeightNorm, SpectralNorm)
 
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
@@ -178,7 +183,9 @@ def _is_unwatched(module: torch.nn.Module) -> bool:
     if "forward" in vars(module):
         return False
     # mmfast.explain's own hooks note who runs, and shall not change what runs
-    return not any(hooks) or all(hasattr(hook, "of_explain") for kind in hooks for hook in kind.values())
+    return not any(hooks) or all(
+        isinstance(hook, _MAKE_WEIGHT) or hasattr(hook, "of_explain") for kind in hooks for hook in kind.values()
+    )
 
 
 def _is_norm(module: Any, batch_norm: type, instance_norm: type) -> bool:
@@ -190,6 +197,10 @@ def _is_norm(module: Any, batch_norm: type, instance_norm: type) -> bool:
 
 def _call_fused(modules: list[Any], input: Tensor) -> Tensor:
     conv, *following = modules
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _MAKE_WEIGHT):
+                hook(module, (input,))
     _, function, batch_norm, _ = _CONVOLUTIONS[type_before_parametrizations(conv)]
     options: dict[str, Any] = {}
     if not _activation_of(following[0]):

@@ -34,8 +34,8 @@ _NO_ACTIVATION = (0, Epilogue().negative_slope)
 #: A sample of so many elements is torch's: offsets within one are 32 bits.
 _LARGE = 2**30
 
-#: Input channels from which on a convolution in 16 bits was measured faster through float32.
-_WIDENED = 32
+#: Channels in and out, and in alone, from which on a convolution in 16 bits was measured faster through float32.
+_WIDENED, _WIDENED_IN = 8, 32
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -159,9 +159,10 @@ def prefers_products(case: Case) -> str:
     Measured on a Zen 4 core (AVX-512; depthwise: AVX2), torch 2.13, float32, one thread; PyTorch in its faster memory
     format.
     """
-    if not has_products(case.dtype) and case.groups == 1 and case.in_channels >= _WIDENED and not case.small:
+    if is_widened(case.dtype, case.in_channels, case.out_channels) and not case.small:
         # Zen 3, ms of PyTorch and through float32: 128 to 64, k4 s2 p1, at 16 x 16, batch 4, bfloat16: forward 19.5 and
-        # 5.2, both gradients 314 and 11; float16: 83 and 5.0, 331 and 11
+        # 5.2, both gradients 314 and 11; float16: 83 and 5.0, 331 and 11. 64 to 64 in 4 groups: 10.0 and 3.1, 72 and
+        # 3.7; 8 to 8: 1.5 and 0.9, 14.0 and 1.3; depthwise, 512 channels, k4 s2, in 1-d: 38 and 7, 75 and 16
         return "16 bits through float32"
     projects = _is_projection(case) and case.groups == 1 and not (case.spread or case.crop)
     if projects and (case.dtype == torch.bfloat16 or (case.dtype == torch.float16 and case.gradients)):
@@ -188,7 +189,7 @@ def prefers_products(case: Case) -> str:
         # gradients 3.8 to 3.3 ms; from 8 to 3 to 256 to 3, in 1-d, 2-d and 3-d, forward 1.8 to 9 times as fast
         return "few output channels"
     channels = min(case.in_channels, case.out_channels)
-    multiplies = products.multiplies(channels, case.kernel_size, case.stride, case.contiguous)
+    multiplies = products.multiplies(channels, case.kernel_size, case.stride, case.output_padding, case.contiguous)
     if _is_wide(case) and multiplies and (case.contiguous or case.gradients):
         # Zen 3, ms of forward, dx, dweight, from contiguous to ours (channels_last): 128 to 64, k4 s2 p1, at 16 x 16,
         # batch 32: 28.4, 27.3, 30.0 to 24.6, 24.6, 25.5 (24.4, 23.8, 33.6); 512 to 256, at 4 x 4: 31.9, 30.3, 42.8 to
@@ -323,7 +324,7 @@ class Cpu(Backend):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: tuple[int, float]
     ) -> Tensor:
         """activation(the convolution), dense."""
-        if _is_widened(x, geometry):
+        if is_widened(x.dtype, x.shape[1], weight.shape[1] * geometry.groups):
             wide = x.float(), weight.float(), None if bias is None else bias.float()
             return self._convolve(*wide, geometry, activation).to(x.dtype)
         method = _method(x, weight, geometry)
@@ -347,7 +348,7 @@ class Cpu(Backend):
     def _convolve_backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if _is_widened(x, geometry):
+        if is_widened(x.dtype, x.shape[1], weight.shape[1] * geometry.groups):
             dx, dweight, dbias = self._convolve_backward(dy.float(), x.float(), weight.float(), geometry, mask)
             return _narrow(dx, x.dtype), _narrow(dweight, x.dtype), _narrow(dbias, x.dtype)
         method = _method(x, weight, geometry, forward=False)
@@ -386,9 +387,10 @@ class Cpu(Backend):
         return dy, dweight.sum(0), dbias.sum(0)
 
 
-def _is_widened(x: Tensor, geometry: Geometry) -> bool:
-    """Whether the convolution is computed in float32 instead of its 16 bits."""
-    return geometry.groups == 1 and x.shape[1] >= _WIDENED and not has_products(x.dtype)
+def is_widened(dtype: torch.dtype, in_channels: int, out_channels: int) -> bool:
+    """Whether a convolution is computed in float32 instead of its 16 bits."""
+    wide = in_channels >= _WIDENED_IN or min(in_channels, out_channels) >= _WIDENED
+    return wide and not has_products(dtype)
 
 
 def _method(x: Tensor, weight: Tensor, geometry: Geometry, forward: bool = True) -> str:
@@ -404,7 +406,8 @@ def _method(x: Tensor, weight: Tensor, geometry: Geometry, forward: bool = True)
     if weight.shape[1] <= products.FEW_OUTPUTS:
         return "phases"
     channels, kernel = min(weight.shape[:2]), weight.shape[2:]
-    multiplies = products.multiplies(channels, kernel, geometry.stride, x.is_contiguous(), forward)
+    strides = geometry.stride, geometry.output_padding
+    multiplies = products.multiplies(channels, kernel, *strides, x.is_contiguous(), forward)
     if products.is_wide(x, weight) and multiplies:
         return "products"
     apart = tuple(weight.shape[2:]) == geometry.stride and x.is_contiguous() and weight.shape[1] > 1

@@ -238,7 +238,9 @@ def _conv_transpose_norm_act(
     facts = (any(cropped), epilogue.norm, epilogue.activation, epilogue.negative_slope)
     chosen = _select_conv_transpose(dims, input, weight, bias, *sizes, backend, *facts)
     geometry = _geometry(dims, *sizes, cropped)
-    if chosen == "torch" or not _fits(dims, input, weight, bias, geometry):
+    # what the moments of nothing are, and do to the running ones, PyTorch knows
+    of_nothing = epilogue.measures and not input.numel()
+    if chosen == "torch" or of_nothing or not _fits(dims, input, weight, bias, geometry):
         y = _OP[dims - 1](input, weight, bias, stride, padding, output_padding, groups, dilation)
         for dim, (begin, end) in enumerate(zip(cropped[::2], cropped[1::2], strict=True), start=-dims):
             y = y.narrow(dim, begin, y.shape[dim] - begin - end) if begin or end else y
