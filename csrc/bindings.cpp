@@ -493,6 +493,8 @@ void bind_cpu(py::module_& m) {
     m.def("cpu_phases_backward", &conv_transpose<mmfast_cpu_phases_backward>);
     m.def("cpu_gather_forward", &conv_transpose<mmfast_cpu_gather_forward>);
     m.def("cpu_gather_backward", &conv_transpose<mmfast_cpu_gather_backward>);
+    m.def("cpu_squares_forward", &conv_transpose<mmfast_cpu_squares_forward>);
+    m.def("cpu_squares_backward", &conv_transpose<mmfast_cpu_squares_backward>);
     m.def("cpu_depthwise_forward", &conv_transpose<mmfast_cpu_depthwise_forward>);
     m.def("cpu_depthwise_backward", &conv_transpose<mmfast_cpu_depthwise_backward>);
     m.def("cpu_normalize_forward", &cpu_normalize_forward);

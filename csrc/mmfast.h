@@ -179,7 +179,7 @@ typedef struct {
     int64_t batch, in_channels, out_channels;
     int64_t in_size[3], out_size[3], kernel[3], stride[3], dilation[3], before[3];
     const void* x;       // (batch, in_channels, *in_size) contiguous; of a forward that is not depthwise, or of the
-                         // gather's, perhaps channels last
+                         // gather's or squares', perhaps channels last
     const void* weight;  // (in_channels, out_channels, *kernel) contiguous; depthwise (in_channels, *kernel)
     const void* bias;    // (out_channels,), or null: 0; forward only
     void* y;             // (batch, out_channels, *out_size), contiguous or channels last; backward: dy, only read
@@ -197,6 +197,10 @@ int mmfast_cpu_phases_backward(const mmfast_conv_transpose_args* args);
 // Products of matrices, without an activation. dx: of x's layout, or null: not wanted.
 int mmfast_cpu_gather_forward(const mmfast_conv_transpose_args* args);
 int mmfast_cpu_gather_backward(const mmfast_conv_transpose_args* args);
+// The same in fewer multiplications, forward and dx, in two dimensions, the first size being 1, where kernel = 2 stride
+// without dilation. Declines another geometry, and a result that is not finite.
+int mmfast_cpu_squares_forward(const mmfast_conv_transpose_args* args);
+int mmfast_cpu_squares_backward(const mmfast_conv_transpose_args* args);
 // Each output channel has an input channel of its own: in_channels = out_channels, the sum over i and k only. Declines
 // what is not finite: the weight, but for dweight, and what it found for dweight.
 int mmfast_cpu_depthwise_forward(const mmfast_conv_transpose_args* args);

@@ -100,7 +100,7 @@ class Op:
         """
         for listener in _listeners:
             listener(self, case, explicit)
-        requested = explicit or _forced[0] or config.BACKEND
+        requested = asked_for(explicit)
         if is_compiling():
             # Dynamo hands constants over, of which a named tuple is none
             return _select_while_tracing(self.name, _constants(case), requested)
@@ -150,7 +150,7 @@ class Op:
 
     def explain(self, case: Any, explicit: str | None = None) -> Choice:
         """The choice for `case`, with its reasons. Raises as `select` does."""
-        return self._choose(case, explicit or _forced[0] or config.BACKEND)
+        return self._choose(case, asked_for(explicit))
 
     def _choose(self, case: Any, requested: str | None) -> Choice:
         if requested is not None:
@@ -214,6 +214,11 @@ def _select_while_tracing(name: str, case: tuple, requested: str | None) -> str:
 
 # What torch.compiler.assume_constant_result sets, without importing torch's compiler (4 s) together with mmfast
 _select_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def asked_for(explicit: str | None = None) -> str | None:
+    """The backend that a call with this `backend=` asks for; None: mmfast chooses."""
+    return explicit or _forced[0] or config.BACKEND
 
 
 def check_backend(name: str) -> str:

@@ -452,6 +452,20 @@ def cpu_gather_backward(
     _cpu_conv_transpose("cpu_gather_backward", window, (x, weight, None, dy, dx, dweight))
 
 
+def cpu_squares_forward(
+    window: Window, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
+) -> bool:
+    """As gather, in two dimensions of kernels twice the strides. False: y is not finite, and not to be used."""
+    return _cpu_conv_transpose("cpu_squares_forward", window, (x, weight, bias, y, None, None))
+
+
+def cpu_squares_backward(
+    window: Window, x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor
+) -> bool:
+    """Fills dx, of x's layout, from weight and dy, dense. False: as `cpu_squares_forward`, of dx."""
+    return _cpu_conv_transpose("cpu_squares_backward", window, (x, weight, None, dy, dx, None))
+
+
 def cpu_depthwise_forward(
     window: Window,
     x: torch.Tensor,

@@ -132,12 +132,13 @@ def test_numerics_of_the_epilogue(seed, isa, norm, activation, size, layout, dty
         ((20, 12), (3, 4, 5), 2, 2, 0, 1),
         ((24, 6), (70,), 3, 3, 0, 1),
         ((64, 32), (9, 17), 4, 2, 1, 1),
+        ((32, 40), (20, 18), 4, 2, 1, 1),
         ((40, 33), (3, 4, 5), 3, 2, 1, 1),
         ((128, 32), (70,), 16, 8, 4, 1),
     ],
     ids=[
         *("C3-2d", "C1-1d", "position", "C2-3d", "depthwise-1d", "depthwise-2d", "depthwise-3d"),
-        *("apart-2d", "apart-3d", "apart-1d", "wide-2d", "wide-3d", "wide-1d"),
+        *("apart-2d", "apart-3d", "apart-1d", "wide-2d", "squares", "wide-3d", "wide-1d"),
     ],
 )
 def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding, groups, layout):
@@ -230,7 +231,7 @@ def test_integers_are_exact(seed, isa, row, out_channels):
     assert torch.equal(ours.double(), exact)
 
 
-@pytest.mark.parametrize("method", ["gather", "phases", "depthwise"])
+@pytest.mark.parametrize("method", ["gather", "squares", "phases", "depthwise"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 def test_products_of_matrices_are_exact(seed, isa, dtype, method):
     """Blocks of several samples and parts of one, both layouts, every place written: NaN was there before."""
@@ -243,6 +244,9 @@ def test_products_of_matrices_are_exact(seed, isa, dtype, method):
     for _ in range(30):
         dims = rng.choice((1, 2, 2, 3))
         stride, dilation, kernel = ([rng.randint(1, most) for _ in range(dims)] for most in (3, 2, 5))
+        if method == "squares":
+            dims, stride = 2, (stride * 2)[:2]
+            kernel, dilation = [2 * step for step in stride], [1] * dims
         output_padding = [rng.randint(0, max(pair) - 1) for pair in zip(stride, dilation, strict=True)]
         crop = tuple(rng.choice((0, 0, 1)) for _ in range(2 * dims))
         g = Geometry(tuple(stride), (rng.randint(0, 2),) * dims, tuple(output_padding), tuple(dilation), 1, crop)
@@ -259,8 +263,8 @@ def test_products_of_matrices_are_exact(seed, isa, dtype, method):
         exact = equations.convolve(x.double(), weight.double(), None if bias is None else bias.double(), g)
         y = laid_out(torch.full(exact.shape, torch.nan, dtype=dtype), of_y)
         window = products.native_window(x, weight, g)
-        if method == "gather":
-            native.cpu_gather_forward(window, x, weight, bias, y)
+        if method in ("gather", "squares"):
+            getattr(native, f"cpu_{method}_forward")(window, x, weight, bias, y)
         else:
             # x as it lies in memory is for the phases' forward alone
             x = x if method == "phases" else x.contiguous()
@@ -271,7 +275,11 @@ def test_products_of_matrices_are_exact(seed, isa, dtype, method):
         dx = torch.full_like(x, torch.nan)
         # the depthwise kernel leaves each sample's
         dweight = torch.full((batch if method == "depthwise" else 1, *weight.shape), torch.nan, dtype=dtype)
-        getattr(native, f"cpu_{method}_backward")(window, x, weight, dy, dx, dweight)
+        if method == "squares":
+            assert native.cpu_squares_backward(window, x, weight, dy, dx)
+            dweight = equations.convolve_backward(dy, x, weight, g, (False, True, False))[1][None]
+        else:
+            getattr(native, f"cpu_{method}_backward")(window, x, weight, dy, dx, dweight)
         exact = equations.convolve_backward(dy.double(), x.double(), weight.double(), g, (True, True, False))
         assert torch.equal(dx.double(), exact[0])
         assert torch.equal(dweight.sum(0).double(), exact[1])
@@ -288,7 +296,7 @@ def test_sums_of_many_terms_are_of_short_chains(seed, isa):
     torch.testing.assert_close(y.double(), exact, rtol=5 * torch.finfo(torch.float32).eps, atol=0)
 
 
-@pytest.mark.parametrize("method", ["gather", "phases"])
+@pytest.mark.parametrize("method", ["gather", "squares", "phases"])
 def test_products_of_matrices_do_not_depend_on_threads(seed, method):
     generator = torch.Generator().manual_seed(seed)
     g = geometry(2, 2, 1)
@@ -299,10 +307,11 @@ def test_products_of_matrices_do_not_depend_on_threads(seed, method):
         def run(threads, x=x, weight=weight, dy=dy):
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
-            y, dx, dweight = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
+            y, dx, dweight = torch.empty_like(dy), torch.empty_like(x), torch.zeros_like(weight)
             window = products.native_window(x, weight, g)
             getattr(native, f"cpu_{method}_forward")(window, x, weight, None, y, *[(0, 0.0)] * (method == "phases"))
-            getattr(native, f"cpu_{method}_backward")(window, x, weight, dy, dx, dweight)
+            of_weight = () if method == "squares" else (dweight,)
+            getattr(native, f"cpu_{method}_backward")(window, x, weight, dy, dx, *of_weight)
             torch.set_num_threads(before)
             return y, dx, dweight
 
@@ -444,6 +453,27 @@ def test_gradients_that_are_not_finite(seed, isa, out_channels, kernel, stride, 
         # sums of 180 products and more on either side; how accurate they are, the rule judges
         for ours, theirs in zip(found, expected[:2], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_squares_are_not_of_what_is_not_finite(seed, isa, layout):
+    """Differences of infinities are NaN, also where the formula has an infinity."""
+    generator = torch.Generator().manual_seed(seed)
+    g = geometry(2, 2, 1)
+    x, weight = torch.randn(1, 32, 32, 34, generator=generator), torch.randn(32, 32, 4, 4, generator=generator)
+    dout = torch.randn(1, 32, 64, 68, generator=generator)
+    x[0, 3, 5, 7] = dout[0, 1, 7, 4] = torch.inf
+    x, dout = laid_out(x, LAYOUTS[layout]), laid_out(dout, LAYOUTS[layout])
+    assert products.in_squares(x, weight, g) is (isa == "avx2")
+    tensors = (x.requires_grad_(), weight.requires_grad_(), *[None] * 5)
+    out = conv_transpose(tensors, g, Epilogue(), "cpu")[0]
+    expected = equations.convolve(x, weight, None, g)
+    assert expected.isinf().any() and not expected.isnan().any()
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    (dx,) = torch.autograd.grad(out, x, dout)
+    expected = equations.convolve_backward(dout, x, weight, g, (True, False, False))[0]
+    assert expected.isinf().any()
+    torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_nan_spoils_the_moments_of_its_channel_only(seed, isa):

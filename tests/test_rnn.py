@@ -100,7 +100,7 @@ def draw(
 
 def results(function, problem: Problem, cotangents: list[Tensor] | None = None) -> dict[str, Tensor]:
     """Outputs of `function(x, weights, h0, c0, layer)`, and the gradients of sum(output * cotangent)."""
-    inputs = [a.clone().requires_grad_() for a in problem.tensors]
+    inputs = [a.detach().requires_grad_() for a in problem.tensors]  # whose strides a copy would not have
     x, rest = inputs[0], inputs[1:]
     states, weights = rest[: len(problem.states)], rest[len(problem.states) :]
     h0, c0 = (*states, None, None)[:2]
@@ -509,6 +509,7 @@ def test_only_what_is_needed(mode):
 
 
 LAYERS = {"RNN": {}, "GRU": {}, "LSTM": {}, "GRU-bi-L2": {"bidirectional": True, "num_layers": 2}}
+CELLS = ["RNNCell", "GRUCell", "LSTMCell"]
 
 
 def layer_of(label: str, nn=mmfast.nn, **options):
@@ -516,18 +517,36 @@ def layer_of(label: str, nn=mmfast.nn, **options):
     return getattr(nn, label.partition("-")[0])(4, 6, **LAYERS.get(label, {}), **options)
 
 
-@pytest.mark.parametrize("label", LAYERS)
+def first(outputs) -> Tensor:
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+@pytest.mark.parametrize("label", [*LAYERS, *CELLS])
 def test_transforms(label):
-    """torch.func and forward mode, which torch.nn's own layers do not all serve."""
-    module, x = layer_of(label).double(), torch.randn(5, 3, 4, dtype=torch.float64)
+    """torch.func and forward mode, which torch.nn's own do not all serve."""
+    module, x = layer_of(label).double(), torch.randn(*(5,) * (label in LAYERS), 3, 4, dtype=torch.float64)
     tangent = torch.randn_like(x)
 
     def total(x):
-        return module(x)[0].square().sum()
+        return first(module(x)).square().sum()
 
     expected = torch.autograd.grad(total(leaf := x.clone().requires_grad_()), leaf)[0]
     torch.testing.assert_close(torch.func.grad(total)(x), expected)
     _, found = torch.func.jvp(total, (x,), (tangent,))
     torch.testing.assert_close(found, (expected * tangent).sum())
-    batched = torch.func.vmap(lambda x: module(x)[0])(torch.stack([x, tangent]))
-    torch.testing.assert_close(batched, torch.stack([module(x)[0], module(tangent)[0]]))
+    batched = torch.func.vmap(lambda x: first(module(x)))(torch.stack([x, tangent]))
+    torch.testing.assert_close(batched, torch.stack([first(module(x)), first(module(tangent))]))
+    each = torch.func.vmap(torch.func.grad(total))(torch.stack([tangent, x]))
+    torch.testing.assert_close(each[1], expected)
+
+
+@pytest.mark.parametrize("label", LAYERS)
+@pytest.mark.parametrize("backend", ["cpu", None])
+def test_lengths_that_are_mapped_over(label, backend):
+    """Clamped, as none can be looked at."""
+    module, x = layer_of(label, backend=backend).double(), torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    lengths = torch.tensor([[5, 2, 0], [1, 9, 3]])
+    found = torch.func.vmap(lambda x, lengths: module(x, lengths=lengths)[0])(x, lengths)
+    expected = torch.stack([module(a, lengths=b)[0] for a, b in zip(x, lengths.clamp(1, 5), strict=True)])
+    expected[0, :, 2] = 0
+    torch.testing.assert_close(found, expected)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import mmfast
 from mmfast import native
 from mmfast.ops.product import has_products
+from mmfast.ops.rnn import backends
 from mmfast.ops.rnn.backends import OP, Case
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,6 +94,32 @@ def test_compiled(name):
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = compiled(x)
     assert torch.equal(y, plain[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("gru", "float32"), ("gru", "bfloat16 input"), ("gru", "bfloat16 state"), ("lengths", "float32")],
+)
+def test_compiled_loops(kind, given, monkeypatch):
+    """What eager may leave to PyTorch's loop is one graph, too, and of its loop's dtype."""
+    monkeypatch.setattr(backends, "has_products", lambda dtype: True)
+    OP.forget()
+    name = "GRU" if kind == "gru" else "LSTM"
+    layer, stock = getattr(mmfast.nn, name)(5, 16), getattr(torch.nn, name)(5, 16)
+    stock.load_state_dict(layer.state_dict())
+    low = {"float32": None, "bfloat16 input": 0, "bfloat16 state": 1}[given]
+    x, h, c = (a.bfloat16() if i == low else a for i, a in enumerate(torch.randn(3, 7, 3, 16).unbind(0)))
+    # an LSTM's sum is its second state
+    x, hx = x[..., :5], h[:1] if kind == "gru" else (c[:1], h[:1])
+    lengths = [7, 7, 7] if kind == "gru" else [7, 5, 2]
+    options = {} if kind == "gru" else {"lengths": torch.tensor(lengths)}
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (y, last), packed = compiled(x, hx, **options), pack_padded_sequence(x, lengths)
+        expected, of_stock = stock(packed, hx)
+    monkeypatch.undo()
+    OP.forget()
+    torch.testing.assert_close((y, last), (pad_packed_sequence(expected)[0], of_stock), atol=3e-2, rtol=3e-2)
 
 
 @per_layer

@@ -1,9 +1,12 @@
 """PyTorch's layers as one node, as on CUDA: on a CPU the node is asked for, on a GPU it is there by itself."""
 
+import functools
+
 import pytest
 import torch
 
 import mmfast
+from mmfast.ops.rnn import equations
 from mmfast.ops.rnn import layers as functions
 
 LAYERS = {
@@ -115,3 +118,30 @@ def test_packed_and_a_part_of_the_gradients(device):
         assert module.weight_ih_l0.grad is None
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@per_layer
+def test_lengths_unseen(device, name):
+    """Clamped, and NaN past them is not read, as by the formula; of any order."""
+    _, ours, x = layers(name, device)
+    states = [state.detach() * 3 for state in flat(ours(x)[1])]
+    lengths = torch.tensor([2, 0, 1, 9, -1, 3][: 3 if ours.batch_first else 6], device=device, dtype=torch.int32)
+    x = x.detach()
+    time = torch.arange(x.shape[1 if ours.batch_first else 0], device=device)
+    past = time >= lengths[:, None]
+    past = (past if ours.batch_first else past.t())[..., None]
+    options = ours._options()._replace(lengths=lengths)
+    results = []
+    for function, nothing in (
+        (functions._lengths_of_torch, float("nan")),
+        (functools.partial(functions._recurrent_by_layers, equations.sequence), 0.0),
+    ):
+        leaves = [a.clone().requires_grad_() for a in (x.masked_fill(past, nothing), *states)]
+        inputs = [*leaves, *ours.parameters()]
+        outputs = function(ours.mode, leaves[0], leaves[1:], ours.all_weights, options)
+        cotangents = [torch.ones_like(out).cumsum(-1) for out in outputs]
+        grads = torch.autograd.grad(outputs, inputs, cotangents, create_graph=True)
+        penalty = sum(g.square().sum() for g in grads)
+        results.append([*outputs, *grads, *torch.autograd.grad(penalty, inputs)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -12,9 +12,8 @@
 // Bound by multiplications: a tile of kRows rows times two vectors of columns keeps its sums in registers over a chain
 // of terms, at most kLongest, for a chain's rounding error grows with its length. Work is cut by shapes alone, and sums
 // are added in a fixed order: results do not depend on the number of threads.
-#include "cpu/layout.h"
+#include "cpu/conv_tile.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
 #include "mmfast.h"
 
 namespace mmfast {
@@ -23,27 +22,10 @@ namespace {
 
 using Args = mmfast_conv_transpose_args;
 
-#if defined(__AVX512F__)
-constexpr int kRows = 12;
-#else
-constexpr int kRows = 6;
-#endif
-constexpr int kVectors = 2;
-template <typename T>
-constexpr int kWidth = kVectors * kLanes<T>;
-constexpr int64_t kShortest = 32, kLongest = 128;
 constexpr int64_t kTargets = 2048;    // positions of a block that is written, some MB of all channels
 constexpr int64_t kInputs = 512;      // positions of a block whose products dweight sums
 constexpr int64_t kCached = 1 << 16;  // elements of rows and their sums that stay in the second-level cache
 constexpr int64_t kStrips = 8;        // strips of x that meet a tap's panel of dy while it is in the first-level cache
-
-// How long the chains of a sum are: `parts` of them, where they are neither too short nor too long then.
-inline int64_t chain_of(int64_t terms, int64_t parts) { return most(kShortest, least(kLongest, terms / parts)); }
-
-struct Range {
-    int64_t begin, end;
-    int64_t size() const { return end - begin; }
-};
 
 // The positions of one tensor.
 struct Grid {
@@ -85,55 +67,6 @@ struct Frame {
     T* data;
     int64_t first, pitch, sample;  // the first position that it holds; elements from one position, sample to the next
 };
-
-// rows of the sums over `count` segments of terms: row[r][offset + k] * weights[weight + k][column]
-struct Segment {
-    int64_t offset, weight, depth;
-};
-
-// out[r] = bias + the sums of row r, or += without bias
-template <typename T>
-void multiply_tile(const T* const* rows, const T* weights, const Segment* segments, int64_t count, const T* bias,
-                   T* const* out, int valid, int columns) {
-    constexpr int L = kLanes<T>;
-    const T* row[kRows];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) row[r] = rows[r];
-    Vec<T> sum[kRows][kVectors] = {};
-    for (int64_t s = 0; s < count; ++s) {
-        const T* w = weights + segments[s].weight;
-        const int64_t end = segments[s].offset + segments[s].depth;
-        for (int64_t k = segments[s].offset; k < end; ++k, w += kWidth<T>) {
-            const Vec<T> left = load(w), right = load(w + L);
-#pragma GCC unroll 16
-            for (int r = 0; r < kRows; ++r) {
-                const Vec<T> value = splat(row[r][k]);
-                sum[r][0] += value * left;
-                sum[r][1] += value * right;
-            }
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-        if (r >= valid) break;
-        if (columns == kWidth<T>) {
-            const T* start = bias ? bias : out[r];
-            store(out[r], load(start) + sum[r][0]);
-            store(out[r] + L, load(start + L) + sum[r][1]);
-            continue;
-        }
-        T lanes[kWidth<T>];
-        store(lanes, sum[r][0]);
-        store(lanes + L, sum[r][1]);
-        for (int c = 0; c < columns; ++c) out[r][c] = (bias ? bias[c] : out[r][c]) + lanes[c];
-    }
-}
-
-int threads_for(const Args& a) {
-    const int64_t taps = a.kernel[0] * a.kernel[1] * a.kernel[2];
-    const int64_t positions = a.in_size[0] * a.in_size[1] * a.in_size[2];
-    return a.batch * a.in_channels * a.out_channels * taps * positions < (1 << 18) ? 1 : a.threads;
-}
 
 // ---- forward and dx
 
@@ -287,6 +220,7 @@ class Gather {
         if (!groups.get() || !segments.get() || !places.get()) return false;
         Group* of[3];
         int64_t counts[3];
+        const Weights<T> weights{packed_.get(), panel_, bias_.get(), to_last_ ? to_channels_ : panels_ * kWidth<T>};
         Group* next = groups.get();
         for (int d = 0; d < 3; ++d) {
             of[d] = next;
@@ -301,7 +235,7 @@ class Gather {
                     const int64_t rows = list_rows(at, read, written, samples, places.get());
                     for (int64_t row = 0; row < rows; row += row_block_)
                         multiply_rows(read.data, written.data, places.get() + 2 * row, least(row_block_, rows - row),
-                                      segments.get(), count, panels, !to_last_);
+                                      segments.get(), count, chain_, weights, panels);
                 }
         return true;
     }
@@ -345,34 +279,6 @@ class Gather {
         return (places - begin) / 2;
     }
 
-    void multiply_rows(const T* read, T* written, const int64_t* places, int64_t rows, const Segment* segments,
-                       int64_t count, Range panels, bool padded) const {
-        int64_t done = 0;
-        do {
-            int64_t stop = done, depth = 0;
-            while (stop < count && (depth == 0 || depth + segments[stop].depth <= chain_))
-                depth += segments[stop++].depth;
-            for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-                const int64_t column = panel * kWidth<T>;
-                const int columns = padded ? kWidth<T> : int(least(kWidth<T>, to_channels_ - column));
-                for (int64_t row = 0; row < rows; row += kRows) {
-                    const int valid = int(least(kRows, rows - row));
-                    const T* sources[kRows];
-                    T* out[kRows];
-                    // rows past the end are the last one again, and not stored
-                    for (int r = 0; r < kRows; ++r) {
-                        const int64_t* place = places + 2 * (row + least(r, valid - 1));
-                        sources[r] = read + place[0];
-                        out[r] = written + place[1] + (panel - panels.begin) * kWidth<T>;
-                    }
-                    multiply_tile<T>(sources, packed_.get() + panel * panel_, segments + done, stop - done,
-                                     done ? nullptr : bias_.get() + column, out, valid, columns);
-                }
-            }
-            done = stop;
-        } while (done < count);
-    }
-
     const Args& args_;
     bool forward_;
     Grid to_, from_;
@@ -386,41 +292,6 @@ class Gather {
 };
 
 // ---- dweight
-
-// The places of one input and one output in their panels.
-struct Pair {
-    int32_t x, dy;
-};
-
-// sums[r][column] += sum over pairs of x[pair.x + r] * dy[pair.dy + column], or = where it is the first
-template <typename T>
-void add_products(const T* x, const T* dy, const Pair* pairs, int64_t count, int64_t chain, T* sums, bool first) {
-    constexpr int L = kLanes<T>;
-    do {
-        Vec<T> sum[kRows][kVectors] = {};
-        const Pair* stop = pairs + least(count, chain);
-        count -= stop - pairs;
-        for (; pairs < stop; ++pairs) {
-            const T* a = x + pairs->x;
-            const T* b = dy + pairs->dy;
-            const Vec<T> left = load(b), right = load(b + L);
-#pragma GCC unroll 16
-            for (int r = 0; r < kRows; ++r) {
-                const Vec<T> value = splat(a[r]);
-                sum[r][0] += value * left;
-                sum[r][1] += value * right;
-            }
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-            for (int v = 0; v < kVectors; ++v) {
-                T* at = sums + r * kWidth<T> + v * L;
-                store(at, first ? sum[r][v] : load(at) + sum[r][v]);
-            }
-        first = false;
-    } while (count > 0);
-}
 
 template <typename T>
 class Outer {

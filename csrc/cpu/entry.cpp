@@ -34,6 +34,8 @@
     X(phases_backward, mmfast_conv_transpose_args)   \
     X(gather_forward, mmfast_conv_transpose_args)    \
     X(gather_backward, mmfast_conv_transpose_args)   \
+    X(squares_forward, mmfast_conv_transpose_args)   \
+    X(squares_backward, mmfast_conv_transpose_args)  \
     X(depthwise_forward, mmfast_conv_transpose_args) \
     X(depthwise_backward, mmfast_conv_transpose_args)
 

@@ -53,10 +53,9 @@ int main(int argument_count, char** arguments) {
     struct {
         const char* name;
         bool (*run)();
-    } const ops[] = {{"layer", run_layer},        {"cell", run_cell},
-                     {"product", run_product},    {"phases", run_phases},
-                     {"gather", run_gather},      {"depthwise", run_depthwise},
-                     {"norm", run_normalization}, {"adversarial", run_adversarial}};
+    } const ops[] = {{"layer", run_layer},         {"cell", run_cell},          {"product", run_product},
+                     {"phases", run_phases},       {"gather", run_gather},      {"squares", run_squares},
+                     {"depthwise", run_depthwise}, {"norm", run_normalization}, {"adversarial", run_adversarial}};
     const bool is_short = argument_count > 1 && !strcmp(arguments[1], "short");
     const int calls = argument_count > 1 ? atoi(arguments[1]) : 100;
     int unseen = 0;

@@ -24,9 +24,12 @@ ROWS, MULTIPLICATIONS = 16, 1 << 18
 AT_ONCE = 1 << 22
 
 
-def prefers_native(a: Tensor, b: Tensor) -> bool:
-    """Whether the kernel makes a b faster, as exactly: on CPU tensors, at least one of each matrix' strides 1."""
-    if not native.beats_mkl():
+def prefers_native(a: Tensor, b: Tensor, with_avx2: bool = False) -> bool:
+    """Whether the kernel makes a b faster, as exactly: on CPU tensors, at least one of each matrix' strides 1.
+
+    with_avx2: whether it was measured faster for such matrices with AVX2, too.
+    """
+    if not (native.beats_mkl() or (with_avx2 and native.isa() == "avx2")):
         return False
     (rows, depth), columns = a.shape, b.shape[1]
     return (
@@ -39,9 +42,16 @@ def prefers_native(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False) -> Tensor:
+def product(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    add: bool = False,
+    with_avx2: bool = False,
+) -> Tensor:
     """out = a b + bias, or with `add` out += a b; out: dense along its rows, None: a new one."""
-    if prefers_native(a, b):
+    if prefers_native(a, b, with_avx2):
         out = a.new_empty((a.shape[0], b.shape[1])) if out is None else out
         native.cpu_product(a, b, None if bias is None else bias.contiguous(), out, add)
         return out

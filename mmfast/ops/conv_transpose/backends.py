@@ -190,7 +190,8 @@ def prefers_products(case: Case) -> str:
         return "few output channels"
     channels = min(case.in_channels, case.out_channels)
     multiplies = products.multiplies(channels, case.kernel_size, case.stride, case.output_padding, case.contiguous)
-    if _is_wide(case) and multiplies and (case.contiguous or case.gradients):
+    squares = products.has_squares(case.kernel_size, case.stride, case.dilation)
+    if _is_wide(case) and multiplies and (case.contiguous or case.gradients or squares):
         # Zen 3, ms of forward, dx, dweight, from contiguous to ours (channels_last): 128 to 64, k4 s2 p1, at 16 x 16,
         # batch 32: 28.4, 27.3, 30.0 to 24.6, 24.6, 25.5 (24.4, 23.8, 33.6); 512 to 256, at 4 x 4: 31.9, 30.3, 42.8 to
         # 22.5, 23.2, 22.6 (30.3, 26.7, 82.1). Granite Rapids: 22.8, 13.0, 14.3 to 12.1, 14.5, 12.6 (11.8, 10.4, 12.9);
@@ -335,7 +336,7 @@ class Cpu(Backend):
         if method == "phases":
             y = empty_output(x, weight, geometry)
             return products.phases_forward(_dense(x), weight, bias, geometry, y, activation)
-        if method == "products" and x.is_contiguous():
+        if method == "products" and (x.is_contiguous() or products.in_squares(x, weight, geometry)):
             y = products.products_forward(x, weight, bias, geometry, empty_output(x, weight, geometry))
         elif method == "one position":
             y = products.one_position_forward(x, weight, bias, geometry, empty_output(x, weight, geometry))

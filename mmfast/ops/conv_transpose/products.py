@@ -5,12 +5,14 @@ One position: y is x (N, Cin) times the window of weight (Cin, Cout * taps) that
 By phases, few output channels, or taps that do not overlap: csrc/cpu/conv_phases.cpp; dweight of many is torch's.
 
 By products of matrices, many channels: csrc/cpu/conv_gather.cpp; what is channels last but for dweight is torch's.
+In two dimensions of two taps a phase, forward and dx: csrc/cpu/conv_squares.cpp, by fewer products.
 
 Depthwise, as many groups as channels in and out: csrc/cpu/conv_depthwise.cpp.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +27,9 @@ FEW_OUTPUTS = 4
 
 #: Channels that torch.mm sums in one go: one product over all of them errs 1.8 x as much as PyTorch's convolution.
 _CHANNELS = 32
+
+#: Elements of a weight from which on its gradient by the kernel was measured faster, with AVX2.
+_LARGE_WEIGHT = 2**19
 
 
 def is_one_position(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -65,9 +70,10 @@ def one_position_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometr
     """Fills y, (N, Cout, *size) and dense, and returns it."""
     matrix, window = x.reshape(x.shape[:2]), _as_matrix(_window(weight, x, geometry), y)
     flat = _as_matrix(y, y)
-    if prefers_native(matrix, window) or y.dtype.itemsize == 2:
+    # Zen 3, batch 32, 100 to 512, k4: 1.4 ms, and in parts 2.0
+    if prefers_native(matrix, window, with_avx2=True) or y.dtype.itemsize == 2:
         # of 16 bits the sums are float32, and rounded once
-        product(matrix, window, out=flat)
+        product(matrix, window, out=flat, with_avx2=True)
     else:
         torch.mm(matrix[:, :_CHANNELS], window[:_CHANNELS], out=flat)
         for begin in range(_CHANNELS, matrix.shape[1], _CHANNELS):
@@ -87,7 +93,9 @@ def one_position_backward(
         dx = torch.empty_like(x)
         product(flat, _as_matrix(window, dy).t(), out=dx.view(dx.shape[:2]))
     if mask[1]:
-        found = product(x.reshape(x.shape[:2]).t(), flat)
+        # Zen 3, batch 32, 100 to 512, k4: 1.3 ms, and MKL's 1.5; 64 to 100, k4: 0.15 and 0.12
+        large = x.shape[1] * flat.shape[1] > _LARGE_WEIGHT
+        found = product(x.reshape(x.shape[:2]).t(), flat, with_avx2=large)
         if dy.is_contiguous():
             found = found.view(window.shape)
         else:
@@ -187,9 +195,51 @@ def multiplies(
     return not apart and (channels >= 128 or (len(stride) > 1 and channels % LEAST_CHANNELS == 0))
 
 
+#: Positions in a batch from which on squares were measured faster: the weight, of twice as many numbers then, is packed
+#: first; and how many outputs may be computed, with those beyond an odd end, for each that the products are less for.
+_LEAST_IN_SQUARES, _MOST_COMPUTED = 1024, 1.3
+
+
+def has_squares(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether two taps of each of two dimensions reach an output: csrc/cpu/conv_squares.cpp multiplies less there."""
+    twice = len(kernel) == 2 and all(taps == 2 * step for taps, step in zip(kernel, stride, strict=True))
+    return twice and max(dilation) == 1 and native.isa() == "avx2"
+
+
+def in_squares(x: Tensor, weight: Tensor, geometry: Geometry, forward: bool = True) -> bool:
+    """Whether nine products instead of sixteen, for each square of four outputs, were measured faster.
+
+    Zen 3, shared with others, ms of PyTorch's, of products and of these: 128 to 64, k4 s2 p1, at 16 x 16, batch 32: 47,
+    37 and 32, dx 48, 48 and 39; 512 to 128, at 32 x 32: 40, 41 and 34, dx 40, 44 and 32; channels last 256 to 256, at
+    32 x 32, batch 2: 80, 88 and 64, dx 87, 84 and 67. 128 to 64, at 5 x 5, batch 64, of which 6 x 6 are computed: 8.6,
+    5.7 and 6.9.
+    """
+    size, kernel = x.shape[2:], weight.shape[2:]
+    if not has_squares(kernel, geometry.stride, geometry.dilation):
+        return False
+    if x.numel() < _LEAST_IN_SQUARES * x.shape[1] or min(size) < 4:
+        return False
+    outputs = geometry.out_size(size, kernel) if forward else size
+    steps = geometry.stride if forward else (1, 1)
+    of_phase = [-(-side // step) for side, step in zip(outputs, steps, strict=True)]
+    return math.prod(side + side % 2 for side in of_phase) <= _MOST_COMPUTED * math.prod(size)
+
+
+def _leaves_dx(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's dx was measured faster than that of products."""
+    if x.is_contiguous():
+        # in one dimension, of channels that oneDNN need not pad, Zen 3: 512 to 256, k16 s8, at 75, batch 4: 22 ms where
+        # ours takes 29; 64 to 32, k4 s2, at 12000: 18 and 21; 768 to 384, k16 s8, at 264, batch 2: 91 and 105
+        return x.dim() == 3 and weight.shape[0] % 16 == weight.shape[1] % 16 == 0 and native.isa() == "avx2"
+    # 256 to 128, k4 s2 p1, at 8 x 8, batch 32: 21.9 ms where ours takes 24.0
+    return True
+
+
 def products_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, y: Tensor) -> Tensor:
     """Fills y, (N, Cout, *size) and dense, with conv_transpose(x) + bias, and returns it. x is dense, groups is 1."""
-    native.cpu_gather_forward(native_window(x, weight, geometry), x, weight.contiguous(), bias, y)
+    tensors = native_window(x, weight, geometry), x, weight.contiguous(), bias, y
+    if not (in_squares(x, weight, geometry) and native.cpu_squares_forward(*tensors)):
+        native.cpu_gather_forward(*tensors)
     return y
 
 
@@ -198,18 +248,19 @@ def products_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the convolution in `products_forward` that mask asks for; dy and x are dense."""
     dx = dweight = None
-    if mask[0] and not x.is_contiguous():
-        # 256 to 128, k4 s2 p1, at 8 x 8, batch 32: 21.9 ms where ours takes 24.0
+    window = native_window(x, weight, geometry)
+    squares = mask[0] and in_squares(x, weight, geometry, False)
+    if mask[0] and not squares and _leaves_dx(x, weight):
         dx = convolve_backward(dy, x, weight, geometry, (True, False, False))[0]
     elif mask[0]:
         dx = torch.empty_like(x)
+        tensors = window, x, weight.contiguous(), dy, dx
+        if not (squares and native.cpu_squares_backward(*tensors)):
+            native.cpu_gather_backward(*tensors, None)
     if mask[1]:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    own_dx = dx if x.is_contiguous() else None
-    if own_dx is not None or mask[1]:
-        window = native_window(x, weight, geometry)
-        native.cpu_gather_backward(window, x, weight.contiguous() if mask[0] else weight, dy, own_dx, dweight)
-    dweight = None if dweight is None else laid_out_as(weight, dweight)
+        native.cpu_gather_backward(window, x, weight, dy, None, dweight)
+        dweight = laid_out_as(weight, dweight)
     return dx, dweight, _sum_positions(dy) if mask[2] else None
 
 

@@ -323,7 +323,7 @@ class Cpu(Walker):
             return f"PyTorch's loop was measured faster for at most {SHORT[case.mode]} steps"
         if case.sparse and ours and not (case.gradients or case.extras or (float32s and not case.packed)):
             return f"PyTorch's loop was measured faster for {SPARSE} rows of all steps and {HEAVY} weights or more"
-        if case.stays_float32 and has_products(case.dtype):
+        if case.stays_float32 and has_products(case.dtype) and not case.transformed:
             return f"PyTorch's loop with products in {case.dtype} was not measured on such a processor"
         narrow = case.dtype == torch.bfloat16 and native.isa() == "avx512"  # below, PyTorch's LSTM raises
         onednn = case.mode == "LSTM" and (case.dtype == torch.float32 or narrow)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from ...dispatch import autocasts, compute_dtype, is_plain, is_transforming, needs_formula, outside_autocast
+from ...dispatch import asked_for, autocasts, compute_dtype, is_plain, is_transforming, needs_formula, outside_autocast
 from ..library import needs_gradient
 from . import cell as one_step
 from . import equations
@@ -55,7 +55,8 @@ def rnn(
     batch_sizes: int64 on the CPU, a PackedSequence's: how many sequences have a step t, for each t.
     lengths: (B,), integers: the steps of each sequence of a padded batch, in any order. Outputs past a length are 0,
         h_n is the state after each sequence's last step, and the reverse direction begins there. On the CPU each must
-        be in [1, T]; on another device, and in a compiled graph, they are clamped to [0, T], unseen.
+        be in [1, T]; on another device, in a compiled graph, and where a torch.func transform maps over them, they are
+        clamped to [0, T], unseen.
     reset_mask: bool or integers, the input's shape without its last dimension: where it is true a sequence begins anew,
         so that no state passes between this step and the one before, in neither direction; at step 0 it puts zeros in
         the place of hx. A sequence with resets gives what its parts, cut there, give one by one.
@@ -182,9 +183,11 @@ def _recurrent(
         shapes.append((len(weights), batch, sizes.hidden_size))
     if states is not None:
         _check_states(states, shapes)
+    if batch_sizes is None and _steps(input, options) == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     options = _checked_options(options, input, batch)
     seen = not torch.compiler.is_compiling()
-    formula = seen and is_transforming()
+    formula = seen and is_transforming() and asked_for(backend) != "torch"
     formula = formula and needs_formula([input, *(states or ()), *(weight for layer in weights for weight in layer)])
     # a graph is not compiled anew for another batch
     facts = _facts(mode, input, weights, sizes, options, batch, seen and not formula)
@@ -196,7 +199,7 @@ def _recurrent(
         in_float32 = _rnn_case(*facts).stays_float32
         if found := _recurrent_outside_autocast(in_float32, one, mode, input, states or (), weights, options):
             return found
-    if any(_extras(options)):
+    if formula or any(_extras(options)):
         walk = _extras_outside_graphs if torch.compiler.is_compiling() else _recurrent_by_layers
         return walk(equations.sequence, mode, input, states or (), weights, options)
     if states is None:
@@ -281,13 +284,17 @@ def _checked_lengths(lengths: Any, input: Tensor, batch: int, batch_first: bool,
         )
     if lengths.shape[0] != batch:
         raise RuntimeError(f"Expected `len(lengths)` to be equal to batch_size, but got {len(lengths)} ({batch=})")
-    if lengths.device.type == "cpu" and batch and is_plain([lengths]):
+    if lengths.device.type == "cpu" and batch and is_plain([lengths]) and not _is_transformed(lengths):
         shortest, longest, steps = int(lengths.min()), int(lengths.max()), input.shape[1 if batch_first else 0]
         if shortest <= 0:
             raise RuntimeError(f"Length of all samples has to be greater than 0, but a length is {shortest}")
         if longest > steps:
             raise RuntimeError(f"a length is {longest}, but the input has only {steps} steps")
     return lengths
+
+
+# A transform's tensor, one of a batch say, which has no numbers to look at
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class _Sizes(NamedTuple):
@@ -367,7 +374,10 @@ def _recurrent_by_layers(
     resets = options.reset_mask
     if resets is not None:
         resets = (resets.transpose(0, 1) if transposed else resets).contiguous()
-    base = Layer(mode, directions, options.batch_sizes, options.lengths, resets)
+    lengths = options.lengths
+    if lengths is not None:
+        lengths = lengths.to(x.device, non_blocking=True)
+    base = Layer(mode, directions, options.batch_sizes, lengths, resets)
     last: list[tuple[Tensor, ...]] = []
     for start in range(0, len(weights), directions):
         if start and options.dropout and options.training:
@@ -392,14 +402,17 @@ def _recurrent_outside_autocast(
 ) -> tuple[Tensor, ...] | None:
     """In the dtype of PyTorch's result: of autocast, to which PyTorch casts all that cuDNN and oneDNN read, or float32.
 
-    None where the result is float32 for other reasons than that all is.
+    None where the result is float32 for other reasons than that all is, but in a graph, which has no other way.
     """
     device, tensors = input.device.type, (input, *states, *itertools.chain(*weights))
     if in_float32 and (input.dtype.itemsize == 2 or any(x.dtype != input.dtype for x in tensors)):
-        return None
+        if not torch.compiler.is_compiling():
+            return None
+        # PyTorch's loops add to the last state
+        in_float32 = [input, *states][-1].dtype != torch.get_autocast_dtype(device)
 
     def cast(x: Tensor) -> Tensor:
-        return x if in_float32 else x.to(compute_dtype(device, x.dtype))
+        return x.to(torch.float32 if in_float32 else compute_dtype(device, x.dtype))
 
     operands = (cast(input), [cast(state) for state in states], [[cast(w) for w in part] for part in weights])
     with outside_autocast(device):
@@ -477,15 +490,57 @@ def recurrent_of_aten(
 def _lengths_of_torch(
     mode: str, input: Tensor, states: Sequence[Tensor], weights: Weights, options: Options
 ) -> tuple[Tensor, ...]:
-    """By way of a PackedSequence."""
-    batch_first = options.batch_first
-    packed = pack_padded_sequence(input, options.lengths.cpu(), batch_first, enforce_sorted=False)  # type: ignore[union-attr]
+    """By way of a PackedSequence; of lengths on another device, or that none can have, padded."""
+    lengths, batch_first, steps = options.lengths, options.batch_first, _steps(input, options)
+    assert lengths is not None
+    if not (lengths.is_cpu and len(lengths) and lengths.min() > 0 and lengths.max() <= steps):
+        function = partial(_unseen_lengths_of_torch, options.training)
+        return _recurrent_by_layers(function, mode, input, states, weights, options)
+    packed = pack_padded_sequence(input, lengths, batch_first, enforce_sorted=False)
     states = [state.index_select(1, packed.sorted_indices) for state in states]  # type: ignore[arg-type]
     options = options._replace(batch_first=False, batch_sizes=packed.batch_sizes, lengths=None)
     output, *last = _recurrent_of_torch(mode, packed.data, states, weights, options)
     packed = PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-    output, _ = pad_packed_sequence(packed, batch_first, total_length=input.shape[1 if batch_first else 0])
+    output, _ = pad_packed_sequence(packed, batch_first, total_length=steps)
     return output, *(state.index_select(1, packed.unsorted_indices) for state in last)  # type: ignore[arg-type]
+
+
+#: What closes a gate, and with the other sign opens it, in each of some inputs: products in 16 bits are made of eights.
+_CLOSED, _INPUTS = -1e3, 8
+
+
+def _unseen_lengths_of_torch(
+    training: bool, x: Tensor, weights: Sequence[Tensor], h0: Tensor, c0: Tensor | None, layer: Layer
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`equations.sequence` of a layer with lengths, by PyTorch's own layer over all steps, without a look at them.
+
+    For the reverse direction the steps within a length are turned around. Past a length, which more inputs tell, an
+    LSTM's input gate is closed and its forget gate open, so that c stays; h is taken from the output.
+    """
+    steps, lstm = x.shape[0], layer.mode == "LSTM"
+    lengths = layer.lengths.to(torch.int64).clamp(0, steps)[:, None]  # type: ignore[union-attr]
+    time = torch.arange(steps, device=x.device)[:, None, None]
+    past = time >= lengths
+    turned, last = torch.where(past, time, lengths - 1 - time), (lengths - 1).clamp(min=0)[None]
+    x = x.masked_fill(past, 0)  # NaN times 0, too, would get into c
+    if lstm:
+        x = torch.cat([x, past.to(x.dtype).expand(-1, -1, _INPUTS)], -1)
+    outputs, ends = [], []
+    each = len(weights) // layer.directions
+    for d in range(layer.directions):
+        w_ih, *others = weights[d * each : (d + 1) * each]
+        if lstm:
+            gates = w_ih.new_zeros((4, w_ih.shape[0] // 4, _INPUTS))
+            gates[0], gates[1] = _CLOSED, -_CLOSED
+            w_ih = torch.cat([w_ih, gates.flatten(0, 1)], 1)
+        states = [state[d : d + 1] for state in (h0, c0) if state is not None]
+        of_x = x.gather(0, turned.expand_as(x)) if d else x
+        y, *end = _recurrent_of_torch(layer.mode, of_x, states, [[w_ih, *others]], Options(training=training))
+        end[0] = torch.where(lengths > 0, y.gather(0, last.expand(1, *y.shape[1:])), states[0].to(y.dtype))
+        outputs.append(y.gather(0, turned.expand_as(y)) if d else y)
+        ends.append(end)
+    h_n, *c_n = map(torch.cat, zip(*ends, strict=True))
+    return torch.cat(outputs, -1).masked_fill(past, 0), h_n, c_n[0] if lstm else None
 
 
 # Traced, PyTorch's function would become one graph node per step and gate; it runs between two graphs instead, as
@@ -598,10 +653,14 @@ def cell(
 
 def _cell(mode: str, facts: tuple, operands: one_step.Operands, backend: str | None) -> tuple[Tensor, Tensor] | None:
     """The state after one step, (h, c), without c h twice; None where it is for PyTorch to compute or to refuse."""
-    chosen = OP.select_by(facts, _cell_case, backend)
+    chosen: str | None = OP.select_by(facts, _cell_case, backend)
     if chosen == "torch":
-        return None
-    if chosen == "cpu" and not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+            return None
+        if not is_transforming() or asked_for(backend):
+            return None
+        chosen = None  # the layer finds the formula where one is needed
+    elif chosen == "cpu" and not torch.is_grad_enabled():
         tensors = [x for x in operands if x is not None]
         if is_plain(tensors) and not needs_formula(tensors):
             return one_step.step(mode, operands)

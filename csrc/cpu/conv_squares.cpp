@@ -1,0 +1,319 @@
+// Transposed convolution in two dimensions of two taps a phase, by fewer products of matrices: forward and dx.
+//
+// Pointers, shapes and the formula: mmfast_conv_transpose_args in mmfast.h. Where kernel = 2 stride, the output of an
+// axis for which o + before = stride q + r is x[q] w[r] + x[q - 1] w[r + stride]. Two of them a stride apart, and so
+// two neighbours of dx, are
+//     d0 g1 + d1 g0 = a + b          a = -g1 (d1 - d0)      b = (g0 + g1) d1      c = g0 (d2 - d1)
+//     d1 g1 + d2 g0 = b + c
+// three products instead of four, and of both axes, in squares of four targets, nine instead of sixteen. The source
+// lies channels last between zeros, beside it its differences along each axis and along both: a product takes its rows,
+// the middles of squares, from one of them. A target is made of no other sources than the formula says, but of
+// infinities differences make NaN: a result that is not finite is declined.
+//
+// Bound by multiplications, as conv_gather.cpp. Source: Winograd, "Arithmetic Complexity of Computations", 1980; Lavin
+// and Gray, arXiv:1509.09308. Work is cut by shapes alone, and sums are added in a fixed order: results do not depend
+// on the number of threads.
+#include "cpu/conv_tile.h"
+#include "cpu/half.h"
+#include "cpu/parallel.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+namespace {
+
+using Args = mmfast_conv_transpose_args;
+
+// squares of each phase in a block: sources stay near the second-level cache, but a large weight is read less often
+constexpr int64_t kFewSquares = 64, kManySquares = 128, kLargeWeight = 1 << 20;
+constexpr int64_t kLeastChain = 16, kMostChain = 64;  // differences err more than what they are of
+enum Part { kBefore, kBoth, kAfter };                 // a, b, c
+constexpr int kParts = 9, kArrays = 4;                // of both axes: products; the source and its differences
+constexpr int kTargets = 4;                           // of a square
+
+// One axis of what is computed, the targets, and of what that is made of, the sources, at places between zeros.
+struct Axis {
+    bool forward;
+    int64_t stride, before, sources, targets;
+    int64_t step, reach;  // from one target of a pair to the other, from one source that it sees to the next
+    int64_t pairs;        // of one phase
+
+    Axis(const Args& a, int d, bool is_forward)
+        : forward(is_forward),
+          stride(a.stride[d]),
+          before(a.before[d]),
+          sources(forward ? a.in_size[d] : a.out_size[d]),
+          targets(forward ? a.out_size[d] : a.in_size[d]),
+          step(forward ? stride : 1),
+          reach(forward ? 1 : stride),
+          pairs(parts_of(parts_of(targets, step), 2)) {}
+
+    // Of the targets j + step * 2 * pair and the next one, the place of the source in the middle; of dx, whose sources
+    // have phases, of the first phase.
+    int64_t middle(int64_t j, int64_t pair) const {
+        return forward ? (j + before) / stride + 2 * pair : (2 * pair + 1) * stride;
+    }
+    // The places that some pairs see.
+    Range places(Range some) const {
+        if (!forward) return {2 * some.begin * stride, (2 * some.end + 1) * stride};
+        return {before / stride + 2 * some.begin - 1, (stride - 1 + before) / stride + 2 * some.end};
+    }
+    Range targets_of(Range some) const { return {2 * step * some.begin, least(targets, 2 * step * some.end)}; }
+    int64_t shift() const { return forward ? 0 : before; }  // from a source to its place
+};
+
+template <typename T>
+class Squares {
+  public:
+    Squares(const Args& args, bool forward)
+        : args_(args),
+          forward_(forward),
+          axis_{Axis(args, 1, forward), Axis(args, 2, forward)},
+          phases_(args.stride[1] * args.stride[2]),
+          to_channels_(forward ? args.out_channels : args.in_channels),
+          from_channels_(forward ? args.in_channels : args.out_channels),
+          to_last_(forward ? args.y_channels_last : args.x_channels_last),
+          from_last_(forward ? args.x_channels_last : args.y_channels_last),
+          from_(static_cast<const T*>(forward ? args.x : args.y)),
+          to_(static_cast<T*>(forward ? args.y : args.dx)),
+          panels_(parts_of(to_channels_, kWidth<T>)),
+          size_(from_channels_ * kWidth<T>),
+          depth_(forward ? 1 : phases_),
+          chain_(most(kLeastChain, least(kMostChain, depth_ * from_channels_ / 2))),
+          squares_(phases_ * kParts * to_channels_ * from_channels_ < kLargeWeight ? kFewSquares : kManySquares),
+          samples_(most(1, least(args.batch, squares_ / (axis_[0].pairs * axis_[1].pairs)))),
+          rows_(parts_of(axis_[0].pairs, parts_of(axis_[0].pairs, most(1, squares_ / axis_[1].pairs)))),
+          bands_(parts_of(axis_[0].pairs, rows_)),
+          packed_(phases_ * kParts * panels_ * size_),
+          bias_(panels_ * kWidth<T>),
+          zeros_(panels_ * kWidth<T>) {}
+
+    int run() {
+        if (!packed_.get() || !bias_.get() || !zeros_.get()) return MMFAST_OUT_OF_MEMORY;
+        const int threads = threads_for(args_);
+        int status = MMFAST_OK;
+        const auto note = [&](int found) {
+            if (found) __atomic_store_n(&status, found, __ATOMIC_RELAXED);
+        };
+        parallel_for(threads, panels_, [&](int64_t panel) { note(pack(panel)); });
+        if (status) return status;
+        // where there are too few blocks, threads share out columns
+        const int64_t blocks = parts_of(args_.batch, samples_) * bands_;
+        const int64_t parts = blocks < threads ? least(panels_, threads) : 1;
+        parallel_for(threads, blocks * parts, [&](int64_t unit) {
+            const int64_t block = unit / parts, part = unit % parts;
+            const int64_t n = block / bands_ * samples_, row = block % bands_ * rows_;
+            note(compute({n, least(args_.batch, n + samples_)}, {row, least(axis_[0].pairs, row + rows_)},
+                         {panels_ * part / parts, panels_ * (part + 1) / parts}));
+        });
+        return status;
+    }
+
+  private:
+    // (terms, width); the terms of dx are those of all phases
+    T* packed(int64_t phase, int64_t part, int64_t panel) const {
+        const int64_t at =
+            forward_ ? (phase * kParts + part) * panels_ + panel : (part * panels_ + panel) * phases_ + phase;
+        return packed_.get() + at * size_;
+    }
+
+    int pack(int64_t panel) {
+        const int64_t first = panel * kWidth<T>, columns = least(kWidth<T>, to_channels_ - first);
+        const int64_t taps = args_.kernel[1] * args_.kernel[2], wide = args_.out_channels * taps;
+        const int64_t to_step = forward_ ? taps : wide, from_step = forward_ ? wide : taps;
+        Scratch<T> turned(taps * size_);
+        if (!turned.get()) return MMFAST_OUT_OF_MEMORY;
+        if (columns < kWidth<T>) memset(turned.get(), 0, size_t(taps * size_) * sizeof(T));
+        const T* weight = static_cast<const T*>(args_.weight) + first * to_step;
+        for (int64_t c = 0; c < from_channels_; ++c)
+            transpose_to(turned.get() + c * kWidth<T>, size_, weight + c * from_step, to_step, columns, taps);
+        for (int64_t phase = 0; phase < phases_; ++phase)
+            for (int part = 0; part < kParts; ++part)
+                combine_taps(phase, Part(part / 3), Part(part % 3), turned.get(), packed(phase, part, panel));
+        const T* bias = forward_ ? static_cast<const T*>(args_.bias) : nullptr;
+        for (int64_t c = 0; c < kWidth<T>; ++c) {
+            bias_.get()[first + c] = bias && c < columns ? bias[first + c] : T(0);
+            zeros_.get()[first + c] = T(0);
+        }
+        return MMFAST_OK;
+    }
+
+    // What a part multiplies differences with: of the taps r and r + stride the one that it has, or both.
+    void combine_taps(int64_t phase, Part outer, Part inner, const T* turned, T* to) const {
+        const auto has = [&](Part part, int second) {
+            return part == kBoth || (part == kBefore) == (second == (forward_ ? 1 : 0));
+        };
+        const T sign = (outer == kBefore) != (inner == kBefore) ? T(-1) : T(1);
+        const int64_t r = phase / args_.stride[2], c = phase % args_.stride[2];
+        bool first = true;
+        for (int i = 0; i < 4; ++i) {
+            if (!has(outer, i / 2) || !has(inner, i % 2)) continue;
+            const int64_t tap = (r + i / 2 * args_.stride[1]) * args_.kernel[2] + c + i % 2 * args_.stride[2];
+            const T* from = turned + tap * size_;
+            for (int64_t k = 0; k < size_; k += kLanes<T>)
+                store(to + k, first ? load(from + k) * sign : load(to + k) + load(from + k) * sign);
+            first = false;
+        }
+    }
+
+    // body(middle of the sources, first target, squares so far, its places along the axes) for squares whose targets
+    // are j apart from a multiple of the steps; sources: their places, targets: those of a block, or all.
+    template <typename Body>
+    void each_square(int64_t samples, Range rows, const int64_t* j, const Range* places, const Range* targets,
+                     const Body& body) const {
+        const int64_t width = places[1].size(), area = places[0].size() * width;
+        const int64_t to_width = targets[1].size(), to_area = targets[0].size() * to_width;
+        int64_t count = 0;
+        for (int64_t n = 0; n < samples; ++n)
+            for (int64_t a = rows.begin; a < rows.end; ++a)
+                for (int64_t b = 0; b < axis_[1].pairs; ++b) {
+                    const int64_t at[2] = {j[0] + axis_[0].step * 2 * a, j[1] + axis_[1].step * 2 * b};
+                    if (at[0] >= axis_[0].targets || at[1] >= axis_[1].targets) continue;
+                    body(n * area + (axis_[0].middle(j[0], a) - places[0].begin) * width + axis_[1].middle(j[1], b) -
+                             places[1].begin,
+                         n * to_area + (at[0] - targets[0].begin) * to_width + at[1] - targets[1].begin, count++, at);
+                }
+    }
+
+    int compute(Range samples, Range rows, Range panels) {
+        const Range places[2] = {axis_[0].places(rows), axis_[1].places({0, axis_[1].pairs})};
+        const Range band[2] = {axis_[0].targets_of(rows), {0, axis_[1].targets}};
+        const int64_t width = panels.size() * kWidth<T>, first = panels.begin * kWidth<T>;
+        const int64_t pitch = places[1].size() * from_channels_;
+        const int64_t array = samples.size() * places[0].size() * pitch;
+        const int64_t area = band[0].size() * band[1].size(),
+                      most_squares = samples.size() * rows.size() * axis_[1].pairs;
+        Scratch<T> arrays(kArrays * array), products(kParts * most_squares * width);
+        Scratch<T> turned(to_last_ ? 0 : samples.size() * area * width);
+        Scratch<int64_t> listed(2 * most_squares);
+        Scratch<Segment> segments(depth_ * parts_of(from_channels_, chain_));
+        if (!arrays.get() || !products.get() || !turned.get() || !listed.get() || !segments.get())
+            return MMFAST_OUT_OF_MEMORY;
+        fill(samples, places, arrays.get());
+        const int64_t down = axis_[0].reach * pitch, right = axis_[1].reach * from_channels_;
+        differ(arrays.get(), right, array, arrays.get() + array);
+        differ(arrays.get(), down, array, arrays.get() + 2 * array);
+        differ(arrays.get() + array, down, array, arrays.get() + 3 * array);
+        const int64_t count = list_segments(pitch, segments.get());
+
+        // where it can, a square is written to the tensor itself
+        const Range whole[2] = {{0, axis_[0].targets}, {0, axis_[1].targets}};
+        const Range* targets = to_last_ ? whole : band;
+        T* image = to_ + samples.begin * axis_[0].targets * axis_[1].targets * to_channels_;
+        T* out = to_last_ ? image + first : turned.get();
+        const int64_t out_pitch = to_last_ ? to_channels_ : width;
+        Vec<T> zeros = {};
+        for (int64_t i = 0; i < (forward_ ? phases_ : 1); ++i) {
+            const int64_t j[2] = {i / args_.stride[2], i % args_.stride[2]};
+            const int64_t phase = forward_ ? (j[0] + axis_[0].before) % args_.stride[1] * args_.stride[2] +
+                                                 (j[1] + axis_[1].before) % args_.stride[2]
+                                           : 0;
+            int64_t squares = 0;
+            each_square(samples.size(), rows, j, places, targets, [&](int64_t middle, int64_t, int64_t square, auto) {
+                listed.get()[2 * square] = middle * from_channels_;
+                listed.get()[2 * square + 1] = square * width;
+                ++squares;
+            });
+            for (int part = 0; part < kParts; ++part) {
+                const int outer = part / 3, inner = part % 3;
+                const T* sources = arrays.get() + (2 * (outer != kBoth) + (inner != kBoth)) * array -
+                                   (outer == kBefore) * down - (inner == kBefore) * right;
+                const Weights<T> weights{packed(phase, part, 0), depth_ * size_, zeros_.get(), panels_ * kWidth<T>};
+                multiply_rows(sources, products.get() + part * most_squares * width, listed.get(), squares,
+                              segments.get(), count, chain_, weights, panels);
+            }
+            each_square(samples.size(), rows, j, places, targets,
+                        [&](int64_t, int64_t target, int64_t square, const int64_t* at) {
+                            add_parts(products.get() + square * width, most_squares * width, at, bias_.get() + first,
+                                      least(width, to_channels_ - first), out + target * out_pitch,
+                                      axis_[0].step * targets[1].size() * out_pitch, axis_[1].step * out_pitch, &zeros);
+                        });
+        }
+        if (sum_lanes<T>(zeros) != 0) return MMFAST_DECLINED;
+        const int64_t positions = axis_[0].targets * axis_[1].targets;
+        for (int64_t n = 0; !to_last_ && n < samples.size(); ++n)
+            transpose_to(image + (n * to_channels_ + first) * positions + band[0].begin * axis_[1].targets, positions,
+                         turned.get() + n * area * width, width, area, least(width, to_channels_ - first));
+        return MMFAST_OK;
+    }
+
+    // (samples, places, channels), zero where there is no source
+    void fill(Range samples, const Range* places, T* to) const {
+        const int64_t height = axis_[0].sources, width = axis_[1].sources, pitch = places[1].size() * from_channels_;
+        memset(to, 0, size_t(samples.size() * places[0].size() * pitch) * sizeof(T));
+        const int64_t skipped = axis_[1].shift() - places[1].begin;
+        const int64_t begin = most(0, -skipped), end = least(width, places[1].size() - skipped);
+        if (begin >= end) return;
+        for (int64_t n = samples.begin; n < samples.end; ++n)
+            for (int64_t a = places[0].begin; a < places[0].end; ++a, to += pitch) {
+                const int64_t row = a - axis_[0].shift();
+                if (row < 0 || row >= height) continue;
+                T* there = to + (begin + skipped) * from_channels_;
+                if (from_last_)
+                    memcpy(there, from_ + ((n * height + row) * width + begin) * from_channels_,
+                           size_t((end - begin) * from_channels_) * sizeof(T));
+                else
+                    transpose_to(there, from_channels_, from_ + (n * from_channels_ * height + row) * width + begin,
+                                 height * width, from_channels_, end - begin);
+            }
+    }
+
+    // to[i] = from[i + step] - from[i], but for the last ones, which no square sees
+    static void differ(const T* from, int64_t step, int64_t size, T* to) {
+        for (int64_t i = 0; i < size - step; i += kLanes<T>) {
+            const int lanes = int(least(size - step - i, kLanes<T>));
+            store_float(to + i, load_float(from + step + i, lanes) - load_float(from + i, lanes), lanes);
+        }
+    }
+
+    int64_t list_segments(int64_t pitch, Segment* segments) const {
+        int64_t count = 0;
+        for (int64_t i = 0; i < depth_; ++i)
+            for (int64_t c = 0; c < from_channels_; c += chain_)
+                segments[count++] = {i / args_.stride[2] * pitch + i % args_.stride[2] * from_channels_ + c,
+                                     i * size_ + c * kWidth<T>, least(chain_, from_channels_ - c)};
+        return count;
+    }
+
+    // The targets of a square, from its products, `array` apart; zeros: += 0 times each.
+    void add_parts(const T* products, int64_t array, const int64_t* at, const T* bias, int64_t columns, T* out,
+                   int64_t down, int64_t right, Vec<T>* zeros) const {
+        for (int i = 0; i < kTargets; ++i) {
+            const int outer = i / 2, inner = i % 2;
+            if (at[0] + outer * axis_[0].step >= axis_[0].targets || at[1] + inner * axis_[1].step >= axis_[1].targets)
+                continue;
+            const T* terms = products + (3 * outer + inner) * array;
+            T* to = out + outer * down + inner * right;
+            for (int64_t c = 0; c < columns; c += kLanes<T>, terms += kLanes<T>) {
+                const Vec<T> sum = load(bias + c) + (load(terms) + load(terms + array)) +
+                                   (load(terms + 3 * array) + load(terms + 4 * array));
+                *zeros += sum * T(0);
+                store_float(to + c, sum, int(least(columns - c, kLanes<T>)));
+            }
+        }
+    }
+
+    const Args& args_;
+    bool forward_;
+    Axis axis_[2];
+    int64_t phases_, to_channels_, from_channels_;
+    bool to_last_, from_last_;
+    const T* from_;
+    T* to_;
+    int64_t panels_, size_, depth_, chain_, squares_, samples_, rows_, bands_;
+    Scratch<T> packed_, bias_, zeros_;
+};
+
+int run(const Args& args, bool forward) {
+    bool fits = args.in_size[0] == 1 && args.kernel[0] == 1 && args.stride[0] == 1 && args.out_size[0] == 1;
+    for (int d = 1; d < 3; ++d) fits = fits && args.kernel[d] == 2 * args.stride[d] && args.dilation[d] == 1;
+    if (!fits) return MMFAST_DECLINED;
+    return with_type(args, [&](auto type) { return Squares<decltype(type)>(args, forward).run(); });
+}
+
+}  // namespace
+
+int squares_forward(const Args& args) { return run(args, true); }
+int squares_backward(const Args& args) { return run(args, false); }
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast
