@@ -2,7 +2,8 @@
 
 small     every GPU backend once against float64, on small cases of each kind; what compute-sanitizer runs
 graph     forward + backward captured in a CUDA graph and replayed on new data, the same on a side stream, and twice
-losses    a loss of many discriminators: kernels launched in a pass, no wait for the device, captured in a graph
+losses    every mode, feature matching, LeCam, penalty and weighting: no wait for the device, captured in a graph;
+          kernels launched in a pass over many discriminators
 recurrent recurrent layers in bfloat16, forward and forward + backward, by cuDNN and by each backend, beside their aims
 cudnn     cuDNN's layers of every mode and dtype over hidden sizes, packed and not, and mmfast's where there is one
 decoders  transposed convolutions of public decoders, forward in bfloat16, as CUDA graphs: each layer by PyTorch and by
@@ -25,10 +26,11 @@ from typing import Any, NamedTuple
 import torch
 
 import mmfast
-from mmfast import native
+from mmfast import functional, native, nn
 from mmfast.bench import cases, measure
 from mmfast.bench.cases import AdversarialCase, ConvTransposeCase, RnnCase
 from mmfast.bench.contenders import Bout, Inputs, Results
+from mmfast.ops.adversarial.equations import MODES
 from mmfast.validate.checks import Subject, Trial, refusals
 
 #: batch, steps or positions a side, units or channels: odd, and more than one block of a loss's logits
@@ -86,7 +88,7 @@ def graph(arguments: argparse.Namespace) -> int:
     for subject in served(cases.matching(CAPTURED), "cuda"):
         bout = Bout(subject.case, "forward+backward", subject.dtype, "cuda", arguments.seed, most=1)
         with mmfast.use_backend(subject.backend):
-            complaint = _on_streams(bout)
+            complaint = _on_streams(bout.computation(bout.ours()), bout.sets[0])
         name = f"{subject.case.name}, {subject.backend}"
         print(
             f"RESULT: {name}: {complaint or 'a second run, a side stream and a CUDA graph give the eager bits'}",
@@ -97,10 +99,8 @@ def graph(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _on_streams(bout: Bout) -> str:
+def _on_streams(compute: Callable[[Inputs], Results], inputs: Inputs) -> str:
     """What goes wrong on a side stream or in a graph; empty where nothing does."""
-    compute = bout.computation(bout.ours())
-    inputs = bout.sets[0]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -140,40 +140,109 @@ def _rewrite(inputs: Inputs) -> None:
 
 
 def _same(found: Results, expected: Results) -> bool:
-    torch.cuda.synchronize()
+    if found[0].is_cuda:
+        torch.cuda.synchronize()
     return all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 def losses(arguments: argparse.Namespace) -> int:
     """Kernels beside mmfast's, as those that autograd fills a gradient with, are counted, too."""
-    case = AdversarialCase("many", "hinge", tuple((16, 1, 3 + k) for k in range(75)))
+    many = AdversarialCase("many", "hinge", tuple((16, 1, 3 + k) for k in range(75)))
     failed = 0
-    for subject in served([case], arguments.device):
-        bout = Bout(case, "forward+backward", torch.float32, arguments.device, arguments.seed, most=1)
-        with mmfast.use_backend(subject.backend):
-            failed += _waits(bout, subject) if arguments.device == "cuda" else 0
+    for subject in served([many], arguments.device):
+        backend = subject.backend
+        bout = Bout(many, "forward+backward", torch.float32, arguments.device, arguments.seed, most=1)
+        inputs = [torch.randn(n, 40, device=arguments.device).requires_grad_() for n in (8, 5, 8, 5)]
+        with mmfast.use_backend(backend):
             compute = bout.computation(bout.ours())
-            compute(bout.sets[0])
+            passes = [("hinge of 150 tensors", compute, bout.sets[0])]
+            passes += [(name, functools.partial(_stepped, step), inputs) for name, step in steps(arguments.device)]
+            complaints = {name: complaint for name, run, given in passes if (complaint := _waits(run, given))}
             count = _launches(functools.partial(compute, bout.sets[0]), arguments.device)
-        print(f"RESULT: {subject.backend}: {count} launches forward + backward of 150 tensors (aim 3)", flush=True)
+        failed += len(complaints)
+        for name, complaint in complaints.items():
+            print(f"RESULT: {backend}, {name}: {complaint}", flush=True)
+        print(f"RESULT: {backend}: {len(passes) - len(complaints)} losses {REPEATED[arguments.device]}", flush=True)
+        print(f"RESULT: {backend}: {count} launches forward + backward of 150 tensors (aim 3)", flush=True)
     return failed
 
 
-def _waits(bout: Bout, subject: Subject) -> int:
-    """1 where a pass waits for the device, which torch then refuses, or cannot be captured."""
-    compute = bout.computation(bout.ours())
-    compute(bout.sets[0])
+#: what is seen of a pass on a device
+REPEATED = {"cuda": "never wait for the device, and are captured in a graph", "cpu": "give the same bits twice"}
+
+Lists = Sequence[torch.Tensor]
+
+
+def steps(device: str) -> Iterator[tuple[str, Callable[[Lists, Lists], torch.Tensor]]]:
+    """Every kind of loss with its name: of two discriminators' real and fake logits, (8, 40) and (5, 40)."""
+    for mode in MODES:
+        for side in ("discriminator", "generator"):
+            yield f"{mode}, {side}", _of(nn.AdversarialLoss(mode, across="mean"), side)
+    smoothed = nn.AdversarialLoss("non-saturating", smoothing=(0.1, 0.2))
+    weight = torch.rand(8, device=device)
+    yield "label smoothing", smoothed.discriminator
+    yield "weights by sample", lambda r, f: smoothed.discriminator(r[0], f[0], real_weight=weight, fake_weight=weight)
+    yield "a matching discriminator", lambda r, f: functional.matching_discriminator_loss(r, f, r, unconditional=(f, r))
+    # without a memory, so that a second call gives the same
+    yield "LeCam", nn.LeCam(decay=0.0, discriminators=2).to(device)
+    yield "feature matching", nn.FeatureMatchingLoss(detach=False)
+    yield "relative feature matching", nn.FeatureMatchingLoss(across="mean", relative=True)
+    for name in ("r1", "r2", "zero_centered", "wgan", "dragan", "max_gradient"):
+        yield f"{name} penalty", functools.partial(_penalty, getattr(functional, f"{name}_penalty"))
+    yield "adaptive weight", _adaptive
+    yield "balancer", functools.partial(_balanced, nn.LossBalancer({"a": 1.0, "b": 3.0}, decay=0.0).to(device))
+
+
+def _of(loss: nn.AdversarialLoss, side: str) -> Callable[[Lists, Lists], torch.Tensor]:
+    return loss.discriminator if side == "discriminator" else lambda real, fake: loss.generator(fake, real)
+
+
+def _penalty(penalty: Callable[..., torch.Tensor], real: Lists, fake: Lists) -> torch.Tensor:
+    """Of a critic whose gradient is the same wherever it is taken, so that random points do not tell."""
+
+    def critic(x: torch.Tensor) -> torch.Tensor:
+        return (x * fake[1][0]).sum(1)
+
+    if penalty is functional.dragan_penalty:
+        return penalty(critic, real[0])
+    if penalty in (functional.wgan_penalty, functional.max_gradient_penalty):
+        return penalty(critic, real[0], fake[0])
+    return penalty(critic(real[0]), real[0])
+
+
+def _adaptive(real: Lists, fake: Lists) -> torch.Tensor:
+    out = real[0] * fake[0]
+    adversarial = functional.adversarial_generator_loss(out)
+    return out.abs().mean() + adversarial * functional.adaptive_weight(out.abs().mean(), adversarial, fake[0])
+
+
+def _balanced(balancer: nn.LossBalancer, real: Lists, fake: Lists) -> torch.Tensor:
+    out = real[0] * fake[0]
+    losses = {"a": out.abs().mean(), "b": functional.adversarial_generator_loss(out)}
+    return (out * balancer.gradient(losses, out)).sum()
+
+
+def _stepped(step: Callable[[Lists, Lists], torch.Tensor], inputs: Inputs) -> Results:
+    """A forward and a backward of a step; inputs: the real and then the fake logits."""
+    half = len(inputs) // 2
+    total = step(inputs[:half], inputs[half:])
+    return [total.detach(), *torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)]
+
+
+def _waits(compute: Callable[[Inputs], Results], inputs: Inputs) -> str:
+    """What a pass does that it must not: wait for the device, which torch then refuses, or not be captured."""
+    once = compute(inputs)
+    if not once[0].is_cuda:
+        return "" if _same(once, compute(inputs)) else "a second run gives other bits"
     try:
         torch.cuda.set_sync_debug_mode("error")
-        compute(bout.sets[0])
+        compute(inputs)
         torch.cuda.set_sync_debug_mode("default")
-        complaint = _on_streams(bout)
+        return _on_streams(compute, inputs)
     except RuntimeError as error:
-        complaint = str(error).splitlines()[0]
+        return str(error).splitlines()[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    print(f"RESULT: {subject.backend}: {complaint or 'no pass waits for the device; captured in a graph'}", flush=True)
-    return int(bool(complaint))
 
 
 def _launches(compute: Callable[[], Any], device: str) -> int:

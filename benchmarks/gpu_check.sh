@@ -161,7 +161,7 @@ fi
 part correct 60 bash -c 'check small'
 part numerics 60 bash -c numerics
 if [ "$device" = cuda ]; then part "graphs and streams" 35 bash -c 'check graph'; fi
-part losses 15 bash -c 'check losses'
+part losses 30 bash -c 'check losses'
 part recurrent 45 bash -c 'check recurrent'
 part decoders 50 bash -c 'check decoders'
 if [ "$device" = cuda ]; then

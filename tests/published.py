@@ -56,18 +56,66 @@ def mean_of(function):
     return lambda r, f: total(function, r, f) / len(r)
 
 
-def sum_of(function):
-    return lambda r, f: total(function, r, f)
+# Written out of each program or paper on its own: none calls another's, nor a mode's above.
 
 
-LSGAN, VANILLA = PUBLISHED["lsgan"], PUBLISHED["non-saturating"]
+def dcgan_discriminator(real, fake):
+    """Radford et al., arXiv:1511.06434; pytorch/examples, dcgan/main.py: BCELoss of netD's Sigmoid, labels 1 and 0."""
+    criterion, loss = torch.nn.BCELoss(), 0
+    for r, f in zip(real, fake, strict=True):
+        loss = loss + criterion(r.sigmoid(), torch.ones_like(r)) + criterion(f.sigmoid(), torch.zeros_like(f))
+    return loss
 
 
-def stylegan2_d(r, f):
-    return (F.softplus(f) + F.softplus(-r)).mean()
+def dcgan_generator(real, fake):
+    """errG: "fake labels are real for generator cost"."""
+    return sum(torch.nn.BCELoss()(f.sigmoid(), torch.ones_like(f)) for f in fake)
 
 
-# Written out of each program or paper on its own: no formula of theirs is another's above.
+def pix2pix_discriminator(real, fake):
+    """Isola et al., arXiv:1611.07004; pytorch-CycleGAN-and-pix2pix, models/pix2pix_model.py, backward_D, and
+    models/networks.py, GANLoss("vanilla"), BCEWithLogitsLoss with the label expanded."""
+    criterion, loss = torch.nn.BCEWithLogitsLoss(), 0
+    for r, f in zip(real, fake, strict=True):
+        on_fake = criterion(f, torch.tensor(0.0, dtype=f.dtype).expand_as(f))
+        on_real = criterion(r, torch.tensor(1.0, dtype=r.dtype).expand_as(r))
+        loss = loss + (on_fake + on_real) * 0.5
+    return loss
+
+
+def pix2pix_generator(real, fake):
+    """backward_G: loss_G_GAN = criterionGAN(pred_fake, True), not halved."""
+    criterion = torch.nn.BCEWithLogitsLoss()
+    return sum(criterion(f, torch.tensor(1.0, dtype=f.dtype).expand_as(f)) for f in fake)
+
+
+def cyclegan_discriminator(real, fake):
+    """Zhu et al., arXiv:1703.10593; pytorch-CycleGAN-and-pix2pix, models/cycle_gan_model.py, backward_D_basic, and
+    models/networks.py, GANLoss("lsgan"), MSELoss with the label expanded."""
+    criterion, loss = torch.nn.MSELoss(), 0
+    for r, f in zip(real, fake, strict=True):
+        on_real = criterion(r, torch.tensor(1.0, dtype=r.dtype).expand_as(r))
+        on_fake = criterion(f, torch.tensor(0.0, dtype=f.dtype).expand_as(f))
+        loss = loss + (on_real + on_fake) * 0.5
+    return loss
+
+
+def cyclegan_generator(real, fake):
+    """backward_G: criterionGAN(netD_A(fake_B), True), not halved."""
+    criterion = torch.nn.MSELoss()
+    return sum(criterion(f, torch.tensor(1.0, dtype=f.dtype).expand_as(f)) for f in fake)
+
+
+def stylegan2_discriminator(real, fake):
+    """Karras et al., arXiv:1912.04958; stylegan2-ada-pytorch, training/loss.py, Dmain: the gradients of the means of
+    loss_Dgen, -log(1 - sigmoid(gen_logits)), and of loss_Dreal, -log(sigmoid(real_logits)), are added."""
+    losses = [F.softplus(f).mean() for f in fake] + [F.softplus(-r).mean() for r in real]
+    return torch.stack(losses).sum()
+
+
+def stylegan2_generator(real, fake):
+    """Gmain: loss_Gmain, -log(sigmoid(gen_logits)), its mean."""
+    return torch.stack([F.softplus(-f).mean() for f in fake]).sum()
 
 
 def dac_discriminator(real, fake):
@@ -102,8 +150,11 @@ def biggan_generator(real, fake):
 
 
 def studiogan_discriminator(real, fake):
-    """PyTorch-StudioGAN, src/utils/losses.py, d_hinge: one mean over the sum of both sides."""
-    return sum(torch.mean((1.0 - r).clamp_min(0) + (1.0 + f).clamp_min(0)) for r, f in zip(real, fake, strict=True))
+    """PyTorch-StudioGAN, src/utils/losses.py, d_hinge: a mean of each side."""
+    loss = 0
+    for r, f in zip(real, fake, strict=True):
+        loss = loss + torch.mean(F.relu(1.0 - r)) + torch.mean(F.relu(1.0 + f))
+    return loss
 
 
 def studiogan_generator(real, fake):
@@ -207,24 +258,16 @@ def torchgan_generator(real, fake):
 
 
 PRESETS = {
-    "dcgan": (
-        sum_of(
-            lambda r, f: (
-                F.binary_cross_entropy(r.sigmoid(), torch.ones_like(r))
-                + F.binary_cross_entropy(f.sigmoid(), torch.zeros_like(f))
-            )
-        ),
-        sum_of(lambda r, f: F.binary_cross_entropy(f.sigmoid(), torch.ones_like(f))),
-    ),
-    "pix2pix": (sum_of(lambda r, f: (bce(f, 0) + bce(r, 1)) * 0.5), sum_of(VANILLA[1])),
-    "cyclegan": (sum_of(lambda r, f: (((r - 1) ** 2).mean() + (f**2).mean()) * 0.5), sum_of(LSGAN[1])),
+    "dcgan": (dcgan_discriminator, dcgan_generator),
+    "pix2pix": (pix2pix_discriminator, pix2pix_generator),
+    "cyclegan": (cyclegan_discriminator, cyclegan_generator),
     "hifigan": (hifigan_discriminator, hifigan_generator),
     "dac": (dac_discriminator, dac_generator),
     "audiocraft": (audiocraft_discriminator, audiocraft_generator),
     "encodec": (encodec_discriminator, encodec_generator),
     "vqgan": (vqgan_discriminator, vqgan_generator),
     "monai": (monai_discriminator, monai_generator),
-    "stylegan2": (sum_of(stylegan2_d), sum_of(lambda r, f: F.softplus(-f).mean())),
+    "stylegan2": (stylegan2_discriminator, stylegan2_generator),
     "r3gan": (r3gan_discriminator, r3gan_generator),
     "biggan": (biggan_discriminator, biggan_generator),
     "studiogan": (studiogan_discriminator, studiogan_generator),

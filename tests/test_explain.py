@@ -249,8 +249,12 @@ CRITERIA = {
 def test_a_criterion_that_could_be_replaced(name: str, reduction: str) -> None:
     """It is named with the change, and the change computes the same."""
     model = torch.nn.Module()
-    model.criterion = getattr(torch.nn, name)(reduction=reduction)
+    model.criterion = criterion = getattr(torch.nn, name)(reduction=reduction)
     (row,) = mmfast.explain(model)
+    # accelerate leaves it alone
+    assert mmfast.accelerate(model).criterion is criterion
+    assert type(criterion) is getattr(torch.nn, name)
+    assert list(mmfast.explain(model)) == [row]
     change, call = CRITERIA[name]
     if reduction == "sum":
         change = change[:-1] + ", reduction='sum')"

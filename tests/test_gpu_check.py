@@ -42,6 +42,7 @@ def test_on_a_cpu(beside):
     for part in ("machine", "correct", "numerics", "losses", "recurrent", "decoders", "tests", "cudnn", "speed"):
         assert f"{part}: ok, " in summary
     assert "adversarial by cuda: " in summary
+    assert re.search(r"cuda: \d\d losses give the same bits twice", summary)
     assert re.search(r"cuda: \d+ launches forward \+ backward of 150 tensors", summary)
     assert re.search(r"table-GRU-T256-B64-I512-H512 forward\+backward: cudnn [\d.]+ us, cuda", summary)
     assert "x padded of as many rows (aim 1.05)" in summary

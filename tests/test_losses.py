@@ -1,7 +1,10 @@
 """The adversarial losses' modes and presets, feature matching and LeCam against transcriptions of their formulas."""
 
+import ast
 import copy
+import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -93,13 +96,12 @@ def check_orders(out, logits: list[Tensor]) -> None:
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 @pytest.mark.parametrize("mode", [mode for mode in MODES if MODES[mode].pairing or mode == "leaky-lsgan"])
 def test_second_order_of_modes_that_compare(seed, mode, backend):
+    loss = nn.AdversarialLoss(mode, backend=backend)
     real, fake = (draw(s, torch.float64, [(4,), (2, 3)]) for s in (seed, seed + 1))
     logits = [x.requires_grad_() for x in (*real, *fake)]
-
-    def out(*logits: Tensor) -> Tensor:
-        return mmfast.functional.adversarial_discriminator_loss(logits[:2], logits[2:], mode, backend=backend)
-
-    check_orders(out, logits)
+    check_orders(lambda *logits: loss.discriminator(logits[:2], logits[2:]), logits)
+    if MODES[mode].pairing:
+        check_orders(lambda *logits: loss.generator(logits[2:], logits[:2]), logits)
 
 
 def second_order_cases():
@@ -273,10 +275,13 @@ def test_label_smoothing(seed, smoothing, backend):
     compare(loss.discriminator, lambda r, f: total(squares, r, f), real, fake)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_its_program_s_loss(seed, name):
-    real, fake = (draw(s, torch.float32, SHAPES["ragged"]) for s in (seed, seed + 1))
-    loss = nn.AdversarialLoss.preset(name)
+def test_a_preset_is_its_program_s_loss(seed, name, backend):
+    # a program takes the interpreter milliseconds
+    shapes = SHAPES["ragged"][1::2] if INTERPRETED else SHAPES["ragged"]
+    real, fake = (draw(s, torch.float32, shapes) for s in (seed, seed + 1))
+    loss = nn.AdversarialLoss.preset(name, backend=backend)
     compare(loss.discriminator, PRESETS[name][0], real, fake)
     compare(lambda r, f: loss.generator(f, r), PRESETS[name][1], real, fake)
 
@@ -286,6 +291,30 @@ def test_the_presets_are_those_tested():
         nn.AdversarialLoss.preset("gan")
     assert str(error.value).partition("has: ")[2] == ", ".join(map(repr, PRESETS))
     assert nn.AdversarialLoss.preset("hifigan", scale=3.0).generator_scale == 3.0
+
+
+@pytest.mark.parametrize(
+    ("module", "names", "sides"),
+    [
+        (nn.AdversarialLoss, PRESETS, [("criterion", "discriminator"), ("criterion", "generator")]),
+        (nn.FeatureMatchingLoss, ["hifigan", "dac", "audiocraft", "encodec"], [("features", None)]),
+    ],
+)
+def test_each_preset_s_lines_are_documented(module, names, sides):
+    """In the order of the presets, and they are Python that calls what the preset is named in the text."""
+    text = inspect.getdoc(module.preset)
+    sections = re.split(r'^"(\w+)"', text, flags=re.MULTILINE)[1:]
+    assert sections[::2] == list(names)
+    for section in sections[1::2]:
+        # a line with a call is the assignment that replaces the program's
+        lines = [line for line in re.findall("`([^`]+)`", section) if re.search(r"= .*\b(criterion|features)\b", line)]
+        called = [
+            (node.func.value.id, node.func.attr) if isinstance(node.func, ast.Attribute) else (node.func.id, None)
+            for line in lines
+            for node in ast.walk(ast.parse(line))
+            if isinstance(node, ast.Call)
+        ]
+        assert [call for call in called if call[0] in ("criterion", "features")] == sides
 
 
 MAPS = [[(2, 8, 33), (2, 16, 11, 2)], [(2, LONG)], [(2, 3), (2, 5), (2, 1, 7)]]
@@ -356,6 +385,39 @@ def test_feature_matching_options(seed, backend):
     torch.testing.assert_close(values.sum(), out.detach(), rtol=1e-5, atol=0)
 
 
+def test_a_factor_for_each_map_by_the_module(seed):
+    real, fake = (nested(s) for s in (seed, seed + 1))
+    weights = [0.5 + k for k in range(6)]
+    loss = nn.FeatureMatchingLoss(across="mean", weights=weights)
+    expected = mmfast.functional.feature_matching(real, fake, across="mean", weights=weights)
+    assert torch.equal(loss(real, fake), expected)
+    assert expected != mmfast.functional.feature_matching(real, fake, across="mean")
+
+
+def test_a_list_without_maps():
+    """It adds nothing to a sum, and has no mean, as in programs that divide by the number of its maps."""
+    real, fake = [[torch.ones(2)], []], [[torch.zeros(2)], []]
+    assert mmfast.functional.feature_matching(real, fake) == 1
+    with pytest.raises(ValueError, match="the maps hold an empty list, which has no mean"):
+        mmfast.functional.feature_matching(real, fake, across="mean")
+
+
+SHOWN = {
+    "'hinge', scale=1.0": nn.AdversarialLoss("hinge"),
+    "'lsgan', scale=0.5, generator_scale=1.0": nn.AdversarialLoss.preset("cyclegan"),
+    "'minimax', scale=1.0, smoothing=(0.1, 0.2), reduction='sum', across='mean'": nn.AdversarialLoss(
+        "minimax", smoothing=(0.1, 0.2), reduction="sum", across="mean"
+    ),
+    "'l1', scale=1.0, across='mean', relative=True": nn.FeatureMatchingLoss.preset("encodec"),
+    "'l2', scale=2.0, weights=[1, 2], detach=False": nn.FeatureMatchingLoss("l2", 2.0, weights=[1, 2], detach=False),
+}
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+def test_what_a_loss_shows_of_itself(shown):
+    assert repr(SHOWN[shown]) == f"{type(SHOWN[shown]).__name__}({shown})"
+
+
 def test_maps_of_any_layout(seed):
     real, fake = draw(seed, torch.float32, [(2, 5, 6, 7), (2, 5, 6, 7)])
     layouts = [
@@ -409,6 +471,24 @@ def test_no_reduction(seed):
     torch.testing.assert_close(values, torch.stack([pair.sum() for pair in pairs]))
     with pytest.raises(RuntimeError, match=r"reduction='none' was asked for \(supported: 'mean', 'sum'\)"):
         nn.AdversarialLoss("hinge", reduction="none", backend="cpu").discriminator(real, fake)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_without_a_reduction(seed, mode):
+    """Each element is its own, weighted by its sample's weight; unweighted they average to the published loss."""
+    real, fake = (draw(s, torch.float64, SHAPES["ragged"]) for s in (seed, seed + 1))
+    weights = dict(zip(("real_weight", "fake_weight"), sample_weights(seed, 2, 5), strict=True))
+    if MODES[mode].pairing == "pairs":
+        del weights["fake_weight"]
+    loss = nn.AdversarialLoss(mode, reduction="none")
+    sides = {"discriminator": (real, fake), "generator": (fake, real)}
+    for (side, given), published in zip(sides.items(), PUBLISHED[mode], strict=True):
+        plain, weighted = getattr(loss, side)(*given), getattr(loss, side)(*given, **weights)
+        torch.testing.assert_close(sum(x.mean() for x in plain), total(published, real, fake))
+        # a list of one kind of elements has one weight: pairs the real samples', a generator its fake samples'
+        kinds = list(weights.values())[-(len(plain) // len(real)) :]
+        for k, (x, y) in enumerate(zip(plain, weighted, strict=True)):
+            torch.testing.assert_close(y, x * kinds[k % len(kinds)].double().view(-1, *[1] * (x.ndim - 1)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -684,6 +764,27 @@ for backend in ("torch", "cpu", "cuda"):
     separate = nn.LeCam(0.3, discriminators=2, backend=backend).double()
     separate(*part(everyone))
     assert not torch.allclose(separate.real_mean, lecam.real_mean, rtol=1e-3)
+# of another number of samples on each rank, a mean of norms by samples or by ranks
+for per_sample in (True, False):
+    balancer = nn.LossBalancer(
+        {"a": 1.0, "b": 3.0}, decay=0.5, per_sample=per_sample, process_group=dist.group.WORLD
+    ).double()
+    total, mass = torch.zeros(2, 2, dtype=torch.float64), 0.0
+    for step in range(2):
+        outputs = [torch.randn(2 + other, 5, dtype=torch.float64, requires_grad=True) for other in range(2)]
+        norms, counts, found = [], [], []
+        for output in outputs:
+            losses = {"a": output.square().sum(), "b": output.sin().mean()}
+            slopes = [torch.autograd.grad(loss, output, retain_graph=True)[0] for loss in losses.values()]
+            norms.append(torch.stack([g.norm(dim=1).mean() if per_sample else g.norm() for g in slopes]))
+            counts.append(len(output) if per_sample else 1)
+            found.append((losses, slopes))
+        # the running means are each rank's own, the factors of all ranks'
+        total, mass = 0.5 * total + torch.stack(norms, 1), 0.5 * mass + 1
+        means = (total / mass * torch.tensor(counts)).sum(1) / sum(counts)
+        losses, slopes = found[rank]
+        expected = sum(share * g / mean for share, g, mean in zip((0.25, 0.75), slopes, means))
+        torch.testing.assert_close(balancer.gradient(losses, outputs[rank]), expected, **close)
 leave(0)
 """
 
@@ -815,12 +916,49 @@ ERRORS = {
     "scale": (
         lambda f: f(torch.ones(2), torch.ones(2), scale=torch.ones(())),
         TypeError,
-        "scale is a tensor; expected a number",
+        r"scale is a Tensor; expected a number \(a tensor may multiply the loss\)",
     ),
     "smoothing by a tensor": (
         lambda f: f(torch.ones(2), torch.ones(2), smoothing=torch.ones(())),
         TypeError,
-        "smoothing is a tensor; expected a number",
+        "smoothing is a Tensor; expected a number",
+    ),
+    "smoothing by a word": (
+        lambda f: f(torch.ones(2), torch.ones(2), smoothing="0.1"),
+        TypeError,
+        "smoothing is a str; expected a number$",
+    ),
+    "three smoothings": (
+        lambda f: f(torch.ones(2), torch.ones(2), smoothing=(0.1, 0.2, 0.3)),
+        ValueError,
+        r"smoothing is \(0.1, 0.2, 0.3\); expected one number, or two",
+    ),
+    "scale of maps by a word": (
+        lambda f: mmfast.functional.feature_matching(torch.ones(2), torch.ones(2), scale="2"),
+        TypeError,
+        "scale is a str; expected a number",
+    ),
+    "weight by a list": (
+        lambda f: f(torch.ones(2), torch.ones(2), real_weight=[1.0, 2.0]),
+        TypeError,
+        "a weight is a list; expected a tensor",
+    ),
+    "device of a weight": (
+        lambda f: f(torch.ones(2), torch.ones(2), fake_weight=torch.ones(2, device="meta"), backend=BACKENDS[-1]),
+        RuntimeError,
+        "the weights are on meta and the logits on cpu; expected one device",
+    ),
+    "device of maps' weight": (
+        lambda f: mmfast.functional.feature_matching(
+            torch.ones(2), torch.ones(2), sample_weight=torch.ones(2, device="meta"), relative=True
+        ),
+        RuntimeError,
+        "the weights are on meta and the logits on cpu; expected one device",
+    ),
+    "a number for a mean": (
+        lambda f: mmfast.functional.lecam_penalty(torch.ones(2), torch.ones(2), 0.5, torch.ones(1)),
+        TypeError,
+        "real_mean is a float; expected a tensor",
     ),
     "weight of a pair": (
         lambda f: f(torch.ones(2), torch.ones(2), "relativistic", fake_weight=torch.ones(2)),

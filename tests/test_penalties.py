@@ -218,7 +218,7 @@ def test_a_gradient_scaler_keeps_float16_from_underflowing(seed):
     torch.testing.assert_close(gradient, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("layer", ["RNN", "GRU", "ConvTranspose2d"])
+@pytest.mark.parametrize("layer", ["RNN", "GRU", "LSTM", "ConvTranspose2d"])
 def test_a_gradient_scaler_with_our_layers(layer, seed):
     net, (real, fake) = critic_of(layer, nn).float(), images(seed, torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=512.0)

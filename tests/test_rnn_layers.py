@@ -559,10 +559,11 @@ def test_export(label, kind):
     shapes = {"input": {0: batch} if "Cell" in label else {0: steps, 1: batch}}
     if kind == "lengths":
         shapes["lengths"] = {0: batch}
-    program = torch.export.export(module, (), graph_inputs(label, kind, 5, 3), dynamic_shapes=shapes)
+    with torch.no_grad():
+        program = torch.export.export(module, (), graph_inputs(label, kind, 5, 3), dynamic_shapes=shapes)
     nodes = [node for node in program.graph.nodes if node.op == "call_function" and "mmfast" in str(node.target)]
-    if "Cell" not in label:
-        assert len(nodes) == module.num_layers
+    # of a Cell Inductor makes more than of an op
+    assert len(nodes) == (0 if "Cell" in label else module.num_layers)
     other = graph_inputs(label, kind, 8, 6)
     torch.testing.assert_close(program.module()(**other), module(**other))
 

@@ -20,6 +20,9 @@ from torch import Tensor
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
+#: instead of a loss's mode: feature matching
+FEATURES = "features"
+
 #: what is measured of a layer or a loss; of a whole model it is a training step
 PASSES = ("forward", "forward+backward", "double backward")
 STEP = "training step"
@@ -262,7 +265,7 @@ class ConvTransposeCase:
 
 @dataclass(frozen=True)
 class AdversarialCase:
-    """The discriminator's loss on a list of logits, one shape per discriminator."""
+    """The losses of a list of logits, one shape per discriminator; of mode `FEATURES` the distance of feature maps."""
 
     model: str
     mode: str
@@ -278,19 +281,26 @@ class AdversarialCase:
     def build(self, nn: Any) -> torch.nn.Module:
         from .. import nn as mmfast_nn
 
-        return mmfast_nn.AdversarialLoss(self.mode, backend="torch" if nn is torch.nn else None)
+        backend = "torch" if nn is torch.nn else None
+        if self.mode == FEATURES:
+            return mmfast_nn.FeatureMatchingLoss(detach=False, backend=backend)
+        return mmfast_nn.AdversarialLoss(self.mode, backend=backend)
 
     def inputs(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> list[Tensor]:
         return [3 * torch.randn(shape, generator=generator).to(device, dtype) for shape in self.shapes * 2]
 
     def outputs(self, module: Any, *logits: Tensor) -> dict[str, Tensor]:
-        """Both losses."""
+        """Both losses, or the distance."""
         half = len(logits) // 2
-        return {"discriminator": self.run(module, *logits), "generator": module.generator(logits[half:])}
+        if self.mode == FEATURES:
+            return {"distance": self.run(module, *logits)}
+        generator = module.generator(logits[half:], logits[:half])
+        return {"discriminator": self.run(module, *logits), "generator": generator}
 
     def run(self, module: Any, *logits: Tensor) -> Tensor:
         half = len(logits) // 2
-        return module.discriminator(logits[:half], logits[half:])
+        loss = module if self.mode == FEATURES else module.discriminator
+        return loss(logits[:half], logits[half:])
 
     def initial(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> list[Tensor]:
         """None: a loss has no state."""
@@ -367,11 +377,14 @@ def _conv_transpose_cases() -> Iterator[ConvTransposeCase]:
 def _adversarial_cases() -> Iterator[AdversarialCase]:
     # HiFi-GAN: five period and three scale discriminators, ragged
     hifigan = tuple((16, length) for length in (416, 416, 415, 413, 407, 512, 257, 129))
-    for mode in ("non-saturating", "hinge", "lsgan", "wasserstein"):
+    for mode in ("non-saturating", "hinge", "lsgan", "wasserstein", "relativistic-average"):
         yield AdversarialCase("dcgan", mode, ((64,),))
         yield AdversarialCase("patchgan", mode, ((64, 1, 30, 30),))
         yield AdversarialCase("large", mode, ((4_000_000,),))
         yield AdversarialCase("hifigan", mode, hifigan)
+    # the maps of its first scale discriminator, of 8192 samples
+    sides = ((128, 8192), (128, 4096), (256, 2048), (512, 512), (1024, 128), (1024, 128), (1024, 128), (1, 128))
+    yield AdversarialCase("hifigan", FEATURES, tuple((2, *side) for side in sides))
 
 
 def cases(op: str | None = None) -> list[Case]:
@@ -429,7 +442,7 @@ def modes(case: Any) -> tuple[str, ...]:
     if not isinstance(case, AdversarialCase):
         return getattr(case, "modes", PASSES)
     # the others' second derivative is zero
-    return PASSES if case.mode in ("non-saturating", "lsgan") else PASSES[:2]
+    return PASSES if case.mode in ("non-saturating", "lsgan", "relativistic-average") else PASSES[:2]
 
 
 def is_compiled(case: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,33 +81,60 @@ class AdversarialLoss(Layer, torch.nn.Module):
     def preset(cls, name: str, **options: Any) -> AdversarialLoss:
         """The loss of a known program, with its factors; options: those of the constructor, to change some.
 
-        In place of its criterion, `criterion = mmfast.nn.AdversarialLoss.preset(name)`, and in the two steps
-        `criterion.discriminator(real_logits, fake_logits)` and `criterion.generator(fake_logits)`, all on raw logits:
-        take a final Sigmoid out of the discriminator. The fake logits of the discriminator's step are those of detached
-        samples, as ever. What each program adds to it:
+        After `criterion = mmfast.nn.AdversarialLoss.preset(name)`, in place of the program's own lines, with its names,
+        all on raw logits; those of the discriminator's step are of detached samples, as ever:
 
-        "dcgan" (pytorch/examples, BCELoss after a Sigmoid; Radford et al., arXiv:1511.06434): nothing.
-        "pix2pix" (Isola et al., arXiv:1611.07004): the discriminator's loss is halved; `l1 * 100`.
-        "cyclegan" (Zhu et al., arXiv:1703.10593): least squares, the discriminator's loss is halved; cycle losses.
-        "hifigan" (Kong et al., arXiv:2010.05646): least squares, summed over all discriminators; feature matching by
-            `FeatureMatchingLoss.preset("hifigan")`; `mel * 45`.
-        "dac" (Kumar et al., arXiv:2306.06546): the same; `FeatureMatchingLoss.preset("dac")`, doubled in its settings.
-        "audiocraft" (Copet et al., arXiv:2306.05284; its settings for EnCodec): hinge, with generator -mean, the mean
-            over the discriminators of one adversary; `FeatureMatchingLoss.preset("audiocraft")`; all balanced by
-            `LossBalancer`.
-        "encodec" (Défossez et al., arXiv:2210.13438, section 3.4): the same for the discriminator; the paper's
-            generator is relu(1 - x), its feature matching the relative `FeatureMatchingLoss.preset("encodec")`.
-        "vqgan" (Esser et al., arXiv:2012.09841): hinge, the discriminator's loss is halved; the generator's is weighted
-            by `mmfast.functional.adaptive_weight`.
-        "monai" (PatchAdversarialLoss with its defaults; Pinaya et al., arXiv:2307.15208): least squares after
-            LeakyReLU(0.05), the mean over the discriminators; the sum of its two calls, for real and fake.
-        "stylegan2" (Karras et al., arXiv:1912.04958): `mmfast.functional.r1_penalty(..., every=16)`.
-        "r3gan" (Huang et al., arXiv:2501.05441): relativistic pairs; `r1_penalty` and `r2_penalty` in each step; the
-            generator's step needs the real logits: `criterion.generator(fake_logits, real_logits)`.
-        "biggan", "studiogan" (Brock et al., arXiv:1809.11096; StudioGAN's settings for it): hinge.
+        "dcgan" (pytorch/examples, BCELoss after a Sigmoid, which is to be taken out; Radford et al., arXiv:1511.06434):
+            `errD = criterion.discriminator(netD(real_cpu), netD(fake.detach()))`;
+            `errG = criterion.generator(netD(fake))`.
+        "pix2pix" (Isola et al., arXiv:1611.07004), the discriminator's loss is halved:
+            `self.loss_D = criterion.discriminator(pred_real, pred_fake)`;
+            `self.loss_G_GAN = criterion.generator(pred_fake)`.
+        "cyclegan" (Zhu et al., arXiv:1703.10593), least squares, the discriminator's loss is halved:
+            `loss_D = criterion.discriminator(pred_real, pred_fake)`;
+            `self.loss_G_A = criterion.generator(self.netD_A(self.fake_B))`, and so for B.
+        "hifigan" (Kong et al., arXiv:2010.05646), least squares, summed over all discriminators:
+            `loss_disc_all = criterion.discriminator([y_df_hat_r, y_ds_hat_r], [y_df_hat_g, y_ds_hat_g])`;
+            `loss_gen = criterion.generator([y_df_hat_g, y_ds_hat_g])`, for its sum of loss_gen_s and loss_gen_f.
+        "dac" (Kumar et al., arXiv:2306.06546), the same of each discriminator's last map:
+            `loss_d = criterion.discriminator([x[-1] for x in d_real], [x[-1] for x in d_fake])`;
+            `loss_g = criterion.generator([x[-1] for x in d_fake])`.
+        "audiocraft" (Copet et al., arXiv:2306.05284; its settings for EnCodec), hinge, with generator -mean, the mean
+            over the discriminators of one adversary; all is balanced by `LossBalancer`:
+            `loss = criterion.discriminator(all_logits_real_is_fake, all_logits_fake_is_fake)`;
+            `adv = criterion.generator(all_logits_fake_is_fake)`.
+        "encodec" (Défossez et al., arXiv:2210.13438, section 3.4, of which there is no program), the same for the
+            discriminator; the paper's generator is relu(1 - x):
+            `loss_d = criterion.discriminator(real_logits, fake_logits)`;
+            `loss_g = criterion.generator(fake_logits)`.
+        "vqgan" (Esser et al., arXiv:2012.09841), hinge, the discriminator's loss is halved; the generator's is weighted
+            by `mmfast.functional.adaptive_weight(nll_loss, g_loss, last_layer)`:
+            `d_loss = disc_factor * criterion.discriminator(logits_real, logits_fake)`;
+            `g_loss = criterion.generator(logits_fake)`.
+        "monai" (PatchAdversarialLoss with its defaults; Pinaya et al., arXiv:2307.15208), least squares after
+            LeakyReLU(0.05), the mean over the discriminators; the sum of its two calls, for real and fake:
+            `discriminator_loss = criterion.discriminator(logits_real, logits_fake)`;
+            `generator_loss = criterion.generator(logits_fake)`.
+        "stylegan2" (Karras et al., arXiv:1912.04958), with `mmfast.functional.r1_penalty(..., every=16)`:
+            `loss_D = criterion.discriminator(real_logits, gen_logits)`, the mean of loss_Dreal and of loss_Dgen added;
+            `loss_Gmain = criterion.generator(gen_logits)`.
+        "r3gan" (Huang et al., arXiv:2501.05441), relativistic pairs, so that the generator's step needs the real
+            logits; `r1_penalty` and `r2_penalty` in each step:
+            `AdversarialLoss = criterion.discriminator(RealLogits, FakeLogits)`;
+            `AdversarialLoss = criterion.generator(FakeLogits, RealLogits)`.
+        "biggan" (Brock et al., arXiv:1809.11096), hinge:
+            `D_loss = criterion.discriminator(D_real, D_fake)`;
+            `G_loss = criterion.generator(D_fake)`, each over the number of accumulated steps.
+        "studiogan" (its settings for BigGAN), the same:
+            `dis_acml_loss = criterion.discriminator(real_dict["adv_output"], fake_dict["adv_output"])`;
+            `gen_acml_loss = criterion.generator(fake_dict["adv_output"])`.
         "mimicry" (torch-mimicry's ns losses; Lee and Town, arXiv:2005.02494): its generator takes log(sigmoid + 1e-8),
-            which differs below -15, where its gradient vanishes; this one is exact.
-        "torchgan" (its minimax losses, nonsaturating; Pal and Das, arXiv:1909.03410): label smoothing by `smoothing=`.
+            which differs below -15, where its gradient vanishes; this one is exact:
+            `errD = criterion.discriminator(output_real, output_fake)`;
+            `errG = criterion.generator(output)`.
+        "torchgan" (its minimax losses, nonsaturating; Pal and Das, arXiv:1909.03410), label smoothing by `smoothing=`:
+            `loss = criterion.discriminator(dx, dgz)`;
+            `loss = criterion.generator(dgz)`.
         """
         return cls(**_preset("AdversarialLoss", _PRESETS, name, options))
 
@@ -163,12 +191,8 @@ class AdversarialLoss(Layer, torch.nn.Module):
         return OP, Case(torch.get_default_device().type, torch.get_default_dtype(), self.reduction != "none")
 
     def extra_repr(self) -> str:
-        shown = f"{self.mode!r}, scale={self.scale}"
-        if self.generator_scale != self.scale:
-            shown += f", generator_scale={self.generator_scale}"
-        if self.across != "sum":
-            shown += f", across={self.across!r}"
-        return shown
+        usual = {"generator_scale": self.scale, "smoothing": 0.0, "reduction": "mean", "across": "sum"}
+        return f"{self.mode!r}, scale={self.scale}" + _unusual(self, usual)
 
 
 class FeatureMatchingLoss(Layer, torch.nn.Module):
@@ -183,6 +207,7 @@ class FeatureMatchingLoss(Layer, torch.nn.Module):
         scale: float = 1.0,
         *,
         across: str = "sum",
+        weights: Sequence[float] | None = None,
         detach: bool = True,
         relative: bool = False,
         backend: str | None = None,
@@ -191,6 +216,7 @@ class FeatureMatchingLoss(Layer, torch.nn.Module):
         self.distance = distance
         self.scale = scale
         self.across = across
+        self.weights = weights
         self.detach = detach
         self.relative = relative
         self.backend = backend
@@ -199,15 +225,18 @@ class FeatureMatchingLoss(Layer, torch.nn.Module):
     def preset(cls, name: str, **options: Any) -> FeatureMatchingLoss:
         """The loss of a known program; options: those of the constructor, to change some.
 
-        In place of its loops, `features = mmfast.nn.FeatureMatchingLoss.preset(name)` and in the generator's step
-        `features(real_maps, fake_maps)` with the lists that the discriminators return.
+        After `features = mmfast.nn.FeatureMatchingLoss.preset(name)`, in place of the program's own lines:
 
-        "hifigan": twice the sum of all maps' mean absolute differences; the real side gets a gradient, too.
-        "dac": the plain sum, the real side detached.
-        "audiocraft": the mean over a discriminator's maps, then over the discriminators; the real side gets a gradient
-            (its discriminator's own is switched off there).
-        "encodec": the paper's: relative to the mean magnitude of the real side, the mean over maps and discriminators
-            (arXiv:2210.13438, equation 2).
+        "hifigan", twice the sum of all maps' mean absolute differences; the real side gets a gradient, too:
+            `loss_fm = features([fmap_f_r, fmap_s_r], [fmap_f_g, fmap_s_g])`, for its sum of loss_fm_f and loss_fm_s.
+        "dac", the plain sum of all but the last map, the real side detached (doubled in its settings):
+            `loss_feature = features([x[:-1] for x in d_real], [x[:-1] for x in d_fake])`.
+        "audiocraft", the mean over a discriminator's maps, then over the discriminators; the real side gets a gradient
+            (its discriminator's own is switched off there):
+            `feat = features(all_fmap_real, all_fmap_fake)`.
+        "encodec", the paper's: relative to the mean magnitude of the real side, the mean over maps and discriminators
+            (arXiv:2210.13438, equation 2):
+            `loss_feat = features(real_maps, fake_maps)`.
         """
         return cls(**_preset("FeatureMatchingLoss", _FEATURE_PRESETS, name, options))
 
@@ -218,6 +247,7 @@ class FeatureMatchingLoss(Layer, torch.nn.Module):
             distance=self.distance,
             scale=self.scale,
             across=self.across,
+            weights=self.weights,
             sample_weight=sample_weight,
             detach=self.detach,
             relative=self.relative,
@@ -228,7 +258,8 @@ class FeatureMatchingLoss(Layer, torch.nn.Module):
         return OP, Case(torch.get_default_device().type, torch.get_default_dtype())
 
     def extra_repr(self) -> str:
-        return f"{self.distance!r}, scale={self.scale}, across={self.across!r}, relative={self.relative}"
+        usual = {"across": "sum", "weights": None, "detach": True, "relative": False}
+        return f"{self.distance!r}, scale={self.scale}" + _unusual(self, usual)
 
 
 class LeCam(Layer, torch.nn.Module):
@@ -312,3 +343,9 @@ def _preset(what: str, presets: dict[str, dict[str, Any]], name: str, options: d
     if name not in presets:
         raise ValueError(f"{what} has no preset {name!r}; it has: {', '.join(map(repr, presets))}")
     return presets[name] | options
+
+
+def _unusual(module: torch.nn.Module, usual: dict[str, Any]) -> str:
+    """The options that are not the usual ones, as repr shows them."""
+    options = ((name, getattr(module, name)) for name in usual)
+    return "".join(f", {name}={option!r}" for name, option in options if option != usual[name])

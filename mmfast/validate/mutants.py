@@ -33,16 +33,20 @@ __all__ = ["ADVERSARIAL_MODES", "CONVOLUTION_MODES", "MUTANTS", "PATTERNS", "RNN
 
 
 class AdversarialCall(NamedTuple):
-    """The arguments of one forward and backward of the adversarial op: K terms, K tensors of logits, a cotangent."""
+    """The arguments of one forward and backward of the adversarial op: K terms, K tensors of logits, a cotangent.
+
+    peers: of terms that compare with a mean, whose logits' it is; or none.
+    """
 
     terms: Sequence[Term]
     mean: bool
     logits: Sequence[Tensor]
     cotangent: Tensor
+    peers: Sequence[int] = ()
 
 
-#: The modes that mutants are planted in: one of each phi.
-ADVERSARIAL_MODES = ("non-saturating", "hinge", "lsgan", "wasserstein")
+#: The modes that mutants are planted in: one of each phi, and one that compares.
+ADVERSARIAL_MODES = ("non-saturating", "hinge", "lsgan", "wasserstein", "relativistic-average")
 
 
 class RnnCall(NamedTuple):
@@ -145,6 +149,17 @@ def _drop_last_tensor(kernel: Kernel) -> Kernel:
     return mutant
 
 
+def _held_constant(kernel: Kernel) -> Kernel:
+    """The means that logits are compared with get no gradient."""
+
+    def mutant(call: AdversarialCall) -> tuple[Tensor, list[Tensor]]:
+        centres = torch.stack([call.logits[peer].mean() for peer in call.peers])
+        inputs = Inputs(call.logits, centres=centres)
+        return kernel(call)[0], equations.gradient(call.cotangent, call.terms, call.mean, inputs)
+
+    return mutant
+
+
 def _sum_in_the_logits_dtype(call: AdversarialCall, values: Tensor) -> Tensor:
     one_by_one = []
     for term, x in zip(call.terms, call.logits, strict=True):
@@ -157,7 +172,8 @@ def _sum_in_the_logits_dtype(call: AdversarialCall, values: Tensor) -> Tensor:
 
 _LOW = (torch.float16, torch.bfloat16)
 _MOVES = ("shifted by one element", "last element stale", "reversed")
-_UNEQUAL = ("non-saturating", "hinge", "lsgan")
+_COMPARING = ("relativistic-average",)
+_UNEQUAL = ("non-saturating", "hinge", "lsgan", *_COMPARING)
 
 _ADVERSARIAL = [
     Mutant("wrong scale", _terms(lambda k, t: t._replace(weight=t.weight * 1.02))),
@@ -172,6 +188,8 @@ _ADVERSARIAL = [
     Mutant("threshold off", _terms(lambda k, t: t._replace(shift=t.shift + 0.05))),
     Mutant("softplus without its tail", _terms(lambda k, t: t._replace(phi=equations.RELU)), ("non-saturating",)),
     Mutant("relu forgotten", _terms(lambda k, t: t._replace(phi=equations.IDENTITY)), ("hinge",)),
+    Mutant("mean of its own side", _arguments(lambda c: c._replace(peers=range(len(c.peers)))), _COMPARING),
+    Mutant("means held constant", _held_constant, _COMPARING),
     Mutant("last tensor dropped", _drop_last_tensor),
     Mutant("last element stale", _logits(lambda x: _with(x, -1, float(x[-2])))),
     Mutant("last element zero", _logits(lambda x: _with(x, -1, 0.0))),
@@ -478,7 +496,7 @@ def _rnn_trial(seed: int, dtype: torch.dtype, mode: str, kernel: Kernel) -> list
 
 def _adversarial_kernel(call: AdversarialCall) -> tuple[Tensor, list[Tensor]]:
     backend = ADVERSARIAL.backends["cpu" if native.available() else "torch"]
-    terms, inputs = Terms(call.terms), Inputs(call.logits)
+    terms, inputs = Terms(call.terms), Inputs(call.logits, peers=call.peers)
     _, values, slopes = backend.forward(terms, call.mean, inputs, True)
     needed = [True] * len(call.logits)
     return values, backend.backward(call.cotangent, terms, call.mean, inputs, slopes, needed)
@@ -507,16 +525,18 @@ def _draw(seed: int, dtype: torch.dtype, mode: str) -> _Drawn:
     weights = (torch.rand(2, generator=generator, dtype=torch.float64) + 1.2).tolist()
     roles = (MODES[mode].real, MODES[mode].fake)
     terms = [term._replace(weight=weight) for term, weight in zip(roles, weights, strict=True)]
-    reference = _rows(terms, logits.double(), cotangents.double())
-    return _Drawn(logits, cotangents, terms, reference, _rows(terms, logits, cotangents))
+    compares = bool(MODES[mode].pairing)
+    reference = _rows(terms, logits.double(), cotangents.double(), compares)
+    return _Drawn(logits, cotangents, terms, reference, _rows(terms, logits, cotangents, compares))
 
 
 def _adversarial_trial(seed: int, dtype: torch.dtype, mode: str, kernel: Kernel) -> list[str]:
     logits, cotangents, terms, reference, yardstick = _draw(seed, dtype, mode)
     errors = {"values": Errors("values"), "gradients": Errors("gradients")}
+    peers = [k ^ 1 for k in range(_TENSORS)] if MODES[mode].pairing else []
     try:
         for k in range(len(logits)):
-            call = AdversarialCall(terms * (_TENSORS // 2), True, logits[k].unbind(), cotangents[k])
+            call = AdversarialCall(terms * (_TENSORS // 2), True, logits[k].unbind(), cotangents[k], peers)
             values, gradients = kernel(call)
             errors["values"].add(values, yardstick[0][k].to(values.dtype), reference[0][k])
             errors["gradients"].add(torch.stack(gradients), yardstick[1][k], reference[1][k])
@@ -526,12 +546,16 @@ def _adversarial_trial(seed: int, dtype: torch.dtype, mode: str, kernel: Kernel)
     return [f"{name}: {failure}" for name, pool in errors.items() for failure in pool.compare().failures]
 
 
-def _rows(terms: Sequence[Term], logits: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (lists, K) and gradients (lists, K, n), even tensors by the first term, odd ones by the second."""
+def _rows(terms: Sequence[Term], logits: Tensor, cotangents: Tensor, compares: bool) -> tuple[Tensor, Tensor]:
+    """Values (lists, K) and gradients (lists, K, n), even tensors by the first term, odd ones by the second.
+
+    compares: whether each tensor's logits are less the mean of its neighbour's.
+    """
     logits = logits.clone().requires_grad_()
     columns = []
     for k, term in enumerate(terms):
-        elements = equations._phi(term, equations._argument(term, logits[:, k::2], None))
+        other = logits[:, 1 - k :: 2].mean(-1, keepdim=True) if compares else None
+        elements = equations._phi(term, equations._argument(term, logits[:, k::2], other))
         columns.append(elements.mean(-1) * term.weight)
     values = torch.stack(columns, -1).flatten(1)
     (gradients,) = torch.autograd.grad(values, logits, cotangents[:, None].expand_as(values))

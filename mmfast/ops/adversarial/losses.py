@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -62,9 +63,10 @@ def adversarial_discriminator_loss(
     Returns the loss, a tensor without dimensions, in the logits' dtype (float32 under autocast); with return_values
         (loss, values).
     Differentiable to any order in eager.
-    Raises ValueError for an unknown mode, reduction or backend, an empty list, lists of different lengths or pairs of
-        different shapes; RuntimeError for logits that are not floating point or not on one device; TypeError for a
-        scale or smoothing that is a tensor.
+    Raises ValueError for an unknown mode, reduction or backend, an empty list, lists of different lengths, pairs of
+        different shapes or weights of another; RuntimeError for logits that are not floating point, and for logits and
+        weights that are not on one device; TypeError for a scale or smoothing that is no number and a weight that is
+        no tensor.
     """
     plain = real_weight is None and fake_weight is None and not return_values and process_group is None
     if plain and type(real_logits) is type(fake_logits) is Tensor and not is_watched():
@@ -206,6 +208,8 @@ def lecam_penalty(
     Source: Tseng et al., arXiv:2104.03310, with the rectifier of its authors' program.
     """
     real, fake = _flat("real_logits", real_logits), _flat("fake_logits", fake_logits)
+    _check_tensor("real_mean", real_mean)
+    _check_tensor("fake_mean", fake_mean)
     if not len(real) == len(fake) == real_mean.numel() == fake_mean.numel():
         raise ValueError(
             f"real_logits has {len(real)} tensors, fake_logits {len(fake)}, the means are of {real_mean.numel()} and "
@@ -240,7 +244,7 @@ def feature_matching(
         both alike. Dtypes as `adversarial_discriminator_loss`.
     distance: "l1" or "l2", the mean square.
     across: "sum" over all maps, or "mean": the mean at each level of the nesting (of a discriminator's maps, then of
-        the discriminators).
+        the discriminators); ValueError for a list without maps, which has none.
     weights: a factor for each map, in order, over all discriminators.
     sample_weight: (B,), a weight for each sample, the first dimension of all maps; the sum is still divided by the
         number of elements. It gets no gradient.
@@ -366,9 +370,15 @@ def _recipe(terms: Sequence[Term], count: int, scale: float, reduction: str, acr
 
 
 def _check_number(name: str, option: Any) -> None:
-    """TypeError for a tensor: it would get no gradient, and a change of it in place would not be seen."""
-    if isinstance(option, Tensor):
-        raise TypeError(f"{name} is a tensor; expected a number (a tensor may multiply the loss)")
+    """TypeError also for a tensor: it would get no gradient, and a change of it in place would not be seen."""
+    if not isinstance(option, Real):
+        instead = " (a tensor may multiply the loss)" if isinstance(option, Tensor) else ""
+        raise TypeError(f"{name} is a {type(option).__name__}; expected a number{instead}")
+
+
+def _check_tensor(name: str, given: Any) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is a {type(given).__name__}; expected a tensor")
 
 
 def mode_of(mode: str) -> Mode:
@@ -380,7 +390,10 @@ def mode_of(mode: str) -> Mode:
 
 def _smoothed_terms(name: str, mode: Mode, smoothing: Smoothing) -> list[Term]:
     """The discriminator's terms with smoothed labels; ValueError where the mode has none."""
-    real, fake = smoothing if isinstance(smoothing, (tuple, list)) else (smoothing, 0.0)
+    given = smoothing if isinstance(smoothing, (tuple, list)) else (smoothing, 0.0)
+    if len(given) != 2:
+        raise ValueError(f"smoothing is {smoothing}; expected one number, or two for real and fake logits")
+    real, fake = given
     _check_number("smoothing", real)
     _check_number("smoothing", fake)
     if not real and not fake:
@@ -416,7 +429,9 @@ def _shares(maps: Logits, across: str, share: float = 1.0) -> tuple[float, ...]:
         raise ValueError(f"across={across!r}; accepted: 'sum', 'mean'")
     if isinstance(maps, Tensor):
         return (share,)
-    if across == "mean" and len(maps):
+    if across == "mean":
+        if not maps:
+            raise ValueError("the maps hold an empty list, which has no mean; expected across='sum' or no such list")
         share = share / len(maps)
     return tuple(found for part in maps for found in _shares(part, across, share))
 
@@ -542,13 +557,17 @@ def _element_weights(logits: list[Tensor], weights: tuple[Tensor | None, ...]) -
     for k, x in enumerate(logits):
         weight = weights[k % len(weights)]
         if weight is None:
-            weight = x.new_ones(1, dtype=dtype)
-        elif x.ndim == 0 or weight.shape != x.shape[:1]:
+            found.append(x.new_ones(1, dtype=dtype))
+            continue
+        _check_tensor("a weight", weight)
+        if x.ndim == 0 or weight.shape != x.shape[:1]:
             raise ValueError(
                 f"the weights have shape {tuple(weight.shape)} for logits of shape {tuple(x.shape)}; expected one "
                 "weight for each sample, the logits' first dimension"
             )
-        found.append(weight.detach().to(x.device, dtype))
+        if weight.device != x.device:
+            raise RuntimeError(f"the weights are on {weight.device} and the logits on {x.device}; expected one device")
+        found.append(weight.detach().to(dtype))
     return found
 
 

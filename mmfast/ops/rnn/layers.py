@@ -624,8 +624,9 @@ def cell_mode(nonlinearity: str) -> str:
 def _cell_case(
     device: torch.device, dtype: torch.dtype, mode: str, input_size: int, hidden_size: int, gradients: bool
 ) -> Case:
-    dtype, autocast = compute_dtype(device.type, dtype), autocasts(device.type)
-    return Case(device.type, dtype, mode, input_size, hidden_size, autocast=autocast, gradients=gradients, cell=True)
+    dtype = compute_dtype(device.type, dtype)
+    of_call = {"transformed": torch.compiler.is_compiling(), "autocast": autocasts(device.type), "gradients": gradients}
+    return Case(device.type, dtype, mode, input_size, hidden_size, cell=True, **of_call)
 
 
 def cell(
