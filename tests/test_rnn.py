@@ -192,10 +192,11 @@ def test_nan_spreads_as_in_torch(mode, isa):
     problem = draw(mode, (6, 4, 3, 20), seed=3, dtype=torch.float32).to(torch.float32)
     problem.x[2, 1, 0] = float("nan")
     problem.x[4, 3, 1] = float("inf")
+    problem.x[1, 0, 2], problem.x[3, 2] = -float("inf"), float("inf")
     args = (problem.x, problem.weights, *(*problem.states, None)[:2], problem.layer)
     found, expected = cpu(*args)[0], of_torch(*args)[0]
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert found.isnan().any() and not found[:2].isnan().any()
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert found.isnan().any() and not found[0].isnan().any() and not found[:2, 1:].isnan().any()
 
 
 # ---- numerics
@@ -262,6 +263,18 @@ def test_numerics(mode, dtype, shape, kind, seed):
 
     def one(draw_seed):
         return triples(draw(mode, shape, directions, seed=draw_seed, kind=kind, dtype=dtype), dtype)
+
+    numerics.assert_pooled(one, first_seed=seed)
+
+
+@per_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_numerics_of_many_steps(mode, dtype, seed):
+    """Packed, in both directions."""
+
+    def one(draw_seed):
+        shape = 128, 16, 16, 64  # two draws of which are enough
+        return triples(draw(mode, shape, 2, seed=draw_seed, kind="packed", bias=False, dtype=dtype), dtype)
 
     numerics.assert_pooled(one, first_seed=seed)
 
@@ -403,6 +416,19 @@ def test_threads_do_not_change_a_bit(mode, directions, batch):
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
 
 
+@pytest.mark.parametrize("mode", [*MODES, "LSTM-proj"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_a_call_repeats_bit_for_bit(mode, threads, dtype):
+    """All gradients, the products' too."""
+    torch.set_num_threads(threads)
+    mode, _, proj = mode.partition("-")
+    for kind in ("padded", "packed", "lengths"):
+        problem = draw(mode, (12, 7, 40, 65), 2, seed=7, kind=kind, proj=17 * bool(proj), dtype=dtype).to(dtype)
+        once, again = results(cpu, problem), results(cpu, problem)
+        assert all(torch.equal(once[name], again[name]) for name in once), kind
+
+
 @per_mode
 def test_a_permuted_batch_gives_the_permuted_result(mode):
     problem = draw(mode, (9, 11, 4, 20), 2, seed=8, kind="lengths", dtype=torch.float32).to(torch.float32)
@@ -410,8 +436,12 @@ def test_a_permuted_batch_gives_the_permuted_result(mode):
     layer = problem.layer._replace(lengths=problem.layer.lengths[order])
     states = [h[:, order].contiguous() for h in problem.states]
     permuted = Problem(problem.x[:, order].contiguous(), problem.weights, states, layer)
-    found, expected = results(cpu, permuted)["y"], results(cpu, problem)["y"]
-    torch.testing.assert_close(found, expected[:, order], rtol=1e-6, atol=1e-6)
+    outputs = [torch.empty(9, 11, 40), *(torch.empty(2, 11, 20) for _ in states)]
+    cotangents = [random_like(out) for out in outputs]
+    found = results(cpu, permuted, [each[:, order] for each in cotangents])
+    expected = results(cpu, problem, cotangents)
+    expected = {name: a if name.startswith("dw") else a[:, order] for name, a in expected.items()}
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @per_mode
@@ -465,11 +495,22 @@ def test_lengths_of_zero(mode):
 # ---- derivatives
 
 
-@per_mode
-@pytest.mark.parametrize("kind", ["padded", "packed", "lengths"])
-@pytest.mark.parametrize("states", [True, False], ids=["h0", "none"])
-def test_gradcheck(mode, kind, states):
-    problem = draw(mode, (3, 2, 2, 2), 2, seed=11, kind=kind, states=states, bias=states)
+GRADCHECKS = [
+    (mode, kind, states, ()) for mode in MODES for kind in ("padded", "packed", "lengths") for states in (0, 1)
+]
+GRADCHECKS += [("LSTM-proj", kind, 1, extras) for kind in ("padded", "packed") for extras in ((), ("resets", "rate"))]
+GRADCHECKS += [(mode, kind, 1, ("resets", "zoneout", "dropout")) for mode in MODES for kind in ("padded", "packed")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "states", "extras"),
+    GRADCHECKS,
+    ids=["-".join([mode, kind, "h0" if states else "none", *extras]) for mode, kind, states, extras in GRADCHECKS],
+)
+def test_gradcheck(mode, kind, states, extras):
+    mode, _, proj = mode.partition("-")
+    shape, proj = (2 if extras or proj else 3, 2, 2, 2), int(proj != "")
+    problem = draw(mode, shape, 2, seed=11, kind=kind, states=states, bias=bool(states), proj=proj, extras=extras)
     inputs = [a.clone().requires_grad_() for a in problem.tensors]
 
     def outputs(x, *rest):

@@ -28,9 +28,10 @@ from mmfast.ops.rnn.op import backward_op, forward_op
 
 
 @pytest.mark.parametrize("label", LAYERS)
-@pytest.mark.parametrize("batch_first", [False, True], ids=["tbi", "bti"])
-def test_layers_equal_torch(label, batch_first):
+@pytest.mark.parametrize("kind", ["tbi", "bti", "packed"])
+def test_layers_equal_torch(label, kind):
     """The stack, its dropout drawn as PyTorch draws it, and strided input."""
+    batch_first = kind == "bti"
     with pytest.warns(UserWarning) if "L2" not in label else _quiet():
         ours = layer_of(label, batch_first=batch_first, dropout=0.4, backend="cpu")
         theirs = layer_of(label, torch.nn, batch_first=batch_first, dropout=0.4)
@@ -39,7 +40,8 @@ def test_layers_equal_torch(label, batch_first):
     for module in (ours, theirs):
         torch.manual_seed(11)
         leaf = x.clone().requires_grad_()
-        y, hx = module(leaf)
+        y, hx = module(pack_padded_sequence(leaf, [5, 3, 1]) if kind == "packed" else leaf)
+        y = y.data if kind == "packed" else y
         y.mul(torch.arange(1.0, 1 + y.numel()).view(y.shape) / y.numel()).sum().backward()
         outcomes.append([y, hx, leaf.grad, [p.grad for p in module.parameters()]])
     torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
@@ -512,6 +514,42 @@ def test_compile(label, kind):
             outcomes.append((y, torch.autograd.grad(first.square().sum(), leaf)))
         torch.testing.assert_close(*outcomes)
     assert counter.frame_count <= 2
+
+
+#: shape, given, options
+GRAPHS_OF_MORE = {
+    "T1": ("GRU", (1, 3), [], {}),
+    "B1": ("LSTM", (4, 1), ["hx"], {}),
+    "proj": ("LSTM", (4, 3), ["hx", "lengths"], {"proj_size": 3, "bidirectional": True}),
+    "extras": ("GRU", (4, 3), ["hx", "reset_mask", "lengths"], {"zoneout": 0.3, "recurrent_dropout": 0.3}),
+}
+
+
+@pytest.mark.parametrize("case", GRAPHS_OF_MORE)
+def test_compile_of_more(case):
+    """Lengths of 0 and above T are clamped, as none is looked at."""
+    torch._dynamo.reset()
+    label, (steps, batch), given, options = GRAPHS_OF_MORE[case]
+    module = layer_of(label, **options)
+    x, directions = torch.randn(steps, batch, 4), 2 if module.bidirectional else 1
+    states = [torch.randn(directions, batch, size) for size in (options.get("proj_size", 6), 6)]
+    more = {"hx": tuple(states) if label == "LSTM" else states[0], "reset_mask": torch.rand(steps, batch) < 0.5}
+    more = {name: tensor for name, tensor in more.items() if name in given}
+    outcomes = []
+    for function, lengths in (
+        (torch.compile(module, backend="aot_eager", fullgraph=True), [9, 2, 0]),
+        (module, [4, 2, 1]),
+    ):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(3)
+        y, last = function(leaf, **more, **({"lengths": torch.tensor(lengths)} if "lengths" in given else {}))
+        last = [*last] if label == "LSTM" else [last]
+        if "lengths" in given and lengths[2] == 0:
+            assert not y[:, 2].any()
+            assert all(torch.equal(a[:, 2], b[:, 2]) for a, b in zip(last, states, strict=label == "LSTM"))
+        y, *last = (a[:, :2] for a in (y, *last))
+        outcomes.append((y, last, torch.autograd.grad(y.square().sum(), leaf)))
+    torch.testing.assert_close(*outcomes)
 
 
 @per_graph
