@@ -101,4 +101,4 @@ def test_cpu_kernels_are_clean(found, isa):
 def test_short_buffers_of_cpu_kernels_are_seen(found):
     done = found["cpu short"]
     assert done.returncode == 0, text(done)
-    assert len(set(re.findall(r"seen: (\w+)", done.stdout))) == 8
+    assert len(set(re.findall(r"seen: (\w+)", done.stdout))) == 9
