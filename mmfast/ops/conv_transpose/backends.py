@@ -159,7 +159,7 @@ def prefers_products(case: Case) -> str:
     Measured on a Zen 4 core (AVX-512; depthwise: AVX2), torch 2.13, float32, one thread; PyTorch in its faster memory
     format.
     """
-    if is_widened(case.dtype, case.in_channels, case.out_channels) and not case.small:
+    if _is_widened(case.dtype, case.in_channels, case.out_channels) and not case.small:
         # Zen 3, ms of PyTorch and through float32: 128 to 64, k4 s2 p1, at 16 x 16, batch 4, bfloat16: forward 19.5 and
         # 5.2, both gradients 314 and 11; float16: 83 and 5.0, 331 and 11. 64 to 64 in 4 groups: 10.0 and 3.1, 72 and
         # 3.7; 8 to 8: 1.5 and 0.9, 14.0 and 1.3; depthwise, 512 channels, k4 s2, in 1-d: 38 and 7, 75 and 16
@@ -325,7 +325,7 @@ class Cpu(Backend):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: tuple[int, float]
     ) -> Tensor:
         """activation(the convolution), dense."""
-        if is_widened(x.dtype, x.shape[1], weight.shape[1] * geometry.groups):
+        if _is_widened(x.dtype, x.shape[1], weight.shape[1] * geometry.groups):
             wide = x.float(), weight.float(), None if bias is None else bias.float()
             return self._convolve(*wide, geometry, activation).to(x.dtype)
         method = _method(x, weight, geometry)
@@ -349,7 +349,7 @@ class Cpu(Backend):
     def _convolve_backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if is_widened(x.dtype, x.shape[1], weight.shape[1] * geometry.groups):
+        if _is_widened(x.dtype, x.shape[1], weight.shape[1] * geometry.groups):
             dx, dweight, dbias = self._convolve_backward(dy.float(), x.float(), weight.float(), geometry, mask)
             return _narrow(dx, x.dtype), _narrow(dweight, x.dtype), _narrow(dbias, x.dtype)
         method = _method(x, weight, geometry, forward=False)
@@ -388,7 +388,7 @@ class Cpu(Backend):
         return dy, dweight.sum(0), dbias.sum(0)
 
 
-def is_widened(dtype: torch.dtype, in_channels: int, out_channels: int) -> bool:
+def _is_widened(dtype: torch.dtype, in_channels: int, out_channels: int) -> bool:
     """Whether a convolution is computed in float32 instead of its 16 bits."""
     wide = in_channels >= _WIDENED_IN or min(in_channels, out_channels) >= _WIDENED
     return wide and not has_products(dtype)
