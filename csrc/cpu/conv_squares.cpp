@@ -1,4 +1,4 @@
-// Transposed convolution in two dimensions of two taps a phase, by fewer products of matrices: forward and dx.
+// Transposed convolution in two dimensions of two taps a phase, by fewer products of matrices, and its gradients.
 //
 // Pointers, shapes and the formula: mmfast_conv_transpose_args in mmfast.h. Where kernel = 2 stride, the output of an
 // axis for which o + before = stride q + r is x[q] w[r] + x[q - 1] w[r + stride]. Two of them a stride apart, and so
@@ -7,8 +7,11 @@
 //     d1 g1 + d2 g0 = b + c
 // three products instead of four, and of both axes, in squares of four targets, nine instead of sixteen. The source
 // lies channels last between zeros, beside it its differences along each axis and along both: a product takes its rows,
-// the middles of squares, from one of them. A target is made of no other sources than the formula says, but of
-// infinities differences make NaN: a result that is not finite is declined.
+// the middles of squares, from one of them. Of dweight, from two neighbours of x and what they meet in dy,
+//     x0 d0 + x1 d1 = a + b          a = x0 (d0 - d1)       b = (x0 + x1) d1      c = x1 (d2 - d1)
+//     x0 d1 + x1 d2 = b + c
+// A target is made of no other sources than the formula says, but of infinities differences make NaN: a result that is
+// not finite is declined.
 //
 // Bound by multiplications, as conv_gather.cpp. Source: Winograd, "Arithmetic Complexity of Computations", 1980; Lavin
 // and Gray, arXiv:1509.09308. Work is cut by shapes alone, and sums are added in a fixed order: results do not depend
@@ -23,8 +26,9 @@ namespace {
 
 using Args = mmfast_conv_transpose_args;
 
-// squares of each phase in a block: sources stay near the second-level cache, but a large weight is read less often
-constexpr int64_t kFewSquares = 64, kManySquares = 128, kLargeWeight = 1 << 20;
+// squares of each phase in a block: sources stay near the second-level cache, but a large weight is read less often,
+// and of few terms a square, larger tiles are filled better by more squares
+constexpr int64_t kFewSquares = 64, kManySquares = 128, kLargeWeight = 1 << 20, kFewTerms = kRows > 6 ? 256 : 0;
 constexpr int64_t kLeastChain = 16, kMostChain = 64;  // differences err more than what they are of
 enum Part { kBefore, kBoth, kAfter };                 // a, b, c
 constexpr int kParts = 9, kArrays = 4;                // of both axes: products; the source and its differences
@@ -61,6 +65,36 @@ struct Axis {
     int64_t shift() const { return forward ? 0 : before; }  // from a source to its place
 };
 
+// A tensor (N, channels, height, width) that is read.
+template <typename T>
+struct Image {
+    const T* data;
+    bool last;
+    int64_t channels, size[2];
+
+    // (samples, places, channels), zero where there is none of its positions, whose places are `shift` further
+    void lay_out(Range samples, const Range* places, const int64_t* shift, T* to) const {
+        const int64_t area = size[0] * size[1], pitch = places[1].size() * channels;
+        memset(to, 0, size_t(samples.size() * places[0].size() * pitch) * sizeof(T));
+        const int64_t skipped = shift[1] - places[1].begin;
+        const int64_t begin = most(0, -skipped), end = least(size[1], places[1].size() - skipped);
+        if (begin >= end) return;
+        for (int64_t n = samples.begin; n < samples.end; ++n)
+            for (int64_t a = places[0].begin; a < places[0].end; ++a, to += pitch) {
+                const int64_t row = a - shift[0];
+                if (row < 0 || row >= size[0]) continue;
+                T* there = to + (begin + skipped) * channels;
+                const int64_t first = row * size[1] + begin;
+                if (last)
+                    memcpy(there, data + (n * area + first) * channels, size_t((end - begin) * channels) * sizeof(T));
+                else
+                    transpose_to(there, channels, data + n * channels * area + first, area, channels, end - begin);
+            }
+    }
+};
+
+// ---- forward and dx
+
 template <typename T>
 class Squares {
   public:
@@ -72,14 +106,19 @@ class Squares {
           to_channels_(forward ? args.out_channels : args.in_channels),
           from_channels_(forward ? args.in_channels : args.out_channels),
           to_last_(forward ? args.y_channels_last : args.x_channels_last),
-          from_last_(forward ? args.x_channels_last : args.y_channels_last),
-          from_(static_cast<const T*>(forward ? args.x : args.y)),
+          from_{static_cast<const T*>(forward ? args.x : args.y),
+                bool(forward ? args.x_channels_last : args.y_channels_last),
+                from_channels_,
+                {axis_[0].sources, axis_[1].sources}},
           to_(static_cast<T*>(forward ? args.y : args.dx)),
           panels_(parts_of(to_channels_, kWidth<T>)),
           size_(from_channels_ * kWidth<T>),
           depth_(forward ? 1 : phases_),
           chain_(most(kLeastChain, least(kMostChain, depth_ * from_channels_ / 2))),
-          squares_(phases_ * kParts * to_channels_ * from_channels_ < kLargeWeight ? kFewSquares : kManySquares),
+          squares_(depth_ * from_channels_ <= kFewTerms ||
+                           phases_ * kParts * to_channels_ * from_channels_ >= kLargeWeight
+                       ? kManySquares
+                       : kFewSquares),
           samples_(most(1, least(args.batch, squares_ / (axis_[0].pairs * axis_[1].pairs)))),
           rows_(parts_of(axis_[0].pairs, parts_of(axis_[0].pairs, most(1, squares_ / axis_[1].pairs)))),
           bands_(parts_of(axis_[0].pairs, rows_)),
@@ -188,7 +227,8 @@ class Squares {
         Scratch<Segment> segments(depth_ * parts_of(from_channels_, chain_));
         if (!arrays.get() || !products.get() || !turned.get() || !listed.get() || !segments.get())
             return MMFAST_OUT_OF_MEMORY;
-        fill(samples, places, arrays.get());
+        const int64_t shift[2] = {axis_[0].shift(), axis_[1].shift()};
+        from_.lay_out(samples, places, shift, arrays.get());
         const int64_t down = axis_[0].reach * pitch, right = axis_[1].reach * from_channels_;
         differ(arrays.get(), right, array, arrays.get() + array);
         differ(arrays.get(), down, array, arrays.get() + 2 * array);
@@ -201,6 +241,7 @@ class Squares {
         T* image = to_ + samples.begin * axis_[0].targets * axis_[1].targets * to_channels_;
         T* out = to_last_ ? image + first : turned.get();
         const int64_t out_pitch = to_last_ ? to_channels_ : width;
+        const int64_t columns = parts_of(to_channels_, kLanes<T>) * kLanes<T>;
         Vec<T> zeros = {};
         for (int64_t i = 0; i < (forward_ ? phases_ : 1); ++i) {
             const int64_t j[2] = {i / args_.stride[2], i % args_.stride[2]};
@@ -217,7 +258,7 @@ class Squares {
                 const int outer = part / 3, inner = part % 3;
                 const T* sources = arrays.get() + (2 * (outer != kBoth) + (inner != kBoth)) * array -
                                    (outer == kBefore) * down - (inner == kBefore) * right;
-                const Weights<T> weights{packed(phase, part, 0), depth_ * size_, zeros_.get(), panels_ * kWidth<T>};
+                const Weights<T> weights{packed(phase, part, 0), depth_ * size_, zeros_.get(), columns};
                 multiply_rows(sources, products.get() + part * most_squares * width, listed.get(), squares,
                               segments.get(), count, chain_, weights, panels);
             }
@@ -234,27 +275,6 @@ class Squares {
             transpose_to(image + (n * to_channels_ + first) * positions + band[0].begin * axis_[1].targets, positions,
                          turned.get() + n * area * width, width, area, least(width, to_channels_ - first));
         return MMFAST_OK;
-    }
-
-    // (samples, places, channels), zero where there is no source
-    void fill(Range samples, const Range* places, T* to) const {
-        const int64_t height = axis_[0].sources, width = axis_[1].sources, pitch = places[1].size() * from_channels_;
-        memset(to, 0, size_t(samples.size() * places[0].size() * pitch) * sizeof(T));
-        const int64_t skipped = axis_[1].shift() - places[1].begin;
-        const int64_t begin = most(0, -skipped), end = least(width, places[1].size() - skipped);
-        if (begin >= end) return;
-        for (int64_t n = samples.begin; n < samples.end; ++n)
-            for (int64_t a = places[0].begin; a < places[0].end; ++a, to += pitch) {
-                const int64_t row = a - axis_[0].shift();
-                if (row < 0 || row >= height) continue;
-                T* there = to + (begin + skipped) * from_channels_;
-                if (from_last_)
-                    memcpy(there, from_ + ((n * height + row) * width + begin) * from_channels_,
-                           size_t((end - begin) * from_channels_) * sizeof(T));
-                else
-                    transpose_to(there, from_channels_, from_ + (n * from_channels_ * height + row) * width + begin,
-                                 height * width, from_channels_, end - begin);
-            }
     }
 
     // to[i] = from[i + step] - from[i], but for the last ones, which no square sees
@@ -296,24 +316,203 @@ class Squares {
     bool forward_;
     Axis axis_[2];
     int64_t phases_, to_channels_, from_channels_;
-    bool to_last_, from_last_;
-    const T* from_;
+    bool to_last_;
+    Image<T> from_;
     T* to_;
     int64_t panels_, size_, depth_, chain_, squares_, samples_, rows_, bands_;
     Scratch<T> packed_, bias_, zeros_;
 };
 
-int run(const Args& args, bool forward) {
+// ---- dweight
+
+template <typename T>
+class Taps {
+  public:
+    explicit Taps(const Args& args)
+        : args_(args),
+          axis_{Axis(args, 1, false), Axis(args, 2, false)},
+          phases_(args.stride[1] * args.stride[2]),
+          strips_(parts_of(args.in_channels, kRows)),
+          panels_(parts_of(args.out_channels, kWidth<T>)),
+          chain_(chain_of(args.batch * axis_[0].pairs * axis_[1].pairs, 4)),
+          samples_(most(1, least(args.batch, kManySquares / (axis_[0].pairs * axis_[1].pairs)))),
+          rows_(parts_of(axis_[0].pairs, parts_of(axis_[0].pairs, most(1, kManySquares / axis_[1].pairs)))),
+          squares_(samples_ * rows_ * axis_[1].pairs),
+          part_of_x_(squares_ * kRows + kLanes<T>),
+          part_of_dy_(squares_ * kWidth<T>),
+          sums_(panels_ * strips_ * phases_ * kParts * kTile),
+          strips_of_x_(strips_ * kParts * part_of_x_) {}
+
+    int run() {
+        const Range all{0, axis_[1].pairs};
+        const int64_t in_area = 4 * rows_ * all.end * args_.in_channels;
+        const int64_t out_area = axis_[0].places({0, rows_}).size() * axis_[1].places(all).size() * args_.out_channels;
+        // vectors reach beyond the last place's channels
+        Scratch<T> x(samples_ * in_area + kRows + kLanes<T>), dy(samples_ * out_area + kWidth<T>);
+        Scratch<Pair> pairs(squares_);
+        if (!sums_.get() || !strips_of_x_.get() || !x.get() || !dy.get() || !pairs.get()) return MMFAST_OUT_OF_MEMORY;
+        memset(x.get() + samples_ * in_area, 0, sizeof(T) * (kRows + kLanes<T>));
+        memset(dy.get() + samples_ * out_area, 0, sizeof(T) * kWidth<T>);
+        for (int64_t i = 0; i < squares_; ++i) pairs.get()[i] = {int32_t(i * kRows), int32_t(i * kWidth<T>)};
+        const Image<T> of_x{static_cast<const T*>(args_.x),
+                            bool(args_.x_channels_last),
+                            args_.in_channels,
+                            {args_.in_size[1], args_.in_size[2]}};
+        const Image<T> of_dy{static_cast<const T*>(args_.y),
+                             bool(args_.y_channels_last),
+                             args_.out_channels,
+                             {args_.out_size[1], args_.out_size[2]}};
+        const int64_t in_shift[2] = {0, 0}, out_shift[2] = {axis_[0].shift(), axis_[1].shift()};
+        const int threads = threads_for(args_);
+        int status = MMFAST_OK;
+        const auto note = [&](int found) {
+            if (found) __atomic_store_n(&status, found, __ATOMIC_RELAXED);
+        };
+        for (int64_t n = 0; n < args_.batch; n += samples_)
+            for (int64_t row = 0; row < axis_[0].pairs; row += rows_) {
+                const int64_t samples = least(samples_, args_.batch - n);
+                const Range rows{row, least(axis_[0].pairs, row + rows_)};
+                const Range in[2] = {{2 * rows.begin, 2 * rows.end}, {0, 2 * all.end}};
+                const Range out[2] = {axis_[0].places(rows), axis_[1].places(all)};
+                of_x.lay_out({n, n + samples}, in, in_shift, x.get());
+                of_dy.lay_out({n, n + samples}, out, out_shift, dy.get());
+                parallel_for(threads, strips_, [&](int64_t strip) { pack_x(strip, samples, rows.size(), x.get()); });
+                parallel_for(threads, panels_ * phases_, [&](int64_t unit) {
+                    note(add_block(unit / phases_, unit % phases_, samples, rows, out, dy.get(), pairs.get(),
+                                   n == 0 && row == 0));
+                });
+            }
+        if (status) return status;
+        parallel_for(threads, panels_ * strips_, [&](int64_t unit) { note(write(unit / strips_, unit % strips_)); });
+        return status;
+    }
+
+  private:
+    static constexpr int64_t kTile = kRows * kWidth<T>;
+
+    // (phases, parts, rows, width)
+    T* tiles(int64_t panel, int64_t strip) const {
+        return sums_.get() + (panel * strips_ + strip) * phases_ * kParts * kTile;
+    }
+
+    // (parts, squares, rows), whose last vector reaches into the next square's
+    void pack_x(int64_t strip, int64_t samples, int64_t rows, const T* x) const {
+        const int64_t right = args_.in_channels, down = 2 * axis_[1].pairs * right;
+        T* to = strips_of_x_.get() + strip * kParts * part_of_x_;
+        for (int64_t row = 0; row < samples * rows; ++row)
+            for (int64_t pair = 0; pair < axis_[1].pairs; ++pair, to += kRows)
+                for (int r = 0; r < kRows; r += kLanes<T>) {
+                    const T* at = x + row * 2 * down + pair * 2 * right + strip * kRows + r;
+                    const Vec<T> x0[2] = {load(at), load(at + right)},
+                                 x1[2] = {load(at + down), load(at + down + right)};
+                    const Vec<T> outer[3][2] = {{x0[0], x0[1]}, {x0[0] + x1[0], x0[1] + x1[1]}, {x1[0], x1[1]}};
+                    for (int i = 0; i < 3; ++i) {
+                        store(to + (3 * i + kBefore) * part_of_x_ + r, outer[i][0]);
+                        store(to + (3 * i + kBoth) * part_of_x_ + r, outer[i][0] + outer[i][1]);
+                        store(to + (3 * i + kAfter) * part_of_x_ + r, outer[i][1]);
+                    }
+                }
+    }
+
+    // (parts, squares, width) of what a phase's squares meet
+    void pack_dy(int64_t phase, int vectors, int64_t samples, Range rows, const Range* places, const T* dy,
+                 T* packed) const {
+        const int64_t channels = args_.out_channels, pitch = places[1].size() * channels;
+        const int64_t down = args_.stride[1] * pitch, right = args_.stride[2] * channels;
+        dy += phase / args_.stride[2] * pitch + phase % args_.stride[2] * channels;
+        for (int64_t n = 0; n < samples; ++n, dy += places[0].size() * pitch)
+            for (int64_t a = 0; a < rows.size(); ++a)
+                for (int64_t b = 0; b < axis_[1].pairs; ++b, packed += kWidth<T>)
+                    for (int v = 0; v < vectors; ++v) {
+                        const T* at = dy + 2 * a * down + 2 * b * right + v * kLanes<T>;
+                        T* to = packed + v * kLanes<T>;
+                        Vec<T> outer[3][3];
+                        for (int j = 0; j < 3; ++j, at += right) {
+                            outer[kBoth][j] = load(at + down);
+                            outer[kBefore][j] = load(at) - outer[kBoth][j];
+                            outer[kAfter][j] = load(at + 2 * down) - outer[kBoth][j];
+                        }
+                        for (int i = 0; i < 3; ++i, to += 3 * part_of_dy_) {
+                            store(to + kBefore * part_of_dy_, outer[i][0] - outer[i][1]);
+                            store(to + kBoth * part_of_dy_, outer[i][1]);
+                            store(to + kAfter * part_of_dy_, outer[i][2] - outer[i][1]);
+                        }
+                    }
+    }
+
+    int add_block(int64_t panel, int64_t phase, int64_t samples, Range rows, const Range* places, const T* dy,
+                  const Pair* pairs, bool first) const {
+        Scratch<T> packed(kParts * part_of_dy_);
+        if (!packed.get()) return MMFAST_OUT_OF_MEMORY;
+        const bool half = args_.out_channels - panel * kWidth<T> <= kLanes<T>;
+        pack_dy(phase, half ? 1 : kVectors, samples, rows, places, dy + panel * kWidth<T>, packed.get());
+        const auto add = half ? add_products<1, T> : add_products<kVectors, T>;
+        for (int part = 0; part < kParts; ++part)
+            for (int64_t strip = 0; strip < strips_; ++strip)
+                add(strips_of_x_.get() + (strip * kParts + part) * part_of_x_, packed.get() + part * part_of_dy_, pairs,
+                    samples * rows.size() * axis_[1].pairs, chain_,
+                    tiles(panel, strip) + (phase * kParts + part) * kTile, first);
+        return MMFAST_OK;
+    }
+
+    int write(int64_t panel, int64_t strip) const {
+        const int64_t taps = args_.kernel[1] * args_.kernel[2], channel = strip * kRows, first = panel * kWidth<T>;
+        const int64_t rows = least(kRows, args_.in_channels - channel);
+        const int64_t columns = least(kWidth<T>, args_.out_channels - first);
+        Scratch<T> tile(taps * kTile);
+        if (!tile.get()) return MMFAST_OUT_OF_MEMORY;
+        Vec<T> zeros = {};
+        for (int64_t phase = 0; phase < phases_; ++phase)
+            for (int i = 0; i < 4; ++i) {
+                const int outer = i / 2, inner = i % 2;
+                const int64_t tap = (phase / args_.stride[2] + outer * args_.stride[1]) * args_.kernel[2] +
+                                    phase % args_.stride[2] + inner * args_.stride[2];
+                const T* terms = tiles(panel, strip) + (phase * kParts + 3 * outer + inner) * kTile;
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t c = 0; c < columns; c += kLanes<T>) {
+                        const T* at = terms + r * kWidth<T> + c;
+                        T* to = tile.get() + tap * kTile + r * kWidth<T> + c;
+                        store(to, (load(at) + load(at + kTile)) + (load(at + 3 * kTile) + load(at + 4 * kTile)));
+                        zeros += load_float(to, int(least(columns - c, kLanes<T>))) * T(0);
+                    }
+            }
+        if (sum_lanes<T>(zeros) != 0) return MMFAST_DECLINED;
+        T* dweight = static_cast<T*>(args_.dweight) + (channel * args_.out_channels + first) * taps;
+        for (int64_t r = 0; r < rows; ++r)
+            transpose_to(dweight + r * args_.out_channels * taps, taps, tile.get() + r * kWidth<T>, kTile, taps,
+                         columns);
+        return MMFAST_OK;
+    }
+
+    const Args& args_;
+    Axis axis_[2];
+    int64_t phases_, strips_, panels_, chain_, samples_, rows_, squares_, part_of_x_, part_of_dy_;
+    Scratch<T> sums_, strips_of_x_;
+};
+
+bool fits(const Args& args) {
     bool fits = args.in_size[0] == 1 && args.kernel[0] == 1 && args.stride[0] == 1 && args.out_size[0] == 1;
     for (int d = 1; d < 3; ++d) fits = fits && args.kernel[d] == 2 * args.stride[d] && args.dilation[d] == 1;
-    if (!fits) return MMFAST_DECLINED;
-    return with_type(args, [&](auto type) { return Squares<decltype(type)>(args, forward).run(); });
+    return fits;
+}
+
+template <typename T>
+int backward_of(const Args& args) {
+    const int status = args.dx ? Squares<T>(args, false).run() : MMFAST_OK;
+    return status || !args.dweight ? status : Taps<T>(args).run();
 }
 
 }  // namespace
 
-int squares_forward(const Args& args) { return run(args, true); }
-int squares_backward(const Args& args) { return run(args, false); }
+int squares_forward(const Args& args) {
+    if (!fits(args)) return MMFAST_DECLINED;
+    return with_type(args, [&](auto type) { return Squares<decltype(type)>(args, true).run(); });
+}
+
+int squares_backward(const Args& args) {
+    if (!fits(args)) return MMFAST_DECLINED;
+    return with_type(args, [&](auto type) { return backward_of<decltype(type)>(args); });
+}
 
 }  // namespace MMFAST_ISA
 }  // namespace mmfast

@@ -61,7 +61,7 @@ bool run_squares() {
         args.before[i] = pick_ragged(full - 1), args.out_size[i] = full - args.before[i];
     }
     const int64_t weights = args.in_channels * args.out_channels * product_of(args.kernel);
-    return forward_and_backward(args, weights, squares_forward, squares_backward, 0, true);
+    return forward_and_backward(args, weights, squares_forward, squares_backward, weights, true);
 }
 
 bool run_depthwise() {

@@ -173,6 +173,7 @@ def multiplies(
     channels: int,
     kernel: Sequence[int],
     stride: Sequence[int],
+    dilation: Sequence[int],
     output_padding: Sequence[int],
     contiguous: bool,
     forward: bool = True,
@@ -188,41 +189,50 @@ def multiplies(
         return False
     if native.is_intel():
         return True
+    if has_squares(kernel, stride, dilation) and channels % 16 == 0:
+        return True
     # Zen 5: 64 to 32, k4 s2, at 12,000 in 1-d, ms of PyTorch's forward, dx, dweight and of ours: 1.7, 1.1, 1.4 and 1.9,
-    # 1.2, 1.7; 214 to 40, k6 s4, at 8 x 16, whose last panel is 3/4 empty: 4.0 and 4.5; 128 to 64, k2 s2, at 64 x 64,
-    # batch 4: the forward by phases takes 7.6 ms, by products 13.0
+    # 1.2, 1.7; 112 to 48, k5 s2, at 23 x 23: 1.2 and 1.4, 1.1 and 1.3; 128 to 64, k2 s2, at 64 x 64, batch 4: the
+    # forward by phases takes 7.6 ms, by products 13.0
     apart = forward and contiguous and tuple(kernel) == tuple(stride)
     return not apart and (channels >= 128 or (len(stride) > 1 and channels % LEAST_CHANNELS == 0))
 
 
-#: Positions in a batch from which on squares were measured faster: the weight, of twice as many numbers then, is packed
-#: first; and how many outputs may be computed, with those beyond an odd end, for each that the products are less for.
-_LEAST_IN_SQUARES, _MOST_COMPUTED = 1024, 1.3
-
-
 def has_squares(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Whether two taps of each of two dimensions reach an output: csrc/cpu/conv_squares.cpp multiplies less there."""
+    """Whether two taps of each of two dimensions reach an output: csrc/cpu/conv_squares.cpp multiplies less there.
+
+    Not measured on Intel's processors with AVX-512.
+    """
     twice = len(kernel) == 2 and all(taps == 2 * step for taps, step in zip(kernel, stride, strict=True))
-    return twice and max(dilation) == 1 and native.isa() == "avx2"
+    return twice and max(dilation) == 1 and (native.isa() == "avx2" or native.beats_mkl())
 
 
 def in_squares(x: Tensor, weight: Tensor, geometry: Geometry, forward: bool = True) -> bool:
     """Whether nine products instead of sixteen, for each square of four outputs, were measured faster.
 
+    The weight, of twice as many numbers then, is packed first, which takes as long as the products of some positions;
+    outputs beyond an odd end are computed, too.
+
     Zen 3, shared with others, ms of PyTorch's, of products and of these: 128 to 64, k4 s2 p1, at 16 x 16, batch 32: 47,
     37 and 32, dx 48, 48 and 39; 512 to 128, at 32 x 32: 40, 41 and 34, dx 40, 44 and 32; channels last 256 to 256, at
     32 x 32, batch 2: 80, 88 and 64, dx 87, 84 and 67. 128 to 64, at 5 x 5, batch 64, of which 6 x 6 are computed: 8.6,
-    5.7 and 6.9.
+    5.7 and 6.9. Zen 5, in the same order: 9.9, 8.7 and 6.7, dx 9.1, 8.5 and 6.8; 17.6, 17.2 and 12.8, dx 18.6, 17.0 and
+    12.6; 16.2, 16.6 and 12.1, dx 15.7, 16.6 and 12.7; 1.7, 1.4 and 1.9. 256 to 128, at 16 x 16, batch 1: 1.2, 1.2 and
+    1.0; 512 to 256: 5.8, 4.9 and 5.2; 160 to 144, at 13 x 5, batch 20: 4.7, 3.7 and 4.1; 48 to 336, at 19 x 20,
+    batch 9: 7.8, 7.9 and 8.3.
     """
     size, kernel = x.shape[2:], weight.shape[2:]
     if not has_squares(kernel, geometry.stride, geometry.dilation):
         return False
-    if x.numel() < _LEAST_IN_SQUARES * x.shape[1] or min(size) < 4:
+    wide = native.isa() == "avx512"
+    least_positions = 256 if wide and weight.numel() < 2**20 else 1024
+    if x.numel() < least_positions * x.shape[1] or min(size) < 4 or (wide and x.shape[1] < 64):
         return False
     outputs = geometry.out_size(size, kernel) if forward else size
     steps = geometry.stride if forward else (1, 1)
     of_phase = [-(-side // step) for side, step in zip(outputs, steps, strict=True)]
-    return math.prod(side + side % 2 for side in of_phase) <= _MOST_COMPUTED * math.prod(size)
+    most_computed = 1.2 if wide else 1.3
+    return math.prod(side + side % 2 for side in of_phase) <= most_computed * math.prod(size)
 
 
 def _leaves_dx(x: Tensor, weight: Tensor) -> bool:
@@ -255,11 +265,13 @@ def products_backward(
     elif mask[0]:
         dx = torch.empty_like(x)
         tensors = window, x, weight.contiguous(), dy, dx
-        if not (squares and native.cpu_squares_backward(*tensors)):
+        if not (squares and native.cpu_squares_backward(*tensors, None)):
             native.cpu_gather_backward(*tensors, None)
     if mask[1]:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        native.cpu_gather_backward(window, x, weight, dy, None, dweight)
+        tensors = window, x, weight, dy, None, dweight
+        if not (in_squares(x, weight, geometry, False) and native.cpu_squares_backward(*tensors)):
+            native.cpu_gather_backward(*tensors)
         dweight = laid_out_as(weight, dweight)
     return dx, dweight, _sum_positions(dy) if mask[2] else None
 
