@@ -132,13 +132,14 @@ def test_numerics_of_the_epilogue(seed, isa, norm, activation, size, layout, dty
         ((20, 12), (3, 4, 5), 2, 2, 0, 1),
         ((24, 6), (70,), 3, 3, 0, 1),
         ((64, 32), (9, 17), 4, 2, 1, 1),
-        ((32, 40), (20, 18), 4, 2, 1, 1),
+        ((64, 40), (20, 18), 4, 2, 1, 1),
+        ((64, 40), (90,), 8, 4, 2, 1),
         ((40, 33), (3, 4, 5), 3, 2, 1, 1),
         ((128, 32), (70,), 16, 8, 4, 1),
     ],
     ids=[
         *("C3-2d", "C1-1d", "position", "C2-3d", "depthwise-1d", "depthwise-2d", "depthwise-3d"),
-        *("apart-2d", "apart-3d", "apart-1d", "wide-2d", "squares", "wide-3d", "wide-1d"),
+        *("apart-2d", "apart-3d", "apart-1d", "wide-2d", "squares", "pairs", "wide-3d", "wide-1d"),
     ],
 )
 def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding, groups, layout):
@@ -245,7 +246,7 @@ def test_products_of_matrices_are_exact(seed, isa, dtype, method):
         dims = rng.choice((1, 2, 2, 3))
         stride, dilation, kernel = ([rng.randint(1, most) for _ in range(dims)] for most in (3, 2, 5))
         if method == "squares":
-            dims, stride = 2, (stride * 2)[:2]
+            dims, stride = len(stride[:2]), stride[:2]
             kernel, dilation = [2 * step for step in stride], [1] * dims
         output_padding = [rng.randint(0, max(pair) - 1) for pair in zip(stride, dilation, strict=True)]
         crop = tuple(rng.choice((0, 0, 1)) for _ in range(2 * dims))
