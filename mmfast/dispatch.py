@@ -4,9 +4,12 @@ A backend says in sentences what it *cannot* do (`refusals`) and, of what it can
 than PyTorch (`reluctance`). The first backend of an op that neither refuses nor is reluctant serves; `torch`, the last,
 does neither. An explicit choice asks only for refusals and raises where there are any.
 
-A traced choice depends on static facts only - device, dtype, channels, kernel, mode, hidden size; never on the length
-of a sequence or the size of a batch -, so a compiled graph chooses once. In eager mode a recurrent layer may also yield
-to PyTorch where a sequence or a batch is so small that the cost of the call decides.
+A traced choice depends on static facts only - device, dtype, channels, kernel, mode, hidden size, the sizes of a graph
+that is for these alone; never on a symbol -, so a compiled graph chooses once. In eager mode a recurrent layer may also
+yield to PyTorch where a sequence or a batch is so small that the cost of the call decides.
+
+Of a compiled graph each call pays for what Dynamo has read on the way: it looks at all of it again, some 20 ns for each
+(Zen 5). So a choice is made in a function that Dynamo calls and does not trace, whose result is a constant.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ BACKENDS = ("torch", "cpu", "triton", "cuda")
 
 # Process-wide, like torch.backends' own settings, and in a list that Dynamo guards on: a graph that was compiled under
 # one choice is compiled again under another.
-_forced: list[str | None] = [None]
+FORCED: list[str | None] = [None]
 
 
 #: The answers that layers note (`Op.leaves`) hold as long as this object is the same.
@@ -100,11 +103,7 @@ class Op:
         """
         for listener in _listeners:
             listener(self, case, explicit)
-        requested = asked_for(explicit)
-        if is_compiling():
-            # Dynamo hands constants over, of which a named tuple is none
-            return _select_while_tracing(self.name, _constants(case), requested)
-        return self._select(case, requested)
+        return self._select(case, asked_for(explicit))
 
     def select_by(self, facts: tuple, make_case: Callable[..., Any], explicit: str | None = None) -> str:
         """`select(make_case(*facts), explicit)`, where the answer for these facts is not known yet.
@@ -112,9 +111,12 @@ class Op:
         facts: what a function sees of its arguments at once. They determine the case together with autocast, under
         which, as while tracing, the case is made anew.
         """
+        if is_compiling():
+            # Dynamo hands constants over, of which a named tuple is none
+            return _select_while_tracing(self, make_case, _constants(facts), explicit or FORCED[0])
         if each_call_chooses():
             return self.select(make_case(*facts), explicit)
-        key = (facts, explicit or _forced[0] or config.BACKEND, torch.get_num_threads())
+        key = (facts, explicit or FORCED[0] or config.BACKEND, torch.get_num_threads())
         try:
             return self._chosen[key]
         except KeyError:
@@ -127,7 +129,7 @@ class Op:
 
     def known(self, facts: tuple, explicit: str | None = None) -> str | None:
         """What `select_by` chose for hashable facts before, if it did: for who knows that nothing else decides."""
-        return self._chosen.get((facts, explicit or _forced[0] or config.BACKEND, torch.get_num_threads()))
+        return self._chosen.get((facts, explicit or FORCED[0] or config.BACKEND, torch.get_num_threads()))
 
     def _select(self, case: Any, requested: str | None) -> str:
         if requested is None and _is_converted():
@@ -198,27 +200,37 @@ def _constants(facts: tuple) -> tuple:
 def _constant(fact: Any) -> Any:
     if isinstance(fact, tuple):
         return _constants(fact)
-    if type(fact) is bool:
+    if isinstance(fact, bool):
         return True if fact else False  # noqa: SIM210 (bool(fact), and below float(fact), would stay symbols)
-    if type(fact) is int:
+    if isinstance(fact, int):
         return operator.index(fact)
-    if type(fact) is float:
+    if isinstance(fact, float):
         return float.fromhex(fact.hex())
     return fact
 
 
-def _select_while_tracing(name: str, case: tuple, requested: str | None) -> str:
-    op = Op.registry[name]
-    return op._select(op.case(*case), requested)
+def is_known(number: float) -> bool:
+    """Whether a number, while tracing, is one for all calls of the graph, and no symbol."""
+    # importing it takes 0.2 s, but who traces has it
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(number)
 
 
-# What torch.compiler.assume_constant_result sets, without importing torch's compiler (4 s) together with mmfast
-_select_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler's, without importing torch's compiler (4 s) together with mmfast."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@assume_constant_result
+def _select_while_tracing(op: Op, make_case: Callable[..., Any], facts: tuple, explicit: str | None) -> str:
+    return op.select(make_case(*facts), explicit)
 
 
 def asked_for(explicit: str | None = None) -> str | None:
     """The backend that a call with this `backend=` asks for; None: mmfast chooses."""
-    return explicit or _forced[0] or config.BACKEND
+    return explicit or FORCED[0] or config.BACKEND
 
 
 def check_backend(name: str) -> str:
@@ -235,13 +247,13 @@ def use_backend(name: str | None) -> Iterator[None]:
     Process-wide, as torch.backends' settings are. An op that the backend cannot serve raises RuntimeError with the
     reasons. A module's or a function's own `backend=` argument comes before it, MMFAST_BACKEND after it.
     """
-    before = _forced[0]
-    _forced[0] = None if name is None else check_backend(name)
+    before = FORCED[0]
+    FORCED[0] = None if name is None else check_backend(name)
     EPOCH[0] = object()
     try:
         yield
     finally:
-        _forced[0] = before
+        FORCED[0] = before
         EPOCH[0] = object()
 
 

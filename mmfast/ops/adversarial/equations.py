@@ -146,17 +146,19 @@ def _phi(term: Term, u: Tensor) -> Tensor:
     phi = term.phi
     if phi == SOFTPLUS:
         return softplus(u)
-    if phi == TILTED:
-        return softplus(u) + u * term.tilt
+    if phi == RELU:
+        return relu(u)
     if phi in (SQUARE, LEAKY_SQUARE):
         return u.square()
+    if phi == TILTED:
+        return softplus(u) + u * term.tilt
     if phi == RELU_SQUARE:
         return relu(u).square()
     if phi == ABS:
         return u.abs()
     if phi == SIGMOID:
         return u.sigmoid()
-    return relu(u) if phi == RELU else u
+    return u
 
 
 def _slope(term: Term, u: Tensor, x: Tensor) -> Tensor:
@@ -224,6 +226,13 @@ def values(terms: Sequence[Term], mean: bool, inputs: Inputs) -> list[Tensor]:
         y = y.mean() if mean else y.sum()
         reduced.append(y if term.weight == 1 else y * term.weight)
     return reduced
+
+
+def value(term: Term, mean: bool, x: Tensor) -> Tensor:
+    """The value of one term of logits alone."""
+    y = _phi(term, _argument(term, x, None))
+    y = y.mean() if mean else y.sum()
+    return y if term.weight == 1 else y * term.weight
 
 
 def add_up(numbers: Sequence[Tensor]) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, get_num_threads
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from ...dispatch import EPOCH, autocasts, is_watched, needs_formula
+from ...dispatch import EPOCH, FORCED, assume_constant_result, autocasts, is_known, is_watched, needs_formula
 from . import equations
 from .backends import OP, Case
-from .equations import IDENTITY, LEAKY_SQUARE, LECAM, MODES, SOFTPLUS, SQUARE, TILTED, Inputs, Mode, Term, Terms
+from .equations import IDENTITY, LEAKY_SQUARE, LECAM, MODES, SOFTPLUS, SQUARE, TILTED, Inputs, Mode, Term, Terms, value
 from .op import Direct, is_eager, loss, loss_of_tensors, means_of
 
 Logits = Any  # a tensor, or a list, nested to any depth, of tensors
@@ -69,7 +69,8 @@ def adversarial_discriminator_loss(
         no tensor.
     """
     plain = real_weight is None and fake_weight is None and not return_values and process_group is None
-    if plain and type(real_logits) is type(fake_logits) is Tensor and not is_watched():
+    traced = is_dynamo_compiling()
+    if plain and not traced and type(real_logits) is type(fake_logits) is Tensor and not is_watched():
         recipe = _remembered(discriminator_recipe, 1, mode, scale, smoothing, reduction, across)
         total = _at_once(recipe, (real_logits, fake_logits), backend)
         if total is not None:
@@ -79,9 +80,13 @@ def adversarial_discriminator_loss(
         raise ValueError(
             f"real_logits has {len(real)} tensors and fake_logits {len(fake)}; expected one of each per discriminator"
         )
-    recipe = _remembered(discriminator_recipe, len(real), mode, scale, smoothing, reduction, across)
     # real and fake of one discriminator side by side, so that terms are added in the order a user would add them
     logits = [x for pair in zip(real, fake, strict=True) for x in pair]
+    if plain and traced:
+        total = _traced("discriminator", len(real), logits, mode, scale, smoothing, reduction, across, backend)
+        if total is not None:
+            return total
+    recipe = _remembered(discriminator_recipe, len(real), mode, scale, smoothing, reduction, across)
     weights = real_weight, fake_weight
     return _adversarial(recipe, logits, weights, return_values, process_group, backend)
 
@@ -111,12 +116,17 @@ def adversarial_generator_loss(
     All else: `adversarial_discriminator_loss`. ValueError where a relativistic mode has no real logits.
     """
     plain = real_weight is None and fake_weight is None and not return_values and process_group is None
-    if plain and real_logits is None and type(fake_logits) is Tensor and not is_watched():
+    traced = is_dynamo_compiling()
+    if plain and not traced and real_logits is None and type(fake_logits) is Tensor and not is_watched():
         recipe = _remembered(_generator_recipe, 1, mode, scale, 0.0, reduction, across)
         total = _at_once(recipe, (fake_logits,), backend)
         if total is not None:
             return total
     fake = _flat("fake_logits", fake_logits)
+    if plain and traced:
+        total = _traced("generator", len(fake), fake, mode, scale, 0.0, reduction, across, backend)
+        if total is not None:
+            return total
     recipe = _remembered(_generator_recipe, len(fake), mode, scale, 0.0, reduction, across)
     weights = real_weight, fake_weight
     if not recipe.pairing:
@@ -591,12 +601,61 @@ def _at_once(recipe: Recipe, tensors: Sequence[Tensor], backend: str | None) -> 
     return direct and loss_of_tensors(direct, threads, tensors)
 
 
+def _traced(
+    player: str,
+    count: int,
+    logits: list[Tensor],
+    mode: str,
+    scale: float,
+    smoothing: Smoothing,
+    reduction: str,
+    across: str,
+    backend: str | None,
+) -> Tensor | None:
+    """The loss in a graph, by PyTorch's formula; None where another way serves, or an error is to be raised.
+
+    At each call a graph looks at all that Dynamo has read of this: few things, for each takes 20 ns (Zen 5).
+    """
+    if type(scale) is not float or type(smoothing) is not float:
+        return None
+    if smoothing == 0:
+        smoothing = 0.0
+    elif not is_known(smoothing):  # of a symbol a constant would be made
+        return None
+    facts = [(x.device, x.dtype) for x in logits]
+    recipe = _of_torch(player, (count, mode, 1.0, smoothing, reduction, across), facts, backend or FORCED[0])
+    if recipe is None:
+        return None
+    total, *others = [value(term, recipe.mean, x) for term, x in zip(recipe.terms, logits, strict=True)]
+    for other in others:
+        total = total + other
+    return total if scale == 1 else total * scale
+
+
+@assume_constant_result
+def _of_torch(
+    player: str, options: tuple, facts: list[tuple[torch.device, torch.dtype]], backend: str | None
+) -> Recipe | None:
+    """The recipe of what PyTorch's formula serves, logits alone and alike; None of anything else."""
+    device, dtype = facts[0]
+    try:
+        recipe = (discriminator_recipe if player == "discriminator" else _generator_recipe)(*options)
+        chosen = OP.select(Case(device.type, dtype, recipe.reduced, traced=True), backend)
+    except (TypeError, ValueError, RuntimeError):  # for Dynamo to see
+        return None
+    cast = dtype.itemsize == 2 and autocasts(device.type)
+    if chosen != "torch" or recipe.pairing or not recipe.reduced or cast or len(set(facts)) > 1:
+        return None
+    # of a tuple's subclass Dynamo makes no constant
+    return recipe._replace(terms=tuple(recipe.terms))  # type: ignore[arg-type]
+
+
 def _select(x: Tensor, reduced: bool, backend: str | None) -> str:
-    return OP.select_by((x.device, x.dtype, reduced), _case, backend)
+    return OP.select_by((x.device, x.dtype, reduced, is_compiling()), _case, backend)
 
 
-def _case(device: torch.device, dtype: torch.dtype, reduced: bool) -> Case:
-    return Case(device.type, dtype, reduced, is_compiling())
+def _case(device: torch.device, dtype: torch.dtype, reduced: bool, traced: bool) -> Case:
+    return Case(device.type, dtype, reduced, traced)
 
 
 def _evaluate(recipe: Recipe, inputs: Inputs, return_values: bool, group: Any, backend: str | None) -> Any:

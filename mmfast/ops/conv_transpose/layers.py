@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import compute_dtype, needs_formula
+from ...dispatch import compute_dtype, is_known, needs_formula
 from . import equations
 from .backends import OP, Case
 from .equations import ACTIVATIONS, Epilogue, Geometry
@@ -376,13 +376,16 @@ _SMALL_OUTPUT = 2**17
 def conv_transpose_call(input: Tensor, out_channels: int, stride: Sequence[int]) -> tuple[bool, bool, bool, bool]:
     """(contiguous, gradients, spread, small) of `Case`: what a choice depends on besides the layer.
 
-    In a graph, whose sizes may be symbols, nothing is known of them.
+    Of sizes that are symbols, of a graph for any, nothing is known.
     """
     known = input.is_contiguous(), torch.is_grad_enabled()
-    if torch.compiler.is_compiling() or not input.dim():
+    if not input.dim():
         return *known, False, False
     positions = math.prod(input.shape[2:])
-    return *known, positions > 1, input.shape[0] * positions * out_channels * math.prod(stride) < _SMALL_OUTPUT
+    elements = input.shape[0] * positions * out_channels * math.prod(stride)
+    if torch.compiler.is_compiling() and not is_known(elements):
+        return *known, False, False
+    return *known, positions > 1, elements < _SMALL_OUTPUT
 
 
 def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:

@@ -622,10 +622,16 @@ def cell_mode(nonlinearity: str) -> str:
 
 
 def _cell_case(
-    device: torch.device, dtype: torch.dtype, mode: str, input_size: int, hidden_size: int, gradients: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    mode: str,
+    input_size: int,
+    hidden_size: int,
+    gradients: bool,
+    transformed: bool,
 ) -> Case:
     dtype = compute_dtype(device.type, dtype)
-    of_call = {"transformed": torch.compiler.is_compiling(), "autocast": autocasts(device.type), "gradients": gradients}
+    of_call = {"transformed": transformed, "autocast": autocasts(device.type), "gradients": gradients}
     return Case(device.type, dtype, mode, input_size, hidden_size, cell=True, **of_call)
 
 
@@ -637,9 +643,9 @@ def cell(
     backend: str | None,
 ) -> Any:
     """What `rnn_cell`, `gru_cell` and `lstm_cell` return."""
-    gradients = torch.is_grad_enabled()
-    facts = (input.device, input.dtype, mode, input.shape[-1], weights[1].shape[1], gradients)
-    if not (gradients or torch.compiler.is_compiling()):
+    gradients, traced = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    facts = (input.device, input.dtype, mode, input.shape[-1], weights[1].shape[1], gradients, traced)
+    if not (gradients or traced):
         found = one_step.at_once(mode, facts, input, hx, weights, backend)
         if found is not None:
             return found
