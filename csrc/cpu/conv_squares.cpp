@@ -18,8 +18,6 @@
 // Bound by multiplications, as conv_gather.cpp. Source: Winograd, "Arithmetic Complexity of Computations", 1980; Lavin
 // and Gray, arXiv:1509.09308. Work is cut by shapes alone, and sums are added in a fixed order: results do not depend
 // on the number of threads.
-#include <utility>
-
 #include "cpu/conv_tile.h"
 #include "cpu/half.h"
 #include "cpu/parallel.h"
@@ -555,9 +553,12 @@ int with_axes(const Args& args, const Body& body) {
         return found.in_size[d] == 1 && found.out_size[d] == 1 && found.kernel[d] == 1 && found.stride[d] == 1;
     };
     const auto is_paired = [&](int d) { return found.kernel[d] == 2 * found.stride[d] && found.dilation[d] == 1; };
-    if (is_trivial(1))
-        for (int64_t* sizes : {found.in_size, found.out_size, found.kernel, found.stride, found.dilation, found.before})
-            std::swap(sizes[1], sizes[2]);
+    const bool swaps = is_trivial(1);
+    int64_t* const all[] = {found.in_size, found.out_size, found.kernel, found.stride, found.dilation, found.before};
+    for (int64_t* sizes : all) {
+        const int64_t first = sizes[1];
+        if (swaps) sizes[1] = sizes[2], sizes[2] = first;
+    }
     if (!is_trivial(0) || !is_paired(1) || !(is_paired(2) || is_trivial(2))) return MMFAST_DECLINED;
     return body(found);
 }

@@ -212,7 +212,7 @@ _LEAST_IN_SQUARES, _LEAST_OF_LARGE, _LARGE_SQUARES, _MOST_COMPUTED = 256, 512, 2
 
 
 def in_squares(x: Tensor, weight: Tensor, geometry: Geometry, forward: bool = True) -> bool:
-    """Whether nine products instead of sixteen, for each square of four outputs, or three of four, were measured faster.
+    """Whether nine products for each square of four outputs, not sixteen, or three of four, were measured faster.
 
     ms of PyTorch's, of products and of these. Zen 3, shared with others: 128 to 64, k4 s2 p1, at 16 x 16, batch 32: 47,
     37 and 32, dx 48, 48 and 39; 512 to 128, at 32 x 32: 40, 41 and 34, dx 40, 44 and 32; channels last 256 to 256, at
@@ -261,20 +261,21 @@ def products_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the convolution in `products_forward` that mask asks for; dy and x are dense."""
     dx = dweight = None
-    window = native_window(x, weight, geometry)
-    squares = mask[0] and in_squares(x, weight, geometry, False)
+    squares = in_squares(x, weight, geometry, False)
+
+    def fill(weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:
+        tensors = native_window(x, weight, geometry), x, weight, dy, dx, dweight
+        if not (squares and native.cpu_squares_backward(*tensors)):
+            native.cpu_gather_backward(*tensors)
+
     if mask[0] and not squares and _leaves_dx(x, weight):
         dx = convolve_backward(dy, x, weight, geometry, (True, False, False))[0]
     elif mask[0]:
         dx = torch.empty_like(x)
-        tensors = window, x, weight.contiguous(), dy, dx
-        if not (squares and native.cpu_squares_backward(*tensors, None)):
-            native.cpu_gather_backward(*tensors, None)
+        fill(weight.contiguous(), dx, None)
     if mask[1]:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        tensors = window, x, weight, dy, None, dweight
-        if not (in_squares(x, weight, geometry, False) and native.cpu_squares_backward(*tensors)):
-            native.cpu_gather_backward(*tensors)
+        fill(weight, None, dweight)
         dweight = laid_out_as(weight, dweight)
     return dx, dweight, _sum_positions(dy) if mask[2] else None
 
