@@ -550,7 +550,8 @@ template <typename Body>
 int with_axes(const Args& args, const Body& body) {
     Args found = args;
     const auto is_trivial = [&](int d) {
-        return found.in_size[d] == 1 && found.out_size[d] == 1 && found.kernel[d] == 1 && found.stride[d] == 1;
+        return found.in_size[d] == 1 && found.out_size[d] == 1 && found.kernel[d] == 1 && found.stride[d] == 1 &&
+               !found.before[d];
     };
     const auto is_paired = [&](int d) { return found.kernel[d] == 2 * found.stride[d] && found.dilation[d] == 1; };
     const bool swaps = is_trivial(1);
