@@ -27,6 +27,7 @@ constexpr int kRows = 6, kMaxVectors = 2, kPanels = 32, kLines = 3;
 #endif
 constexpr int64_t kDepth = 512;
 constexpr int64_t kShortest = 16, kLongest = 128;
+constexpr int64_t kLargeResult = 1 << 18;  // whose next rows are fetched ahead: no stream of stores does that
 
 template <typename C>
 constexpr int kPanelWidth = kMaxVectors * kLanes<C>;
@@ -215,6 +216,10 @@ class Product {
         constexpr int L = kLanes<C>;
         V sums[kRows][kMaxVectors];
         const int vectors = vectors_of(columns);
+        const int64_t next = m_ * n_ < kLargeResult ? 0 : smaller(m_ - i - kRows, int64_t(kRows));
+        for (int r = 0; r < next; ++r)
+            for (int v = 0; v < vectors; ++v)
+                __builtin_prefetch(out_ + (i + kRows + r) * out_row_ + column + v * L, 1, 2);
         if (depth == 0)
             memset(sums, 0, sizeof sums);
         else if (vectors == kMaxVectors)
