@@ -190,9 +190,7 @@ def test_without_a_limit_it_is_eight_minutes(own_pictures, monkeypatch):
 
 def test_a_backend_is_used_and_kept(own_pictures, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "mmfast.train.loop.carry_out", lambda run: seen.append(mmfast.dispatch.FORCED[0]) or run.save()
-    )
+    monkeypatch.setattr("mmfast.train.loop.carry_out", lambda run: seen.append(mmfast.dispatch.FORCED[0]) or run.save())
     assert run("train", *SMALL, "--data", own_pictures, "--steps", "1", "--backend", "torch", "--out", "a") == 0
     assert run("train", "--resume", "a", "--steps", "2") == 0
     assert seen == ["torch", "torch"]
