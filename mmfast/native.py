@@ -460,10 +460,15 @@ def cpu_squares_forward(
 
 
 def cpu_squares_backward(
-    window: Window, x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor
+    window: Window,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dy: torch.Tensor,
+    dx: torch.Tensor | None,
+    dweight: torch.Tensor | None,
 ) -> bool:
-    """Fills dx, of x's layout, from weight and dy, dense. False: as `cpu_squares_forward`, of dx."""
-    return _cpu_conv_transpose("cpu_squares_backward", window, (x, weight, None, dy, dx, None))
+    """As gather's. False: as `cpu_squares_forward`, of dx or dweight."""
+    return _cpu_conv_transpose("cpu_squares_backward", window, (x, weight, None, dy, dx, dweight))
 
 
 def cpu_depthwise_forward(

@@ -220,7 +220,8 @@ class Gather {
         if (!groups.get() || !segments.get() || !places.get()) return false;
         Group* of[3];
         int64_t counts[3];
-        const Weights<T> weights{packed_.get(), panel_, bias_.get(), to_last_ ? to_channels_ : panels_ * kWidth<T>};
+        const int64_t columns = to_last_ ? to_channels_ : parts_of(to_channels_, kLanes<T>) * kLanes<T>;
+        const Weights<T> weights{packed_.get(), panel_, bias_.get(), columns};
         Group* next = groups.get();
         for (int d = 0; d < 3; ++d) {
             of[d] = next;
@@ -406,14 +407,16 @@ class Outer {
         Scratch<T> packed(count * samples.size() * kWidth<T>), own(whole ? kStrips * taps_ * kTile : 0);
         if (!packed.get() || !own.get()) return false;
         pack_dy(panel, samples, begin, count, packed.get());
+        const bool half = args_.out_channels - panel * kWidth<T> <= kLanes<T>;
+        const auto add = half ? add_products<1, T> : add_products<kVectors, T>;
         for (int64_t first = 0; first < strips_; first += kStrips) {
             const int64_t last = least(strips_, first + kStrips);
             T* sums = whole ? own.get() : sums_.get() + (panel * strips_ + first) * taps_ * kTile;
             for (int64_t tap = 0; tap < taps_; ++tap)
                 for (int64_t strip = first; strip < last; ++strip)
-                    add_products(strips_of_x_.get() + strip * most_inputs_ * kRows, packed.get(),
-                                 pairs_.get() + tap * most_inputs_, counts_.get()[tap], chain_,
-                                 sums + ((strip - first) * taps_ + tap) * kTile, block == 0);
+                    add(strips_of_x_.get() + strip * most_inputs_ * kRows, packed.get(),
+                        pairs_.get() + tap * most_inputs_, counts_.get()[tap], chain_,
+                        sums + ((strip - first) * taps_ + tap) * kTile, block == 0);
             for (int64_t strip = first; block == blocks_.count() - 1 && strip < last; ++strip)
                 write(panel, strip, sums + (strip - first) * taps_ * kTile);
         }

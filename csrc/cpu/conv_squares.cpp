@@ -1,14 +1,19 @@
-// Transposed convolution in two dimensions of two taps a phase, by fewer products of matrices: forward and dx.
+// Transposed convolution in one or two dimensions of two taps a phase, by fewer products of matrices, and its
+// gradients.
 //
 // Pointers, shapes and the formula: mmfast_conv_transpose_args in mmfast.h. Where kernel = 2 stride, the output of an
 // axis for which o + before = stride q + r is x[q] w[r] + x[q - 1] w[r + stride]. Two of them a stride apart, and so
 // two neighbours of dx, are
 //     d0 g1 + d1 g0 = a + b          a = -g1 (d1 - d0)      b = (g0 + g1) d1      c = g0 (d2 - d1)
 //     d1 g1 + d2 g0 = b + c
-// three products instead of four, and of both axes, in squares of four targets, nine instead of sixteen. The source
+// three products instead of four, and of both axes, in squares of four targets, nine instead of sixteen; in one
+// dimension the second axis has one place, and a square is a pair. The source
 // lies channels last between zeros, beside it its differences along each axis and along both: a product takes its rows,
-// the middles of squares, from one of them. A target is made of no other sources than the formula says, but of
-// infinities differences make NaN: a result that is not finite is declined.
+// the middles of squares, from one of them. Of dweight, from two neighbours of x and what they meet in dy,
+//     x0 d0 + x1 d1 = a + b          a = x0 (d0 - d1)       b = (x0 + x1) d1      c = x1 (d2 - d1)
+//     x0 d1 + x1 d2 = b + c
+// A target is made of no other sources than the formula says, but of infinities differences make NaN: a result that is
+// not finite is declined.
 //
 // Bound by multiplications, as conv_gather.cpp. Source: Winograd, "Arithmetic Complexity of Computations", 1980; Lavin
 // and Gray, arXiv:1509.09308. Work is cut by shapes alone, and sums are added in a fixed order: results do not depend
@@ -23,22 +28,23 @@ namespace {
 
 using Args = mmfast_conv_transpose_args;
 
-// squares of each phase in a block: sources stay near the second-level cache, but a large weight is read less often
-constexpr int64_t kFewSquares = 64, kManySquares = 128, kLargeWeight = 1 << 20;
+// squares of each phase in a block: sources stay near the second-level cache, but a large weight is read less often,
+// and of few terms a square, larger tiles are filled better by more squares
+constexpr int64_t kFewSquares = 64, kManySquares = 128, kLargeWeight = 1 << 20, kFewTerms = kRows > 6 ? 256 : 0;
 constexpr int64_t kLeastChain = 16, kMostChain = 64;  // differences err more than what they are of
 enum Part { kBefore, kBoth, kAfter };                 // a, b, c
-constexpr int kParts = 9, kArrays = 4;                // of both axes: products; the source and its differences
-constexpr int kTargets = 4;                           // of a square
 
-// One axis of what is computed, the targets, and of what that is made of, the sources, at places between zeros.
+// One axis of what is computed, the targets, and of what that is made of, the sources, at places between zeros; or an
+// axis of one place, and so not of pairs.
 struct Axis {
-    bool forward;
+    bool forward, paired;
     int64_t stride, before, sources, targets;
     int64_t step, reach;  // from one target of a pair to the other, from one source that it sees to the next
     int64_t pairs;        // of one phase
 
     Axis(const Args& a, int d, bool is_forward)
         : forward(is_forward),
+          paired(a.kernel[d] > 1),
           stride(a.stride[d]),
           before(a.before[d]),
           sources(forward ? a.in_size[d] : a.out_size[d]),
@@ -50,10 +56,12 @@ struct Axis {
     // Of the targets j + step * 2 * pair and the next one, the place of the source in the middle; of dx, whose sources
     // have phases, of the first phase.
     int64_t middle(int64_t j, int64_t pair) const {
+        if (!paired) return 0;
         return forward ? (j + before) / stride + 2 * pair : (2 * pair + 1) * stride;
     }
     // The places that some pairs see.
     Range places(Range some) const {
+        if (!paired) return {0, 1};
         if (!forward) return {2 * some.begin * stride, (2 * some.end + 1) * stride};
         return {before / stride + 2 * some.begin - 1, (stride - 1 + before) / stride + 2 * some.end};
     }
@@ -61,29 +69,101 @@ struct Axis {
     int64_t shift() const { return forward ? 0 : before; }  // from a source to its place
 };
 
+// A tensor (N, channels, height, width) that is read.
+template <typename T>
+struct Image {
+    const T* data;
+    bool last;
+    int64_t channels, size[2];
+
+    // (samples, places, channels), zero where there is none of its positions, whose places are `shift` further
+    void lay_out(Range samples, const Range* places, const int64_t* shift, T* to) const {
+        const int64_t area = size[0] * size[1], pitch = places[1].size() * channels;
+        memset(to, 0, size_t(samples.size() * places[0].size() * pitch) * sizeof(T));
+        const int64_t above = shift[0] - places[0].begin, left = shift[1] - places[1].begin;
+        const Range rows{most(0, -above), least(size[0], places[0].size() - above)};
+        const Range columns{most(0, -left), least(size[1], places[1].size() - left)};
+        if (columns.size() <= 0) return;
+        // rows between which nothing lies are copied together
+        const bool dense = columns.size() == size[1] && columns.size() == places[1].size();
+        const int64_t together = dense ? most(1, rows.size()) : 1, count = together * columns.size();
+        for (int64_t n = samples.begin; n < samples.end; ++n, to += places[0].size() * pitch)
+            for (int64_t row = rows.begin; row < rows.end; row += together) {
+                T* there = to + (row + above) * pitch + (columns.begin + left) * channels;
+                const int64_t first = row * size[1] + columns.begin;
+                if (last)
+                    memcpy(there, data + (n * area + first) * channels, size_t(count * channels) * sizeof(T));
+                else
+                    transpose_to(there, channels, data + n * channels * area + first, area, channels, count);
+            }
+    }
+};
+
+// A layer's two axes, and what is made of both.
+struct Axes {
+    const Args& args;
+    Axis axis[2];
+    int64_t phases;
+    int inner;  // parts of the second axis
+
+    Axes(const Args& a, bool forward)
+        : args(a),
+          axis{Axis(a, 1, forward), Axis(a, 2, forward)},
+          phases(a.stride[1] * a.stride[2]),
+          inner(axis[1].paired ? 3 : 1) {}
+
+    int parts() const { return 3 * inner; }
+    Part outer_of(int part) const { return Part(part / inner); }
+    Part inner_of(int part) const { return inner > 1 ? Part(part % inner) : kBoth; }
+    // the source, and its differences along the second, the first and both axes
+    int arrays() const { return axis[1].paired ? 4 : 2; }
+    int array_of(Part outer, Part inner) const {
+        return (outer != kBoth) * (axis[1].paired ? 2 : 1) + (inner != kBoth);
+    }
+    int64_t tap(int64_t phase, int outer, int inner) const {
+        return (phase / args.stride[2] + outer * args.stride[1]) * args.kernel[2] + phase % args.stride[2] +
+               inner * args.stride[2];
+    }
+    // The sum of the parts that a target of a square, or a tap, is made of, `step` apart.
+    template <typename T>
+    Vec<T> sum(const T* parts, int64_t step, int outer, int second) const {
+        const T* at = parts + (inner * outer + second) * step;
+        if (inner == 1) return load(at) + load(at + step);
+        return (load(at) + load(at + step)) + (load(at + 3 * step) + load(at + 4 * step));
+    }
+};
+
+// ---- forward and dx
+
 template <typename T>
 class Squares {
   public:
     Squares(const Args& args, bool forward)
         : args_(args),
+          axes_(args, forward),
           forward_(forward),
-          axis_{Axis(args, 1, forward), Axis(args, 2, forward)},
-          phases_(args.stride[1] * args.stride[2]),
+          phases_(axes_.phases),
+          parts_(axes_.parts()),
           to_channels_(forward ? args.out_channels : args.in_channels),
           from_channels_(forward ? args.in_channels : args.out_channels),
           to_last_(forward ? args.y_channels_last : args.x_channels_last),
-          from_last_(forward ? args.x_channels_last : args.y_channels_last),
-          from_(static_cast<const T*>(forward ? args.x : args.y)),
+          from_{static_cast<const T*>(forward ? args.x : args.y),
+                bool(forward ? args.x_channels_last : args.y_channels_last),
+                from_channels_,
+                {axis_[0].sources, axis_[1].sources}},
           to_(static_cast<T*>(forward ? args.y : args.dx)),
           panels_(parts_of(to_channels_, kWidth<T>)),
           size_(from_channels_ * kWidth<T>),
           depth_(forward ? 1 : phases_),
-          chain_(most(kLeastChain, least(kMostChain, depth_ * from_channels_ / 2))),
-          squares_(phases_ * kParts * to_channels_ * from_channels_ < kLargeWeight ? kFewSquares : kManySquares),
+          chain_(most(kLeastChain, least(kMostChain * (axis_[1].paired ? 1 : 2), depth_ * from_channels_ / 2))),
+          squares_(depth_ * from_channels_ <= kFewTerms ||
+                           phases_ * parts_ * to_channels_ * from_channels_ >= kLargeWeight
+                       ? kManySquares
+                       : kFewSquares),
           samples_(most(1, least(args.batch, squares_ / (axis_[0].pairs * axis_[1].pairs)))),
           rows_(parts_of(axis_[0].pairs, parts_of(axis_[0].pairs, most(1, squares_ / axis_[1].pairs)))),
           bands_(parts_of(axis_[0].pairs, rows_)),
-          packed_(phases_ * kParts * panels_ * size_),
+          packed_(phases_ * parts_ * panels_ * size_),
           bias_(panels_ * kWidth<T>),
           zeros_(panels_ * kWidth<T>) {}
 
@@ -112,7 +192,7 @@ class Squares {
     // (terms, width); the terms of dx are those of all phases
     T* packed(int64_t phase, int64_t part, int64_t panel) const {
         const int64_t at =
-            forward_ ? (phase * kParts + part) * panels_ + panel : (part * panels_ + panel) * phases_ + phase;
+            forward_ ? (phase * parts_ + part) * panels_ + panel : (part * panels_ + panel) * phases_ + phase;
         return packed_.get() + at * size_;
     }
 
@@ -127,8 +207,9 @@ class Squares {
         for (int64_t c = 0; c < from_channels_; ++c)
             transpose_to(turned.get() + c * kWidth<T>, size_, weight + c * from_step, to_step, columns, taps);
         for (int64_t phase = 0; phase < phases_; ++phase)
-            for (int part = 0; part < kParts; ++part)
-                combine_taps(phase, Part(part / 3), Part(part % 3), turned.get(), packed(phase, part, panel));
+            for (int part = 0; part < parts_; ++part)
+                combine_taps(phase, axes_.outer_of(part), axes_.inner_of(part), turned.get(),
+                             packed(phase, part, panel));
         const T* bias = forward_ ? static_cast<const T*>(args_.bias) : nullptr;
         for (int64_t c = 0; c < kWidth<T>; ++c) {
             bias_.get()[first + c] = bias && c < columns ? bias[first + c] : T(0);
@@ -139,16 +220,15 @@ class Squares {
 
     // What a part multiplies differences with: of the taps r and r + stride the one that it has, or both.
     void combine_taps(int64_t phase, Part outer, Part inner, const T* turned, T* to) const {
-        const auto has = [&](Part part, int second) {
+        const auto has = [&](const Axis& axis, Part part, int second) {
+            if (!axis.paired) return second == 0;
             return part == kBoth || (part == kBefore) == (second == (forward_ ? 1 : 0));
         };
         const T sign = (outer == kBefore) != (inner == kBefore) ? T(-1) : T(1);
-        const int64_t r = phase / args_.stride[2], c = phase % args_.stride[2];
         bool first = true;
         for (int i = 0; i < 4; ++i) {
-            if (!has(outer, i / 2) || !has(inner, i % 2)) continue;
-            const int64_t tap = (r + i / 2 * args_.stride[1]) * args_.kernel[2] + c + i % 2 * args_.stride[2];
-            const T* from = turned + tap * size_;
+            if (!has(axis_[0], outer, i / 2) || !has(axis_[1], inner, i % 2)) continue;
+            const T* from = turned + axes_.tap(phase, i / 2, i % 2) * size_;
             for (int64_t k = 0; k < size_; k += kLanes<T>)
                 store(to + k, first ? load(from + k) * sign : load(to + k) + load(from + k) * sign);
             first = false;
@@ -182,17 +262,18 @@ class Squares {
         const int64_t array = samples.size() * places[0].size() * pitch;
         const int64_t area = band[0].size() * band[1].size(),
                       most_squares = samples.size() * rows.size() * axis_[1].pairs;
-        Scratch<T> arrays(kArrays * array), products(kParts * most_squares * width);
+        Scratch<T> arrays(axes_.arrays() * array), products(parts_ * most_squares * width);
         Scratch<T> turned(to_last_ ? 0 : samples.size() * area * width);
         Scratch<int64_t> listed(2 * most_squares);
         Scratch<Segment> segments(depth_ * parts_of(from_channels_, chain_));
         if (!arrays.get() || !products.get() || !turned.get() || !listed.get() || !segments.get())
             return MMFAST_OUT_OF_MEMORY;
-        fill(samples, places, arrays.get());
+        const int64_t shift[2] = {axis_[0].shift(), axis_[1].shift()};
+        from_.lay_out(samples, places, shift, arrays.get());
         const int64_t down = axis_[0].reach * pitch, right = axis_[1].reach * from_channels_;
-        differ(arrays.get(), right, array, arrays.get() + array);
-        differ(arrays.get(), down, array, arrays.get() + 2 * array);
-        differ(arrays.get() + array, down, array, arrays.get() + 3 * array);
+        if (axis_[1].paired) differ(arrays.get(), right, array, arrays.get() + array);
+        for (int i = axes_.arrays() / 2; i < axes_.arrays(); ++i)
+            differ(arrays.get() + (i - axes_.arrays() / 2) * array, down, array, arrays.get() + i * array);
         const int64_t count = list_segments(pitch, segments.get());
 
         // where it can, a square is written to the tensor itself
@@ -201,6 +282,7 @@ class Squares {
         T* image = to_ + samples.begin * axis_[0].targets * axis_[1].targets * to_channels_;
         T* out = to_last_ ? image + first : turned.get();
         const int64_t out_pitch = to_last_ ? to_channels_ : width;
+        const int64_t columns = parts_of(to_channels_, kLanes<T>) * kLanes<T>;
         Vec<T> zeros = {};
         for (int64_t i = 0; i < (forward_ ? phases_ : 1); ++i) {
             const int64_t j[2] = {i / args_.stride[2], i % args_.stride[2]};
@@ -213,11 +295,11 @@ class Squares {
                 listed.get()[2 * square + 1] = square * width;
                 ++squares;
             });
-            for (int part = 0; part < kParts; ++part) {
-                const int outer = part / 3, inner = part % 3;
-                const T* sources = arrays.get() + (2 * (outer != kBoth) + (inner != kBoth)) * array -
-                                   (outer == kBefore) * down - (inner == kBefore) * right;
-                const Weights<T> weights{packed(phase, part, 0), depth_ * size_, zeros_.get(), panels_ * kWidth<T>};
+            for (int part = 0; part < parts_; ++part) {
+                const Part outer = axes_.outer_of(part), inner = axes_.inner_of(part);
+                const T* sources = arrays.get() + axes_.array_of(outer, inner) * array - (outer == kBefore) * down -
+                                   (inner == kBefore) * right;
+                const Weights<T> weights{packed(phase, part, 0), depth_ * size_, zeros_.get(), columns};
                 multiply_rows(sources, products.get() + part * most_squares * width, listed.get(), squares,
                               segments.get(), count, chain_, weights, panels);
             }
@@ -234,27 +316,6 @@ class Squares {
             transpose_to(image + (n * to_channels_ + first) * positions + band[0].begin * axis_[1].targets, positions,
                          turned.get() + n * area * width, width, area, least(width, to_channels_ - first));
         return MMFAST_OK;
-    }
-
-    // (samples, places, channels), zero where there is no source
-    void fill(Range samples, const Range* places, T* to) const {
-        const int64_t height = axis_[0].sources, width = axis_[1].sources, pitch = places[1].size() * from_channels_;
-        memset(to, 0, size_t(samples.size() * places[0].size() * pitch) * sizeof(T));
-        const int64_t skipped = axis_[1].shift() - places[1].begin;
-        const int64_t begin = most(0, -skipped), end = least(width, places[1].size() - skipped);
-        if (begin >= end) return;
-        for (int64_t n = samples.begin; n < samples.end; ++n)
-            for (int64_t a = places[0].begin; a < places[0].end; ++a, to += pitch) {
-                const int64_t row = a - axis_[0].shift();
-                if (row < 0 || row >= height) continue;
-                T* there = to + (begin + skipped) * from_channels_;
-                if (from_last_)
-                    memcpy(there, from_ + ((n * height + row) * width + begin) * from_channels_,
-                           size_t((end - begin) * from_channels_) * sizeof(T));
-                else
-                    transpose_to(there, from_channels_, from_ + (n * from_channels_ * height + row) * width + begin,
-                                 height * width, from_channels_, end - begin);
-            }
     }
 
     // to[i] = from[i + step] - from[i], but for the last ones, which no square sees
@@ -277,15 +338,13 @@ class Squares {
     // The targets of a square, from its products, `array` apart; zeros: += 0 times each.
     void add_parts(const T* products, int64_t array, const int64_t* at, const T* bias, int64_t columns, T* out,
                    int64_t down, int64_t right, Vec<T>* zeros) const {
-        for (int i = 0; i < kTargets; ++i) {
+        for (int i = 0; i < 4; ++i) {
             const int outer = i / 2, inner = i % 2;
             if (at[0] + outer * axis_[0].step >= axis_[0].targets || at[1] + inner * axis_[1].step >= axis_[1].targets)
                 continue;
-            const T* terms = products + (3 * outer + inner) * array;
             T* to = out + outer * down + inner * right;
-            for (int64_t c = 0; c < columns; c += kLanes<T>, terms += kLanes<T>) {
-                const Vec<T> sum = load(bias + c) + (load(terms) + load(terms + array)) +
-                                   (load(terms + 3 * array) + load(terms + 4 * array));
+            for (int64_t c = 0; c < columns; c += kLanes<T>) {
+                const Vec<T> sum = load(bias + c) + axes_.sum(products + c, array, outer, inner);
                 *zeros += sum * T(0);
                 store_float(to + c, sum, int(least(columns - c, kLanes<T>)));
             }
@@ -293,27 +352,237 @@ class Squares {
     }
 
     const Args& args_;
+    Axes axes_;
+    const Axis* axis_ = axes_.axis;
     bool forward_;
-    Axis axis_[2];
-    int64_t phases_, to_channels_, from_channels_;
-    bool to_last_, from_last_;
-    const T* from_;
+    int64_t phases_, parts_, to_channels_, from_channels_;
+    bool to_last_;
+    Image<T> from_;
     T* to_;
     int64_t panels_, size_, depth_, chain_, squares_, samples_, rows_, bands_;
     Scratch<T> packed_, bias_, zeros_;
 };
 
-int run(const Args& args, bool forward) {
-    bool fits = args.in_size[0] == 1 && args.kernel[0] == 1 && args.stride[0] == 1 && args.out_size[0] == 1;
-    for (int d = 1; d < 3; ++d) fits = fits && args.kernel[d] == 2 * args.stride[d] && args.dilation[d] == 1;
-    if (!fits) return MMFAST_DECLINED;
-    return with_type(args, [&](auto type) { return Squares<decltype(type)>(args, forward).run(); });
+// ---- dweight
+
+template <typename T>
+class Taps {
+  public:
+    explicit Taps(const Args& args)
+        : args_(args),
+          axes_(args, false),
+          phases_(axes_.phases),
+          parts_(axes_.parts()),
+          in_pair_(axis_[1].paired ? 2 : 1),
+          strips_(parts_of(args.in_channels, kRows)),
+          panels_(parts_of(args.out_channels, kWidth<T>)),
+          chain_(chain_of(args.batch * axis_[0].pairs * axis_[1].pairs, 4)),
+          samples_(
+              most(1, least(args.batch, kManySquares * (axis_[1].paired ? 1 : 2) / (axis_[0].pairs * axis_[1].pairs)))),
+          rows_(parts_of(axis_[0].pairs,
+                         parts_of(axis_[0].pairs, most(1, kManySquares * (axis_[1].paired ? 1 : 2) / axis_[1].pairs)))),
+          squares_(samples_ * rows_ * axis_[1].pairs),
+          part_of_x_(squares_ * kRows + kLanes<T>),
+          part_of_dy_(squares_ * kWidth<T>),
+          sums_(panels_ * strips_ * phases_ * parts_ * kTile),
+          strips_of_x_(strips_ * parts_ * part_of_x_) {}
+
+    int run() {
+        const Range all{0, axis_[1].pairs};
+        const int64_t in_area = 2 * rows_ * in_pair_ * all.end * args_.in_channels;
+        const int64_t out_area = axis_[0].places({0, rows_}).size() * axis_[1].places(all).size() * args_.out_channels;
+        // vectors reach beyond the last place's channels
+        Scratch<T> x(samples_ * in_area + kRows + kLanes<T>), dy(samples_ * out_area + kWidth<T>);
+        Scratch<Pair> pairs(squares_);
+        if (!sums_.get() || !strips_of_x_.get() || !x.get() || !dy.get() || !pairs.get()) return MMFAST_OUT_OF_MEMORY;
+        memset(x.get() + samples_ * in_area, 0, sizeof(T) * (kRows + kLanes<T>));
+        memset(dy.get() + samples_ * out_area, 0, sizeof(T) * kWidth<T>);
+        for (int64_t i = 0; i < squares_; ++i) pairs.get()[i] = {int32_t(i * kRows), int32_t(i * kWidth<T>)};
+        const Image<T> of_x{static_cast<const T*>(args_.x),
+                            bool(args_.x_channels_last),
+                            args_.in_channels,
+                            {args_.in_size[1], args_.in_size[2]}};
+        const Image<T> of_dy{static_cast<const T*>(args_.y),
+                             bool(args_.y_channels_last),
+                             args_.out_channels,
+                             {args_.out_size[1], args_.out_size[2]}};
+        const int64_t in_shift[2] = {0, 0}, out_shift[2] = {axis_[0].shift(), axis_[1].shift()};
+        const int threads = threads_for(args_);
+        int status = MMFAST_OK;
+        const auto note = [&](int found) {
+            if (found) __atomic_store_n(&status, found, __ATOMIC_RELAXED);
+        };
+        for (int64_t n = 0; n < args_.batch; n += samples_)
+            for (int64_t row = 0; row < axis_[0].pairs; row += rows_) {
+                const int64_t samples = least(samples_, args_.batch - n);
+                const Range rows{row, least(axis_[0].pairs, row + rows_)};
+                const Range in[2] = {{2 * rows.begin, 2 * rows.end}, {0, in_pair_ * all.end}};
+                const Range out[2] = {axis_[0].places(rows), axis_[1].places(all)};
+                of_x.lay_out({n, n + samples}, in, in_shift, x.get());
+                of_dy.lay_out({n, n + samples}, out, out_shift, dy.get());
+                parallel_for(threads, strips_, [&](int64_t strip) { pack_x(strip, samples, rows.size(), x.get()); });
+                parallel_for(threads, panels_ * phases_, [&](int64_t unit) {
+                    note(add_block(unit / phases_, unit % phases_, samples, rows, out, dy.get(), pairs.get(),
+                                   n == 0 && row == 0));
+                });
+            }
+        if (status) return status;
+        parallel_for(threads, panels_ * strips_, [&](int64_t unit) { note(write(unit / strips_, unit % strips_)); });
+        return status;
+    }
+
+  private:
+    static constexpr int64_t kTile = kRows * kWidth<T>;
+
+    // (phases, parts, rows, width)
+    T* tiles(int64_t panel, int64_t strip) const {
+        return sums_.get() + (panel * strips_ + strip) * phases_ * parts_ * kTile;
+    }
+
+    // (parts, squares, rows), whose last vector reaches into the next square's
+    void pack_x(int64_t strip, int64_t samples, int64_t rows, const T* x) const {
+        const int64_t right = args_.in_channels, down = in_pair_ * axis_[1].pairs * right;
+        T* to = strips_of_x_.get() + strip * parts_ * part_of_x_;
+        for (int64_t row = 0; row < samples * rows; ++row)
+            for (int64_t pair = 0; pair < axis_[1].pairs; ++pair, to += kRows)
+                for (int r = 0; r < kRows; r += kLanes<T>) {
+                    const T* at = x + row * 2 * down + pair * in_pair_ * right + strip * kRows + r;
+                    if (!axis_[1].paired) {
+                        const Vec<T> x0 = load(at), x1 = load(at + down);
+                        store(to + kBefore * part_of_x_ + r, x0);
+                        store(to + kBoth * part_of_x_ + r, x0 + x1);
+                        store(to + kAfter * part_of_x_ + r, x1);
+                        continue;
+                    }
+                    const Vec<T> x0[2] = {load(at), load(at + right)},
+                                 x1[2] = {load(at + down), load(at + down + right)};
+                    const Vec<T> outer[3][2] = {{x0[0], x0[1]}, {x0[0] + x1[0], x0[1] + x1[1]}, {x1[0], x1[1]}};
+                    for (int i = 0; i < 3; ++i) {
+                        store(to + (3 * i + kBefore) * part_of_x_ + r, outer[i][0]);
+                        store(to + (3 * i + kBoth) * part_of_x_ + r, outer[i][0] + outer[i][1]);
+                        store(to + (3 * i + kAfter) * part_of_x_ + r, outer[i][1]);
+                    }
+                }
+    }
+
+    // (parts, squares, width) of what a phase's squares meet
+    void pack_dy(int64_t phase, int vectors, int64_t samples, Range rows, const Range* places, const T* dy,
+                 T* packed) const {
+        const int64_t channels = args_.out_channels, pitch = places[1].size() * channels;
+        const int64_t down = args_.stride[1] * pitch, right = args_.stride[2] * channels;
+        dy += phase / args_.stride[2] * pitch + phase % args_.stride[2] * channels;
+        for (int64_t n = 0; n < samples; ++n, dy += places[0].size() * pitch)
+            for (int64_t a = 0; a < rows.size(); ++a)
+                for (int64_t b = 0; b < axis_[1].pairs; ++b, packed += kWidth<T>)
+                    for (int v = 0; v < vectors; ++v) {
+                        const T* at = dy + 2 * a * down + 2 * b * right + v * kLanes<T>;
+                        T* to = packed + v * kLanes<T>;
+                        Vec<T> outer[3][3];
+                        for (int j = 0; j < axes_.inner; ++j, at += right) {
+                            outer[kBoth][j] = load(at + down);
+                            outer[kBefore][j] = load(at) - outer[kBoth][j];
+                            outer[kAfter][j] = load(at + 2 * down) - outer[kBoth][j];
+                        }
+                        for (int i = 0; i < 3; ++i, to += axes_.inner * part_of_dy_) {
+                            if (!axis_[1].paired) {
+                                store(to, outer[i][0]);
+                                continue;
+                            }
+                            store(to + kBefore * part_of_dy_, outer[i][0] - outer[i][1]);
+                            store(to + kBoth * part_of_dy_, outer[i][1]);
+                            store(to + kAfter * part_of_dy_, outer[i][2] - outer[i][1]);
+                        }
+                    }
+    }
+
+    int add_block(int64_t panel, int64_t phase, int64_t samples, Range rows, const Range* places, const T* dy,
+                  const Pair* pairs, bool first) const {
+        Scratch<T> packed(parts_ * part_of_dy_);
+        if (!packed.get()) return MMFAST_OUT_OF_MEMORY;
+        const bool half = args_.out_channels - panel * kWidth<T> <= kLanes<T>;
+        pack_dy(phase, half ? 1 : kVectors, samples, rows, places, dy + panel * kWidth<T>, packed.get());
+        const auto add = half ? add_products<1, T> : add_products<kVectors, T>;
+        for (int part = 0; part < parts_; ++part)
+            for (int64_t strip = 0; strip < strips_; ++strip)
+                add(strips_of_x_.get() + (strip * parts_ + part) * part_of_x_, packed.get() + part * part_of_dy_, pairs,
+                    samples * rows.size() * axis_[1].pairs, chain_,
+                    tiles(panel, strip) + (phase * parts_ + part) * kTile, first);
+        return MMFAST_OK;
+    }
+
+    int write(int64_t panel, int64_t strip) const {
+        const int64_t taps = args_.kernel[1] * args_.kernel[2], channel = strip * kRows, first = panel * kWidth<T>;
+        const int64_t rows = least(kRows, args_.in_channels - channel);
+        const int64_t columns = least(kWidth<T>, args_.out_channels - first);
+        Scratch<T> tile(taps * kTile);
+        if (!tile.get()) return MMFAST_OUT_OF_MEMORY;
+        Vec<T> zeros = {};
+        for (int64_t phase = 0; phase < phases_; ++phase)
+            for (int i = 0; i < 4; ++i) {
+                const int outer = i / 2, inner = i % 2;
+                if (inner && !axis_[1].paired) continue;
+                const T* terms = tiles(panel, strip) + phase * parts_ * kTile;
+                T* sums = tile.get() + axes_.tap(phase, outer, inner) * kTile;
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t c = 0; c < columns; c += kLanes<T>) {
+                        const int64_t at = r * kWidth<T> + c;
+                        store(sums + at, axes_.sum(terms + at, kTile, outer, inner));
+                        zeros += load_float(sums + at, int(least(columns - c, kLanes<T>))) * T(0);
+                    }
+            }
+        if (sum_lanes<T>(zeros) != 0) return MMFAST_DECLINED;
+        T* dweight = static_cast<T*>(args_.dweight) + (channel * args_.out_channels + first) * taps;
+        for (int64_t r = 0; r < rows; ++r)
+            transpose_to(dweight + r * args_.out_channels * taps, taps, tile.get() + r * kWidth<T>, kTile, taps,
+                         columns);
+        return MMFAST_OK;
+    }
+
+    const Args& args_;
+    Axes axes_;
+    const Axis* axis_ = axes_.axis;
+    int64_t phases_, parts_, in_pair_, strips_, panels_, chain_, samples_, rows_, squares_, part_of_x_, part_of_dy_;
+    Scratch<T> sums_, strips_of_x_;
+};
+
+// body(args) where the last two axes have two taps a phase, or the last one, which is the first one then.
+template <typename Body>
+int with_axes(const Args& args, const Body& body) {
+    Args found = args;
+    const auto is_trivial = [&](int d) {
+        return found.in_size[d] == 1 && found.out_size[d] == 1 && found.kernel[d] == 1 && found.stride[d] == 1 &&
+               !found.before[d];
+    };
+    const auto is_paired = [&](int d) { return found.kernel[d] == 2 * found.stride[d] && found.dilation[d] == 1; };
+    const bool swaps = is_trivial(1);
+    int64_t* const all[] = {found.in_size, found.out_size, found.kernel, found.stride, found.dilation, found.before};
+    for (int64_t* sizes : all) {
+        const int64_t first = sizes[1];
+        if (swaps) sizes[1] = sizes[2], sizes[2] = first;
+    }
+    if (!is_trivial(0) || !is_paired(1) || !(is_paired(2) || is_trivial(2))) return MMFAST_DECLINED;
+    return body(found);
+}
+
+template <typename T>
+int backward_of(const Args& args) {
+    const int status = args.dx ? Squares<T>(args, false).run() : MMFAST_OK;
+    return status || !args.dweight ? status : Taps<T>(args).run();
 }
 
 }  // namespace
 
-int squares_forward(const Args& args) { return run(args, true); }
-int squares_backward(const Args& args) { return run(args, false); }
+int squares_forward(const Args& args) {
+    return with_axes(args, [](const Args& found) {
+        return with_type(found, [&](auto type) { return Squares<decltype(type)>(found, true).run(); });
+    });
+}
+
+int squares_backward(const Args& args) {
+    return with_axes(args, [](const Args& found) {
+        return with_type(found, [&](auto type) { return backward_of<decltype(type)>(found); });
+    });
+}
 
 }  // namespace MMFAST_ISA
 }  // namespace mmfast

@@ -39,41 +39,40 @@ struct Segment {
     int64_t offset, weight, depth;
 };
 
-// out[r] = bias + the sums of row r, or += without bias
-template <typename T>
+// out[r] = bias + the sums of row r, or += without bias; of columns that kCount vectors hold
+template <int kCount, typename T>
 void multiply_tile(const T* const* rows, const T* weights, const Segment* segments, int64_t count, const T* bias,
                    T* const* out, int valid, int columns) {
     constexpr int L = kLanes<T>;
     const T* row[kRows];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) row[r] = rows[r];
-    Vec<T> sum[kRows][kVectors] = {};
+    Vec<T> sum[kRows][kCount] = {};
     for (int64_t s = 0; s < count; ++s) {
         const T* w = weights + segments[s].weight;
         const int64_t end = segments[s].offset + segments[s].depth;
         for (int64_t k = segments[s].offset; k < end; ++k, w += kWidth<T>) {
-            const Vec<T> left = load(w), right = load(w + L);
+            Vec<T> weight[kCount];
+#pragma GCC unroll 2
+            for (int v = 0; v < kCount; ++v) weight[v] = load(w + v * L);
 #pragma GCC unroll 16
             for (int r = 0; r < kRows; ++r) {
                 const Vec<T> value = splat(row[r][k]);
-                sum[r][0] += value * left;
-                sum[r][1] += value * right;
+#pragma GCC unroll 2
+                for (int v = 0; v < kCount; ++v) sum[r][v] += value * weight[v];
             }
         }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
         if (r >= valid) break;
-        if (columns == kWidth<T>) {
-            const T* start = bias ? bias : out[r];
-            store(out[r], load(start) + sum[r][0]);
-            store(out[r] + L, load(start + L) + sum[r][1]);
-            continue;
-        }
-        T lanes[kWidth<T>];
-        store(lanes, sum[r][0]);
-        store(lanes + L, sum[r][1]);
-        for (int c = 0; c < columns; ++c) out[r][c] = (bias ? bias[c] : out[r][c]) + lanes[c];
+        T lanes[kCount * L];
+        const bool whole = columns == kCount * L;
+        const T* start = bias ? bias : out[r];
+        T* to = whole ? out[r] : lanes;
+#pragma GCC unroll 2
+        for (int v = 0; v < kCount; ++v) store(to + v * L, whole ? load(start + v * L) + sum[r][v] : sum[r][v]);
+        for (int c = 0; !whole && c < columns; ++c) out[r][c] = start[c] + lanes[c];
     }
 }
 
@@ -109,8 +108,9 @@ void multiply_rows(const T* read, T* written, const int64_t* places, int64_t row
                     sources[r] = read + place[0];
                     out[r] = written + place[1] + (panel - panels.begin) * kWidth<T>;
                 }
-                multiply_tile<T>(sources, weights.packed + panel * weights.panel, segments + done, stop - done,
-                                 done ? nullptr : weights.bias + column, out, valid, columns);
+                const auto multiply = columns > kLanes<T> ? multiply_tile<kVectors, T> : multiply_tile<1, T>;
+                multiply(sources, weights.packed + panel * weights.panel, segments + done, stop - done,
+                         done ? nullptr : weights.bias + column, out, valid, columns);
             }
         }
         done = stop;
@@ -124,30 +124,31 @@ struct Pair {
     int32_t x, dy;
 };
 
-// sums[r][column] += sum over pairs of x[pair.x + r] * dy[pair.dy + column], or = where it is the first
-template <typename T>
+// sums[r][column] += sum over pairs of x[pair.x + r] * dy[pair.dy + column], or = where it is the first; of columns
+// that kCount vectors hold
+template <int kCount, typename T>
 void add_products(const T* x, const T* dy, const Pair* pairs, int64_t count, int64_t chain, T* sums, bool first) {
-    constexpr int L = kLanes<T>;
     do {
-        Vec<T> sum[kRows][kVectors] = {};
+        Vec<T> sum[kRows][kCount] = {};
         const Pair* stop = pairs + least(count, chain);
         count -= stop - pairs;
         for (; pairs < stop; ++pairs) {
             const T* a = x + pairs->x;
-            const T* b = dy + pairs->dy;
-            const Vec<T> left = load(b), right = load(b + L);
+            Vec<T> b[kCount];
+#pragma GCC unroll 2
+            for (int v = 0; v < kCount; ++v) b[v] = load(dy + pairs->dy + v * kLanes<T>);
 #pragma GCC unroll 16
             for (int r = 0; r < kRows; ++r) {
                 const Vec<T> value = splat(a[r]);
-                sum[r][0] += value * left;
-                sum[r][1] += value * right;
+#pragma GCC unroll 2
+                for (int v = 0; v < kCount; ++v) sum[r][v] += value * b[v];
             }
         }
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-            for (int v = 0; v < kVectors; ++v) {
-                T* at = sums + r * kWidth<T> + v * L;
+            for (int v = 0; v < kCount; ++v) {
+                T* at = sums + r * kWidth<T> + v * kLanes<T>;
                 store(at, first ? sum[r][v] : load(at) + sum[r][v]);
             }
         first = false;

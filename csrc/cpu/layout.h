@@ -41,25 +41,29 @@ class Scratch {
     T* data_;
 };
 
-// to[j * to_step + i] = from[i * from_step + j] for i < rows, j < columns
+// to[j * to_step + i] = from[i * from_step + j] for i < rows, j < columns; along the longer of both innermost, for
+// memory is fetched ahead of few rows only
 template <typename T>
 void transpose_to(T* to, int64_t to_step, const T* from, int64_t from_step, int64_t rows, int64_t columns) {
     constexpr int L = kLanes<T>;
-    int64_t j = 0;
-    for (; j + L <= columns; j += L) {
-        int64_t i = 0;
-        for (; i + L <= rows; i += L) {
-            Vec<T> square[L], turned[L];
+    const int64_t whole_rows = rows / L * L, whole_columns = columns / L * L;
+    const auto turn = [&](int64_t i, int64_t j) {
+        Vec<T> square[L], turned[L];
 #pragma GCC unroll 16
-            for (int k = 0; k < L; ++k) square[k] = load(from + (i + k) * from_step + j);
-            transpose<T>(square, turned);
+        for (int k = 0; k < L; ++k) square[k] = load(from + (i + k) * from_step + j);
+        transpose<T>(square, turned);
 #pragma GCC unroll 16
-            for (int k = 0; k < L; ++k) store(to + (j + k) * to_step + i, turned[k]);
-        }
-        for (; i < rows; ++i)
-            for (int k = 0; k < L; ++k) to[(j + k) * to_step + i] = from[i * from_step + j + k];
-    }
-    for (; j < columns; ++j)
+        for (int k = 0; k < L; ++k) store(to + (j + k) * to_step + i, turned[k]);
+    };
+    if (rows < columns)
+        for (int64_t i = 0; i < whole_rows; i += L)
+            for (int64_t j = 0; j < whole_columns; j += L) turn(i, j);
+    else
+        for (int64_t j = 0; j < whole_columns; j += L)
+            for (int64_t i = 0; i < whole_rows; i += L) turn(i, j);
+    for (int64_t i = whole_rows; i < rows; ++i)
+        for (int64_t j = 0; j < whole_columns; ++j) to[j * to_step + i] = from[i * from_step + j];
+    for (int64_t j = whole_columns; j < columns; ++j)
         for (int64_t i = 0; i < rows; ++i) to[j * to_step + i] = from[i * from_step + j];
 }
 

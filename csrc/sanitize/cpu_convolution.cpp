@@ -54,14 +54,16 @@ bool run_gather() {
 bool run_squares() {
     mmfast_conv_transpose_args args = any_layer();
     args.out_channels = pick(1, 40), args.x_channels_last = int32_t(pick(0, 1));
-    args.in_size[0] = args.out_size[0] = args.kernel[0] = args.stride[0] = args.dilation[0] = 1, args.before[0] = 0;
-    for (int i = 1; i < 3; ++i) {
+    const int lead = int(pick(1, 2));
+    for (int i = 0; i < lead; ++i)
+        args.in_size[i] = args.out_size[i] = args.kernel[i] = args.stride[i] = args.dilation[i] = 1, args.before[i] = 0;
+    for (int i = lead; i < 3; ++i) {
         args.kernel[i] = 2 * args.stride[i], args.dilation[i] = 1;
         const int64_t full = (args.in_size[i] + 1) * args.stride[i];
         args.before[i] = pick_ragged(full - 1), args.out_size[i] = full - args.before[i];
     }
     const int64_t weights = args.in_channels * args.out_channels * product_of(args.kernel);
-    return forward_and_backward(args, weights, squares_forward, squares_backward, 0, true);
+    return forward_and_backward(args, weights, squares_forward, squares_backward, weights, true);
 }
 
 bool run_depthwise() {

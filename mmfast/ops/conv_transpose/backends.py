@@ -189,7 +189,8 @@ def prefers_products(case: Case) -> str:
         # gradients 3.8 to 3.3 ms; from 8 to 3 to 256 to 3, in 1-d, 2-d and 3-d, forward 1.8 to 9 times as fast
         return "few output channels"
     channels = min(case.in_channels, case.out_channels)
-    multiplies = products.multiplies(channels, case.kernel_size, case.stride, case.output_padding, case.contiguous)
+    geometry = case.stride, case.dilation, case.output_padding
+    multiplies = products.multiplies(channels, case.kernel_size, *geometry, case.contiguous)
     squares = products.has_squares(case.kernel_size, case.stride, case.dilation)
     if _is_wide(case) and multiplies and (case.contiguous or case.gradients or squares):
         # Zen 3, ms of forward, dx, dweight, from contiguous to ours (channels_last): 128 to 64, k4 s2 p1, at 16 x 16,
@@ -408,7 +409,7 @@ def _method(x: Tensor, weight: Tensor, geometry: Geometry, forward: bool = True)
     if weight.shape[1] <= products.FEW_OUTPUTS:
         return "phases"
     channels, kernel = min(weight.shape[:2]), weight.shape[2:]
-    strides = geometry.stride, geometry.output_padding
+    strides = geometry.stride, geometry.dilation, geometry.output_padding
     multiplies = products.multiplies(channels, kernel, *strides, x.is_contiguous(), forward)
     if products.is_wide(x, weight) and multiplies:
         return "products"

@@ -5,7 +5,7 @@ One position: y is x (N, Cin) times the window of weight (Cin, Cout * taps) that
 By phases, few output channels, or taps that do not overlap: csrc/cpu/conv_phases.cpp; dweight of many is torch's.
 
 By products of matrices, many channels: csrc/cpu/conv_gather.cpp; what is channels last but for dweight is torch's.
-In two dimensions of two taps a phase, forward and dx: csrc/cpu/conv_squares.cpp, by fewer products.
+In one or two dimensions of two taps a phase, by fewer products: csrc/cpu/conv_squares.cpp.
 
 Depthwise, as many groups as channels in and out: csrc/cpu/conv_depthwise.cpp.
 """
@@ -173,6 +173,7 @@ def multiplies(
     channels: int,
     kernel: Sequence[int],
     stride: Sequence[int],
+    dilation: Sequence[int],
     output_padding: Sequence[int],
     contiguous: bool,
     forward: bool = True,
@@ -188,39 +189,51 @@ def multiplies(
         return False
     if native.is_intel():
         return True
-    # Zen 5: 64 to 32, k4 s2, at 12,000 in 1-d, ms of PyTorch's forward, dx, dweight and of ours: 1.7, 1.1, 1.4 and 1.9,
-    # 1.2, 1.7; 214 to 40, k6 s4, at 8 x 16, whose last panel is 3/4 empty: 4.0 and 4.5; 128 to 64, k2 s2, at 64 x 64,
-    # batch 4: the forward by phases takes 7.6 ms, by products 13.0
+    if len(stride) == 1 or (has_squares(kernel, stride, dilation) and channels % 16 == 0):
+        return True
+    # Zen 5, ms of PyTorch and of ours: 112 to 48, k5 s2, at 23 x 23: forward 1.2 and 1.4, dx 1.1 and 1.3; 128 to 64,
+    # k2 s2, at 64 x 64, batch 4: the forward by phases takes 7.6, by products 13.0
     apart = forward and contiguous and tuple(kernel) == tuple(stride)
-    return not apart and (channels >= 128 or (len(stride) > 1 and channels % LEAST_CHANNELS == 0))
-
-
-#: Positions in a batch from which on squares were measured faster: the weight, of twice as many numbers then, is packed
-#: first; and how many outputs may be computed, with those beyond an odd end, for each that the products are less for.
-_LEAST_IN_SQUARES, _MOST_COMPUTED = 1024, 1.3
+    return not apart and (channels >= 128 or channels % LEAST_CHANNELS == 0)
 
 
 def has_squares(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Whether two taps of each of two dimensions reach an output: csrc/cpu/conv_squares.cpp multiplies less there."""
-    twice = len(kernel) == 2 and all(taps == 2 * step for taps, step in zip(kernel, stride, strict=True))
-    return twice and max(dilation) == 1 and native.isa() == "avx2"
+    """Whether two taps of one or two dimensions reach an output: csrc/cpu/conv_squares.cpp multiplies less there.
+
+    Not measured on Intel's processors with AVX-512.
+    """
+    twice = len(kernel) < 3 and all(taps == 2 * step for taps, step in zip(kernel, stride, strict=True))
+    return twice and max(dilation) == 1 and (native.isa() == "avx2" or native.beats_mkl())
+
+
+#: Positions in a batch from which on squares were measured faster, and of a large weight: it is packed first, of twice
+#: as many numbers; and how many outputs may be computed, with those beyond an odd end, for each that there is.
+_LEAST_IN_SQUARES, _LEAST_OF_LARGE, _LARGE_SQUARES, _MOST_COMPUTED = 256, 512, 2**20, 1.2
 
 
 def in_squares(x: Tensor, weight: Tensor, geometry: Geometry, forward: bool = True) -> bool:
-    """Whether nine products instead of sixteen, for each square of four outputs, were measured faster.
+    """Whether nine products for each square of four outputs, not sixteen, or three of four, were measured faster.
 
-    Zen 3, shared with others, ms of PyTorch's, of products and of these: 128 to 64, k4 s2 p1, at 16 x 16, batch 32: 47,
+    ms of PyTorch's, of products and of these. Zen 3, shared with others: 128 to 64, k4 s2 p1, at 16 x 16, batch 32: 47,
     37 and 32, dx 48, 48 and 39; 512 to 128, at 32 x 32: 40, 41 and 34, dx 40, 44 and 32; channels last 256 to 256, at
-    32 x 32, batch 2: 80, 88 and 64, dx 87, 84 and 67. 128 to 64, at 5 x 5, batch 64, of which 6 x 6 are computed: 8.6,
-    5.7 and 6.9.
+    32 x 32, batch 2: 80, 88 and 64, dx 87, 84 and 67. Zen 5, in the same order: 9.9, 8.7 and 6.7, dx 9.1, 8.5 and 6.8,
+    dweight 9.3, 8.5 and 6.1; 17.6, 17.2 and 12.8, dx 18.6, 17.0 and 12.6; 16.2, 16.6 and 12.1, dx 15.7, 16.6 and 12.7;
+    128 to 64, at 5 x 5, batch 64, of which 6 x 6 are computed: 1.7, 1.4 and 1.9; 48 to 336, at 19 x 20, batch 9: 7.8,
+    7.9 and 8.3. In one dimension 64 to 32, k4 s2, at 12,000: 7.6, 6.5 and 5.2, dx 5.9, 4.8 and 4.9, dweight 6.2, 6.0
+    and 4.7; 144 to 48, k16 s8, at 186, batch 30: 7.4, 10.0 and 5.4, dx 7.4, 5.7 and 5.0, dweight 7.3, 5.7 and 4.8;
+    512 to 256, at 75, batch 4: 7.4, 6.6 and 6.6, dx 7.7, 6.0 and 7.1.
     """
     size, kernel = x.shape[2:], weight.shape[2:]
     if not has_squares(kernel, geometry.stride, geometry.dilation):
         return False
-    if x.numel() < _LEAST_IN_SQUARES * x.shape[1] or min(size) < 4:
+    least_positions = _LEAST_IN_SQUARES if weight.numel() < _LARGE_SQUARES else _LEAST_OF_LARGE
+    # of a small image's edges the other products leave out more
+    if x.numel() < least_positions * x.shape[1] or min(size) < 6:
+        return False
+    if forward and len(size) > 1 and x.shape[1] < 64:
         return False
     outputs = geometry.out_size(size, kernel) if forward else size
-    steps = geometry.stride if forward else (1, 1)
+    steps = geometry.stride if forward else (1,) * len(size)
     of_phase = [-(-side // step) for side, step in zip(outputs, steps, strict=True)]
     return math.prod(side + side % 2 for side in of_phase) <= _MOST_COMPUTED * math.prod(size)
 
@@ -248,18 +261,21 @@ def products_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the convolution in `products_forward` that mask asks for; dy and x are dense."""
     dx = dweight = None
-    window = native_window(x, weight, geometry)
-    squares = mask[0] and in_squares(x, weight, geometry, False)
+    squares = in_squares(x, weight, geometry, False)
+
+    def fill(weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:
+        tensors = native_window(x, weight, geometry), x, weight, dy, dx, dweight
+        if not (squares and native.cpu_squares_backward(*tensors)):
+            native.cpu_gather_backward(*tensors)
+
     if mask[0] and not squares and _leaves_dx(x, weight):
         dx = convolve_backward(dy, x, weight, geometry, (True, False, False))[0]
     elif mask[0]:
         dx = torch.empty_like(x)
-        tensors = window, x, weight.contiguous(), dy, dx
-        if not (squares and native.cpu_squares_backward(*tensors)):
-            native.cpu_gather_backward(*tensors, None)
+        fill(weight.contiguous(), dx, None)
     if mask[1]:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        native.cpu_gather_backward(window, x, weight, dy, None, dweight)
+        fill(weight, None, dweight)
         dweight = laid_out_as(weight, dweight)
     return dx, dweight, _sum_positions(dy) if mask[2] else None
 
