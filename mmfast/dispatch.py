@@ -225,7 +225,8 @@ def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @assume_constant_result
 def _select_while_tracing(name: str, make_case: Callable[..., Any], facts: tuple, explicit: str | None) -> str:
-    return Op.registry[name].select(make_case(*facts), explicit)
+    case = make_case(*facts)
+    return Op.registry[name].select(case._replace(traced=True) if hasattr(case, "traced") else case, explicit)
 
 
 def asked_for(explicit: str | None = None) -> str | None:

@@ -120,6 +120,20 @@ def test_a_small_convolution_is_torchs_in_a_static_graph():
     assert sum("mmfast" in target for target in large) == 1
 
 
+def test_taps_that_do_not_overlap_are_torchs_in_a_graph_without_gradients():
+    layer, x = nn.ConvTranspose2d(64, 64, 2, 2), torch.randn(2, 64, 16, 16)
+    (trained,) = targets(layer, (x,))
+    with torch.no_grad():
+        (inferred,) = targets(layer, (x,))
+    assert [sum("mmfast" in target for target in graph) for graph in (trained, inferred)] == [1, 0]
+
+
+def test_guards_of_a_convolution():
+    x = torch.randn(1, 16, 4, 4)
+    ours, theirs = (module.ConvTranspose2d(16, 8, 4, 2, 1) for module in (nn, torch.nn))
+    assert guards(ours, x) <= guards(theirs, x) + 25
+
+
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
 def test_a_step_or_two_of_a_layer_is_a_formula_in_a_static_graph(name):
     """And the op, in the one graph for any other number of steps, for many units, and where a backend is asked for."""
