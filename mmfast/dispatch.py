@@ -112,8 +112,8 @@ class Op:
         which, as while tracing, the case is made anew.
         """
         if is_compiling():
-            # Dynamo hands constants over, of which a named tuple is none
-            return _select_while_tracing(self, make_case, _constants(facts), explicit or FORCED[0])
+            # Dynamo hands constants over, of which neither a named tuple is one nor an Op
+            return _select_while_tracing(self.name, make_case, _constants(facts), explicit or FORCED[0])
         if each_call_chooses():
             return self.select(make_case(*facts), explicit)
         key = (facts, explicit or FORCED[0] or config.BACKEND, torch.get_num_threads())
@@ -224,8 +224,9 @@ def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @assume_constant_result
-def _select_while_tracing(op: Op, make_case: Callable[..., Any], facts: tuple, explicit: str | None) -> str:
-    return op.select(make_case(*facts), explicit)
+def _select_while_tracing(name: str, make_case: Callable[..., Any], facts: tuple, explicit: str | None) -> str:
+    case = make_case(*facts)
+    return Op.registry[name].select(case._replace(traced=True) if hasattr(case, "traced") else case, explicit)
 
 
 def asked_for(explicit: str | None = None) -> str | None:

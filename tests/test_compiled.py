@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import softplus
 
 import mmfast
@@ -117,3 +118,55 @@ def test_a_small_convolution_is_torchs_in_a_static_graph():
     assert sum("mmfast" in target for target in dynamic) == 1
     (large,) = targets(layer, (torch.randn(8, 16, 40, 40),))
     assert sum("mmfast" in target for target in large) == 1
+
+
+def test_taps_that_do_not_overlap_are_torchs_in_a_graph_without_gradients():
+    layer, x = nn.ConvTranspose2d(64, 64, 2, 2), torch.randn(2, 64, 16, 16)
+    (trained,) = targets(layer, (x,))
+    with torch.no_grad():
+        (inferred,) = targets(layer, (x,))
+    assert [sum("mmfast" in target for target in graph) for graph in (trained, inferred)] == [1, 0]
+
+
+def test_guards_of_a_convolution():
+    x = torch.randn(1, 16, 4, 4)
+    ours, theirs = (module.ConvTranspose2d(16, 8, 4, 2, 1) for module in (nn, torch.nn))
+    assert guards(ours, x) <= guards(theirs, x) + 25
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_a_step_or_two_of_a_layer_is_a_formula_in_a_static_graph(name):
+    """And the op, in the one graph for any other number of steps, for many units, and where a backend is asked for."""
+    layer = getattr(nn, name)(4, 8)
+
+    def is_op(*calls):
+        return [any("mmfast" in target for target in graph) for graph in targets(layer, *calls)]
+
+    calls = [(torch.randn(steps, 3, 4),) for steps in (2, 9, 4, 7)]
+    assert is_op(*calls) == [False, True]
+    assert is_op((torch.randn(1, 600, 4),)) == [True]
+    with mmfast.use_backend("cpu"):
+        assert is_op(calls[0]) == [True]
+    layer.backend = "cpu"
+    assert is_op(calls[0]) == [True]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_gradients_of_a_step_or_two(name, options):
+    layer = getattr(nn, name)(4, 8, **options)
+    x, found = torch.randn(2, 2, 4, requires_grad=True), []
+    for function in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
+        y, last = function(x)
+        found.append((y, last, torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])))
+    torch.testing.assert_close(*found)
+
+
+def test_a_graph_calls_the_kernels_overload():
+    """Whose Autograd key is no Python: of 101 us that a layer's forward takes in a graph, that were 6."""
+    layer, x = nn.LSTM(4, 8), torch.randn(30, 3, 4)
+    with torch.no_grad():
+        graph = make_fx(layer, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+    assert [str(node.target) for node in graph.graph.nodes if "mmfast" in str(node.target)] == [
+        "mmfast.rnn_forward.kernel"
+    ]

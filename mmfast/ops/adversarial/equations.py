@@ -148,6 +148,8 @@ def _phi(term: Term, u: Tensor) -> Tensor:
         return softplus(u)
     if phi == RELU:
         return relu(u)
+    if phi == IDENTITY:
+        return u
     if phi in (SQUARE, LEAKY_SQUARE):
         return u.square()
     if phi == TILTED:
@@ -156,9 +158,7 @@ def _phi(term: Term, u: Tensor) -> Tensor:
         return relu(u).square()
     if phi == ABS:
         return u.abs()
-    if phi == SIGMOID:
-        return u.sigmoid()
-    return u
+    return u.sigmoid()
 
 
 def _slope(term: Term, u: Tensor, x: Tensor) -> Tensor:

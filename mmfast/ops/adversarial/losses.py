@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, get_num_threads
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling
 
 from ...dispatch import EPOCH, FORCED, assume_constant_result, autocasts, is_known, is_watched, needs_formula
 from . import equations
@@ -616,7 +616,7 @@ def _traced(
 
     At each call a graph looks at all that Dynamo has read of this: few things, for each takes 20 ns (Zen 5).
     """
-    if type(scale) is not float or type(smoothing) is not float:
+    if not isinstance(scale, float) or not isinstance(smoothing, float):
         return None
     if smoothing == 0:
         smoothing = 0.0
@@ -651,11 +651,11 @@ def _of_torch(
 
 
 def _select(x: Tensor, reduced: bool, backend: str | None) -> str:
-    return OP.select_by((x.device, x.dtype, reduced, is_compiling()), _case, backend)
+    return OP.select_by((x.device, x.dtype, reduced), _case, backend)
 
 
-def _case(device: torch.device, dtype: torch.dtype, reduced: bool, traced: bool) -> Case:
-    return Case(device.type, dtype, reduced, traced)
+def _case(device: torch.device, dtype: torch.dtype, reduced: bool) -> Case:
+    return Case(device.type, dtype, reduced)
 
 
 def _evaluate(recipe: Recipe, inputs: Inputs, return_values: bool, group: Any, backend: str | None) -> Any:

@@ -12,11 +12,20 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from ...dispatch import asked_for, autocasts, compute_dtype, is_plain, is_transforming, needs_formula, outside_autocast
+from ...dispatch import (
+    asked_for,
+    autocasts,
+    compute_dtype,
+    is_known,
+    is_plain,
+    is_transforming,
+    needs_formula,
+    outside_autocast,
+)
 from ..library import needs_gradient
 from . import cell as one_step
 from . import equations
-from .backends import OP, UNSEEN, Case, extent
+from .backends import FEW_UNITS, FLAT, OP, SHORT, UNSEEN, Case, extent
 from .cudnn import StockLayers
 from .equations import GATES, Layer
 from .op import sequence
@@ -186,11 +195,11 @@ def _recurrent(
     if batch_sizes is None and _steps(input, options) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     options = _checked_options(options, input, batch)
-    seen = not torch.compiler.is_compiling()
-    formula = seen and is_transforming() and asked_for(backend) != "torch"
+    traced = torch.compiler.is_compiling()
+    flat = traced and _is_flat(mode, input, sizes, options)
+    formula = not traced and is_transforming() and asked_for(backend) != "torch"
     formula = formula and needs_formula([input, *(states or ()), *(weight for layer in weights for weight in layer)])
-    # a graph is not compiled anew for another batch
-    facts = _facts(mode, input, weights, sizes, options, batch, seen and not formula)
+    facts = _facts(mode, input, weights, sizes, options, batch, not (traced or formula), flat)
     chosen = OP.select_by(facts, _rnn_case, backend)
     if chosen != "torch":
         one: Any = equations.sequence if formula else partial(sequence, backend=chosen)
@@ -199,12 +208,13 @@ def _recurrent(
         in_float32 = _rnn_case(*facts).stays_float32
         if found := _recurrent_outside_autocast(in_float32, one, mode, input, states or (), weights, options):
             return found
-    if formula or any(_extras(options)):
-        walk = _extras_outside_graphs if torch.compiler.is_compiling() else _recurrent_by_layers
+    flat = flat and asked_for(backend) is None
+    if formula or flat or any(_extras(options)):
+        walk = _extras_outside_graphs if traced and not flat else _recurrent_by_layers
         return walk(equations.sequence, mode, input, states or (), weights, options)
     if states is None:
         states = [input.new_zeros(shape) for shape in shapes]
-    function = _recurrent_outside_graphs if torch.compiler.is_compiling() else _recurrent_of_torch
+    function = _recurrent_outside_graphs if traced else _recurrent_of_torch
     return function(mode, input, states, weights, options)
 
 
@@ -220,14 +230,32 @@ def is_left(mode: str, input: Tensor, weights: Weights, options: Options) -> boo
 
 
 def _facts(
-    mode: str, input: Tensor, weights: Weights, sizes: _Sizes, options: Options, batch: int, seen: bool
+    mode: str,
+    input: Tensor,
+    weights: Weights,
+    sizes: _Sizes,
+    options: Options,
+    batch: int,
+    seen: bool,
+    flat: bool = False,
 ) -> tuple:
-    """What the choice depends on; seen: whether steps and batch, too, may decide."""
+    """What the choice depends on; seen: whether steps and batch, too, may decide; flat: of a graph, `_is_flat`."""
     kind = (options.bidirectional, options.batch_sizes is not None, options.lengths is not None, not seen)
     hidden, steps, gradients = sizes.hidden_size, _steps(input, options), torch.is_grad_enabled()
-    last = (2 if options.bidirectional else 1) * (weights[-1][0].numel() + weights[-1][1].numel())
-    of_extent = extent(mode, last, steps, batch, hidden, gradients, input) if seen else UNSEEN
-    return input.device, input.dtype, mode, *sizes, *kind, gradients, *of_extent, *_extras(options)
+    of_extent: Any = flat
+    if seen:
+        last = (2 if options.bidirectional else 1) * (weights[-1][0].numel() + weights[-1][1].numel())
+        of_extent = extent(mode, last, steps, batch, hidden, gradients, input)
+    return input.device, input.dtype, mode, *sizes, *kind, gradients, of_extent, *_extras(options)
+
+
+def _is_flat(mode: str, input: Tensor, sizes: _Sizes, options: Options) -> bool:
+    """Whether a graph is for a few plain steps alone, which take less time one by one than a call of the op."""
+    units = input.shape[0] * input.shape[1] * sizes.hidden_size
+    if not is_known(units) or units > FEW_UNITS or _steps(input, options) > SHORT[mode]:
+        return False
+    plain = options.lengths is None and not any(_extras(options)) and not autocasts(input.device.type)
+    return plain and input.is_cpu and input.dtype == torch.float32
 
 
 def _extras(options: Options) -> tuple[bool, bool, bool]:
@@ -236,9 +264,11 @@ def _extras(options: Options) -> tuple[bool, bool, bool]:
 
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> Case:
     dtype = compute_dtype(device.type, dtype)
-    # sizes and kind, facts from `gradients` to `middling`, extras
-    kind, seen, extras = rest[:-12], rest[-12:-3], rest[-3:]
-    return Case._make((device.type, dtype, mode, *kind, autocasts(device.type), *seen, False, *extras))
+    *kind, gradients, of_extent = rest[:-3]
+    if isinstance(of_extent, bool):
+        of_extent = FLAT if of_extent else UNSEEN
+    given = (*kind, autocasts(device.type), gradients, *of_extent, False, *rest[-3:])
+    return Case._make((device.type, dtype, mode, *given))
 
 
 def _steps(input: Tensor, options: Options) -> int:
