@@ -1,4 +1,4 @@
-// A Cell's step for a row or two on a CPU, called with the tensors themselves: the kernel takes a few microseconds, and
+// A Cell's step for few rows on a CPU, called with the tensors themselves: the kernel takes a few microseconds, and
 // looking at seven tensors in Python took as long again.
 #include "direct.h"
 #include "tensor_view.h"

@@ -179,6 +179,21 @@ inline void sum_lanes_of_four<float>(float* out, const Vec<float>* v) {
 }
 #endif
 
+#if defined(__AVX512F__)
+template <>
+inline void sum_lanes_of_four<float>(float* out, const Vec<float>* v) {
+    const auto add_pairs = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    };
+    const __m512d low = _mm512_castps_pd(add_pairs((__m512)v[0], (__m512)v[1]));
+    const __m512d high = _mm512_castps_pd(add_pairs((__m512)v[2], (__m512)v[3]));
+    const __m512 fours =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    const __m256 twos = _mm256_add_ps(_mm512_castps512_ps256(fours), _mm512_extractf32x8_ps(fours, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(twos), _mm256_extractf128_ps(twos, 1)));
+}
+#endif
+
 // out[i][j] = in[j][i]
 template <typename T>
 inline void transpose(const Vec<T>* in, Vec<T>* out) {

@@ -21,6 +21,10 @@ State = tuple[Tensor, Tensor]
 
 #: Rows up to which the products are made by the kernel: a call of torch.mm takes longer.
 FEW_ROWS = 2
+#: Rows by all threads up to which that holds with one gate, or with more, and multiplications by all of several, on
+#: AMD's AVX-512. Zen 5, us of PyTorch's, with torch.mm or product.cpp, by the kernel: 3 rows of 128 units RNN 13.5,
+#: 18.5, 5.7, LSTM 34, 35, 11; 32 rows RNN 36, 32, 17, LSTM 119, 82, 71.
+ROWS_OF_ONE_GATE, ROWS_OF_GATES, SHARED_WORK = 64, 32, 1 << 25
 #: Multiplications by all threads up to which that holds for more rows, on AVX2 that is not Intel's (measured on Zen 3:
 #: for 4 to 64 rows of 128 units 1.1 to 2 times less time, with 1024 units the same for few rows).
 WORK = 1 << 23
@@ -46,9 +50,14 @@ def at_once(mode: str, facts: tuple, x: Tensor, hx: Any, weights: Sequence[Tenso
 
 def most_rows(w_ih: Tensor, w_hh: Tensor) -> int:
     """Rows of the batch up to which the kernel makes the products."""
-    if native.isa() != "avx2" or native.is_intel():
+    if native.isa() == "baseline" or native.is_intel():
         return FEW_ROWS
-    return max(FEW_ROWS, WORK // max(1, (w_ih.numel() + w_hh.numel()) * torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    multiplications = max(1, (w_ih.numel() + w_hh.numel()) * threads)
+    if native.isa() != "avx512":
+        return max(FEW_ROWS, WORK // multiplications)
+    rows = (ROWS_OF_ONE_GATE if w_hh.shape[0] == w_hh.shape[1] else ROWS_OF_GATES) // threads
+    return max(FEW_ROWS, rows if threads == 1 else min(rows, SHARED_WORK // multiplications))
 
 
 def states_of(mode: str, hx: Any) -> Sequence[Tensor | None]:
