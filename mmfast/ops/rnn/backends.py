@@ -63,12 +63,13 @@ class Case(NamedTuple):
     small: bool = False
     #: hidden_size >= BROAD and batch * hidden_size >= WIDE, in training WIDE_TRAINING, likewise
     wide: bool = False
-    #: at least HEAVY weights of the last layer and at most LEAN rows of all steps, likewise
+    #: at least HEAVY weights of the last layer, at most LEAN rows of all steps, and in training more than 2 of a step,
+    #: likewise
     lean: bool = False
-    #: of these at most SPARSE
+    #: of all steps at most SPARSE, and as many weights
     sparse: bool = False
-    #: hidden_size within MIDDLE, units of all steps within BAND, and x's gradient is wanted, likewise; but for a leaf
-    #: over at least LONG steps: mostly a penalty's, which differentiates twice
+    #: hidden_size within MIDDLE and units of all steps within BAND, or NARROW, THIN and VAST, and x's gradient is wanted,
+    #: likewise; but for a leaf over at least LONG steps: mostly a penalty's, which differentiates twice
     middling: bool = False
     cell: bool = False
     resets: bool = False
@@ -136,12 +137,13 @@ def extent(mode: str, weights: int, steps: int, batch: int, hidden: int, gradien
     brief, units = steps <= BRIEF, batch * hidden
     many = (units > MANY and (batch > FEW or hidden > LARGE)) or (gradients and brief)
     wide = hidden >= BROAD and units >= (WIDE_TRAINING if gradients else WIDE)
-    lean = steps * batch <= LEAN and weights >= HEAVY
+    heavy = weights >= HEAVY
+    lean = heavy and steps * batch <= LEAN and (batch > 2 or not gradients)
     wanted = gradients and x.requires_grad and not (x.is_leaf and steps >= LONG)
     thin = hidden <= NARROW and x.shape[-1] >= THIN * hidden and x.numel() >= VAST
     middling = wanted and (thin or (hidden in MIDDLE and steps * units in BAND))
     short, small = steps <= SHORT[mode], brief and steps * units <= SMALL
-    sparse = lean and steps * batch <= SPARSE
+    sparse = heavy and steps * batch <= SPARSE
     return many, short, steps * units >= BULK, small, wide, lean, sparse, middling
 
 
@@ -307,7 +309,8 @@ class Cpu(Walker):
             training, above, H = 73, 82, 98, 294     0.97 to 1.3        0.94 to 1.0
             training with x's gradient, MIDDLE, BAND 0.9 to 1.0         the same
             the same, NARROW, THIN, VAST             0.75 to 1.05       not measured
-            training, HEAVY and LEAN                 0.8 to 1.2         not measured
+            training, HEAVY and LEAN, B > 2          0.8 to 1.2         not measured
+            the same, B <= 2                         0.95 to 1.4        not measured
             training, H < 16, T <= 5                 0.96 to 1.05       not measured
             gradient penalty, T128 B16 H128          2.4 to 2.8         2.4
             inference, few or batch * H <= 512       1.05 to 1.5        1.0 to 1.3
