@@ -68,7 +68,7 @@ class Case(NamedTuple):
     lean: bool = False
     #: of all steps at most SPARSE, and as many weights
     sparse: bool = False
-    #: hidden_size within MIDDLE and units of all steps within BAND, or NARROW, THIN and VAST, and x's gradient is wanted,
+    #: hidden_size in MIDDLE and units of all steps in BAND, or NARROW, THIN and VAST, and x's gradient is wanted,
     #: likewise; but for a leaf over at least LONG steps: mostly a penalty's, which differentiates twice
     middling: bool = False
     cell: bool = False
