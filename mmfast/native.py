@@ -455,7 +455,7 @@ def cpu_gather_backward(
 def cpu_squares_forward(
     window: Window, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
 ) -> bool:
-    """As gather, in two dimensions of kernels twice the strides. False: y is not finite, and not to be used."""
+    """As gather, where kernel = 2 stride, in one or two dimensions. False: y is not finite, and not to be used."""
     return _cpu_conv_transpose("cpu_squares_forward", window, (x, weight, bias, y, None, None))
 
 
@@ -507,13 +507,23 @@ def _cpu_conv_transpose(
     """tensors: x, weight, bias, y or its gradient, dx, dweight. Whether the kernel did not decline them."""
     x, y = tensors[4] if tensors[0] is None else tensors[0], tensors[3]
     assert x is not None and y is not None
-    layouts = (not x.is_contiguous(), not y.is_contiguous())
+    read = (*tensors[2:3], tensors[5] if tensors[5] is not None else tensors[1])
+    assert all(tensor is None or tensor.is_contiguous() for tensor in read)
+    layouts = _is_channels_last(x), _is_channels_last(y)
     sizes = (x.shape[0], x.shape[1], y.shape[1])
     arguments = (DTYPES[x.dtype], *layouts, sizes, window, [_address(tensor) for tensor in tensors], *activation)
     status = getattr(library(), kernel)(*arguments, torch.get_num_threads())
     if status != _DECLINED:
         check(status)
     return status != _DECLINED
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    """Of a tensor that is dense, as addresses are counted by kernels."""
+    if x.is_contiguous():
+        return False
+    assert x.movedim(1, -1).is_contiguous(), f"a tensor of strides {x.stride()} is not dense"
+    return True
 
 
 def _direct(window: Window, x: torch.Tensor, y: torch.Tensor, groups: int) -> tuple:

@@ -555,16 +555,48 @@ def test_memory_format_is_pytorchs(seed, dims):
             assert out.stride() == expected.stride()
 
 
-def test_strides_of_the_input_do_not_matter(seed):
-    x = torch.randn(2, 12, 9, 10, generator=torch.Generator().manual_seed(seed))[:, ::2, 1:, ::3]
-    for out_channels, norm in itertools.product((3, 20), ("none", "batch")):
-        tensors = random_tensors(seed, torch.float32, norm, (6, out_channels), (8, 4))
-        tensors[0] = x
-        dense = [x.contiguous(), *tensors[1:]]
-        for sliced, expected in zip(
-            *(outputs(t, geometry(2, 2, 1), Epilogue(norm, 1e-5, "relu"), "cpu") for t in (tensors, dense)), strict=True
-        ):
-            torch.testing.assert_close(sliced, expected, rtol=1e-5, atol=1e-4)
+def any_strides(x, seed):
+    """Copies of x whose elements lie apart, in another order, or on one another; the last is another tensor."""
+    order = random.Random(seed).sample(range(x.dim()), x.dim())
+    other = x.permute(order).contiguous()
+    apart = torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+    inside = F.pad(x, (1, 2), value=torch.nan)[..., 1:-2]
+    return [apart, inside, other.permute([order.index(d) for d in range(x.dim())]), x[:1].expand_as(x)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", None])
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel", "stride", "groups"),
+    [
+        ((64, 48), (20, 18), 4, 2, 1),  # squares
+        ((64, 48), (750,), 4, 2, 1),
+        ((64, 40), (20, 18), 5, 2, 1),  # products
+        ((64, 40), (150,), 5, 2, 1),
+        ((64, 3), (20, 18), 4, 2, 1),  # phases
+        ((64, 40), (60, 30), 2, 2, 1),
+        ((64, 64), (150,), 4, 2, 64),  # depthwise
+        ((64, 40), (1, 1), 4, 1, 1),  # one position
+        ((5, 6), (7, 8), 3, 2, 1),  # PyTorch's
+    ],
+)
+def test_strides_do_not_matter(seed, isa, backend, channels, size, kernel, stride, groups):
+    function = {1: F.conv_transpose1d, 2: F.conv_transpose2d}[len(size)]
+    ours = {1: MF.conv_transpose1d, 2: MF.conv_transpose2d}[len(size)]
+    x, weight, bias = random_tensors(seed, torch.float32, "none", channels, size, kernel, 2, groups=groups)[:3]
+    options = {"stride": stride, "groups": groups}
+    dout = torch.randn_like(function(x, weight, bias, **options))
+    tensors = [x, weight, bias, dout]
+    for i, j in itertools.product(range(4), range(4)):
+        given = [*tensors]
+        given[i] = any_strides(tensors[i], seed)[j]
+        *wanted, dy = given
+        wanted = [t.detach().requires_grad_() for t in wanted]
+        found, expected = (
+            (y := call(*wanted, **options), *torch.autograd.grad(y, wanted, dy))
+            for call in (lambda *a, **k: ours(*a, **k, backend=backend), function)
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

@@ -9,7 +9,7 @@
 // dweight: for each tap a product over the positions that it joins, x and dy packed in panels, places in a list.
 // Contiguous tensors are turned a block of positions at a time, which stays in the caches.
 //
-// Bound by multiplications: a tile of kRows rows times two vectors of columns keeps its sums in registers over a chain
+// Bound by multiplications: a tile of kRows rows times one or two vectors of columns keeps its sums in registers over a chain
 // of terms, at most kLongest, for a chain's rounding error grows with its length. Work is cut by shapes alone, and sums
 // are added in a fixed order: results do not depend on the number of threads.
 #include "cpu/conv_tile.h"

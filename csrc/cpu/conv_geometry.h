@@ -27,11 +27,6 @@ struct Axis {
     }
 };
 
-struct Range {
-    int64_t begin, end;
-    int64_t size() const { return end > begin ? end - begin : 0; }
-};
-
 struct Problem {
     Axis axis[3];
     int64_t taps = 1, positions = 1, out_positions = 1, phases = 1;

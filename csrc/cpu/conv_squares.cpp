@@ -83,7 +83,7 @@ struct Image {
         const int64_t above = shift[0] - places[0].begin, left = shift[1] - places[1].begin;
         const Range rows{most(0, -above), least(size[0], places[0].size() - above)};
         const Range columns{most(0, -left), least(size[1], places[1].size() - left)};
-        if (columns.size() <= 0) return;
+        if (!columns.size()) return;
         // rows between which nothing lies are copied together
         const bool dense = columns.size() == size[1] && columns.size() == places[1].size();
         const int64_t together = dense ? most(1, rows.size()) : 1, count = together * columns.size();
@@ -377,10 +377,8 @@ class Taps {
           strips_(parts_of(args.in_channels, kRows)),
           panels_(parts_of(args.out_channels, kWidth<T>)),
           chain_(chain_of(args.batch * axis_[0].pairs * axis_[1].pairs, 4)),
-          samples_(
-              most(1, least(args.batch, kManySquares * (axis_[1].paired ? 1 : 2) / (axis_[0].pairs * axis_[1].pairs)))),
-          rows_(parts_of(axis_[0].pairs,
-                         parts_of(axis_[0].pairs, most(1, kManySquares * (axis_[1].paired ? 1 : 2) / axis_[1].pairs)))),
+          samples_(most(1, least(args.batch, most_squares() / (axis_[0].pairs * axis_[1].pairs)))),
+          rows_(parts_of(axis_[0].pairs, parts_of(axis_[0].pairs, most(1, most_squares() / axis_[1].pairs)))),
           squares_(samples_ * rows_ * axis_[1].pairs),
           part_of_x_(squares_ * kRows + kLanes<T>),
           part_of_dy_(squares_ * kWidth<T>),
@@ -433,6 +431,8 @@ class Taps {
 
   private:
     static constexpr int64_t kTile = kRows * kWidth<T>;
+
+    int64_t most_squares() const { return kManySquares * (axis_[1].paired ? 1 : 2); }
 
     // (phases, parts, rows, width)
     T* tiles(int64_t panel, int64_t strip) const {
@@ -561,6 +561,9 @@ int with_axes(const Args& args, const Body& body) {
         if (swaps) sizes[1] = sizes[2], sizes[2] = first;
     }
     if (!is_trivial(0) || !is_paired(1) || !(is_paired(2) || is_trivial(2))) return MMFAST_DECLINED;
+    const int64_t least_size =
+        least(least(found.in_size[1], found.in_size[2]), least(found.out_size[1], found.out_size[2]));
+    if (least(found.batch, least_size) < 1) return MMFAST_DECLINED;
     return body(found);
 }
 

@@ -1,5 +1,5 @@
-// The products that transposed convolutions of many channels are made of: tiles of kRows rows times two vectors of
-// columns, whose sums stay in registers over a chain of terms, for a chain's rounding error grows with its length.
+// The products that transposed convolutions of many channels are made of: tiles of kRows rows times one or two vectors
+// of columns, whose sums stay in registers over a chain of terms, for a chain's rounding error grows with its length.
 #pragma once
 #include "cpu/layout.h"
 #include "cpu/simd.h"
@@ -20,11 +20,6 @@ constexpr int64_t kShortest = 32, kLongest = 128;
 
 // How long the chains of a sum are: `parts` of them, where they are neither too short nor too long then.
 inline int64_t chain_of(int64_t terms, int64_t parts) { return most(kShortest, least(kLongest, terms / parts)); }
-
-struct Range {
-    int64_t begin, end;
-    int64_t size() const { return end - begin; }
-};
 
 inline int threads_for(const mmfast_conv_transpose_args& a) {
     const int64_t taps = a.kernel[0] * a.kernel[1] * a.kernel[2];

@@ -41,6 +41,11 @@ class Scratch {
     T* data_;
 };
 
+struct Range {
+    int64_t begin, end;
+    int64_t size() const { return end > begin ? end - begin : 0; }
+};
+
 // to[j * to_step + i] = from[i * from_step + j] for i < rows, j < columns; along the longer of both innermost, for
 // memory is fetched ahead of few rows only
 template <typename T>

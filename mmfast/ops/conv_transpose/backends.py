@@ -334,6 +334,7 @@ class Cpu(Backend):
             wide = x.float(), weight.float(), None if bias is None else bias.float()
             return self._convolve(*wide, geometry, activation).to(x.dtype)
         method = _method(x, weight, geometry)
+        bias = None if bias is None else bias.contiguous()
         if method == "depthwise":
             y = empty_output(x, weight, geometry)
             if products.depthwise_forward(x, weight, bias, geometry, y, activation):
@@ -342,7 +343,7 @@ class Cpu(Backend):
             y = empty_output(x, weight, geometry)
             return products.phases_forward(_dense(x), weight, bias, geometry, y, activation)
         if method == "products" and (x.is_contiguous() or products.in_squares(x, weight, geometry)):
-            y = products.products_forward(x, weight, bias, geometry, empty_output(x, weight, geometry))
+            y = products.products_forward(_dense(x), weight, bias, geometry, empty_output(x, weight, geometry))
         elif method == "one position":
             y = products.one_position_forward(x, weight, bias, geometry, empty_output(x, weight, geometry))
         else:
