@@ -197,8 +197,8 @@ int mmfast_cpu_phases_backward(const mmfast_conv_transpose_args* args);
 // Products of matrices, without an activation. dx: of x's layout, or null: not wanted.
 int mmfast_cpu_gather_forward(const mmfast_conv_transpose_args* args);
 int mmfast_cpu_gather_backward(const mmfast_conv_transpose_args* args);
-// The same in fewer multiplications, in one or two dimensions, the sizes before being 1, where kernel = 2 stride without
-// dilation. Declines another geometry, nothing, and a result that is not finite.
+// The same in fewer multiplications, in one or two dimensions, the sizes before being 1, where kernel = 2 stride
+// without dilation. Declines another geometry, nothing, and a result that is not finite.
 int mmfast_cpu_squares_forward(const mmfast_conv_transpose_args* args);
 int mmfast_cpu_squares_backward(const mmfast_conv_transpose_args* args);
 // Each output channel has an input channel of its own: in_channels = out_channels, the sum over i and k only. Declines

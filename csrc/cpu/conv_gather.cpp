@@ -9,9 +9,9 @@
 // dweight: for each tap a product over the positions that it joins, x and dy packed in panels, places in a list.
 // Contiguous tensors are turned a block of positions at a time, which stays in the caches.
 //
-// Bound by multiplications: a tile of kRows rows times one or two vectors of columns keeps its sums in registers over a chain
-// of terms, at most kLongest, for a chain's rounding error grows with its length. Work is cut by shapes alone, and sums
-// are added in a fixed order: results do not depend on the number of threads.
+// Bound by multiplications: a tile of kRows rows times one or two vectors of columns keeps its sums in registers over a
+// chain of terms, at most kLongest, for a chain's rounding error grows with its length. Work is cut by shapes alone,
+// and sums are added in a fixed order: results do not depend on the number of threads.
 #include "cpu/conv_tile.h"
 #include "cpu/parallel.h"
 #include "mmfast.h"
@@ -44,10 +44,8 @@ struct Blocks {
 
     Blocks(const Grid& grid, int64_t batch, int64_t positions)
         : axis(grid.outermost()), batch(batch), size(grid.size[axis]) {
-        samples = most(1, least(batch, positions / grid.positions));
-        bands = parts_of(size, most(1, positions / grid.pitch[axis]));
-        if (samples > 1) bands = 1;
-        band = parts_of(size, bands);
+        samples = evenly(batch, positions / grid.positions);
+        band = samples > 1 ? size : evenly(size, positions / grid.pitch[axis]);
         bands = parts_of(size, band);
     }
     int64_t count() const { return parts_of(batch, samples) * bands; }
@@ -307,40 +305,70 @@ class Outer {
           chain_(chain_of(args.batch * in_.positions, 4)),
           blocks_(in_, args.batch, kInputs),
           most_inputs_(blocks_.samples * blocks_.band * in_.pitch[blocks_.axis]),
-          sums_(blocks_.count() > 1 ? panels_ * strips_ * taps_ * kTile : 0),
-          strips_of_x_(strips_ * most_inputs_ * kRows),
-          pairs_(taps_ * most_inputs_),
-          counts_(taps_) {}
+          share_(panels_ * strips_ * taps_ * kTile),
+          shares_(shares_of(blocks_.count(), share_)),
+          sums_(blocks_.count() > 1 ? shares_ * share_ : 0) {}
 
     int run() {
-        if (!sums_.get() || !strips_of_x_.get() || !pairs_.get() || !counts_.get()) return MMFAST_OUT_OF_MEMORY;
+        if (!sums_.get()) return MMFAST_OUT_OF_MEMORY;
         const int threads = threads_for(args_);
         int status = MMFAST_OK;
-        Range outputs{0, 0};
-        for (int64_t block = 0; block < blocks_.count(); ++block) {
-            const Range samples = blocks_.samples_of(block), band = blocks_.band_of(block);
-            if (block == 0 || blocks_.bands > 1 || samples.size() != blocks_.samples)
-                outputs = list_pairs(samples.size(), band);
-            int out_of_memory = !pack_x(samples, band);
-            parallel_for(threads, panels_, [&](int64_t panel) {
-                if (!add_panel(panel, block, samples, outputs)) __atomic_store_n(&out_of_memory, 1, __ATOMIC_RELAXED);
-            });
-            if (out_of_memory) status = MMFAST_OUT_OF_MEMORY;
-        }
+        // threads have shares each, or share out the panels of each
+        parallel_for(threads <= shares_ ? threads : 1, shares_, [&](int64_t share) {
+            if (!add_share(share, threads)) __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
+        });
+        if (status || blocks_.count() == 1) return status;
+        parallel_for(threads, panels_ * strips_, [&](int64_t unit) {
+            T* sums = sums_.get() + unit * taps_ * kTile;
+            add_shares(sums, taps_ * kTile, shares_, share_);
+            write(unit / strips_, unit % strips_, sums);
+        });
         return status;
     }
 
   private:
     static constexpr int64_t kTile = kRows * kWidth<T>;
 
+    // What a block's products are made of.
+    struct Block {
+        Range samples, outputs;
+        Scratch<T> strips;    // (strips, positions, samples, rows) of x
+        Scratch<Pair> pairs;  // of each tap
+        Scratch<int64_t> counts;
+    };
+
+    // false: no memory
+    bool add_share(int64_t share, int threads) {
+        Block block{{0, 0},
+                    {0, 0},
+                    Scratch<T>(strips_ * most_inputs_ * kRows),
+                    Scratch<Pair>(taps_ * most_inputs_),
+                    Scratch<int64_t>(taps_)};
+        if (!block.strips.get() || !block.pairs.get() || !block.counts.get()) return false;
+        bool done = true;
+        const int64_t begin = blocks_.count() * share / shares_, end = blocks_.count() * (share + 1) / shares_;
+        for (int64_t i = begin; i < end; ++i) {
+            const Range samples = blocks_.samples_of(i), band = blocks_.band_of(i);
+            const bool same = i > begin && blocks_.bands == 1 && samples.size() == block.samples.size();
+            block.samples = samples;
+            if (!same) list_pairs(block, band);
+            if (!pack_x(block, band)) return false;
+            parallel_for(threads, panels_, [&](int64_t panel) {
+                if (!add_panel(block, panel, share, i == begin)) __atomic_store_n(&done, false, __ATOMIC_RELAXED);
+            });
+        }
+        return done;
+    }
+
     // What each tap joins, and the outputs of it along the band's axis.
-    Range list_pairs(int64_t samples, Range band) {
+    void list_pairs(Block& block, Range band) const {
+        const int64_t samples = block.samples.size();
         Range outputs{out_.size[blocks_.axis], 0};
         for (int pass = 0; pass < 2; ++pass)  // the places depend on where the outputs begin
             for (int64_t tap = 0; tap < taps_; ++tap) {
                 const int64_t k[3] = {tap / args_.kernel[2] / args_.kernel[1], tap / args_.kernel[2] % args_.kernel[1],
                                       tap % args_.kernel[2]};
-                Pair* pairs = pairs_.get() + tap * most_inputs_;
+                Pair* pairs = block.pairs.get() + tap * most_inputs_;
                 int64_t i[3], o[3], count = 0;
                 Range range[3];
                 for (int d = 0; d < 3; ++d) range[d] = d == blocks_.axis ? band : Range{0, in_.size[d]};
@@ -363,9 +391,9 @@ class Outer {
                                 pairs[count++] = {int32_t((x * samples + n) * kRows),
                                                   int32_t((dy * samples + n) * kWidth<T>)};
                         }
-                counts_.get()[tap] = count;
+                block.counts.get()[tap] = count;
             }
-        return outputs;
+        block.outputs = outputs;
     }
 
     // Whether a range along the band's axis is a range of outputs.
@@ -375,8 +403,9 @@ class Outer {
         return dense() ? most(0, outputs.size()) * out_.pitch[blocks_.axis] : out_.positions;
     }
 
-    // (strips, positions, samples, rows); false: no memory
-    bool pack_x(Range samples, Range band) {
+    // false: no memory
+    bool pack_x(const Block& block, Range band) const {
+        const Range samples = block.samples;
         const int64_t first = band.begin * in_.pitch[blocks_.axis], count = band.size() * in_.pitch[blocks_.axis];
         const int64_t channels = args_.in_channels;
         const T* x = static_cast<const T*>(args_.x) + samples.begin * in_.positions * channels;
@@ -386,7 +415,7 @@ class Outer {
             if (!args_.x_channels_last) transpose_to(turned.get(), channels, x + first, in_.positions, channels, count);
             const T* image = args_.x_channels_last ? x + first * channels : turned.get();
             for (int64_t strip = 0; strip < strips_; ++strip) {
-                T* to = strips_of_x_.get() + (strip * most_inputs_ + n) * kRows;
+                T* to = block.strips.get() + (strip * most_inputs_ + n) * kRows;
                 const T* from = image + strip * kRows;
                 const int64_t valid = least(kRows, channels - strip * kRows);
                 for (int64_t i = 0; i < count; ++i, to += samples.size() * kRows, from += channels) {
@@ -401,8 +430,9 @@ class Outer {
     }
 
     // false: no memory
-    bool add_panel(int64_t panel, int64_t block, Range samples, Range outputs) {
-        const int64_t begin = first_output(outputs), count = outputs_of(outputs);
+    bool add_panel(const Block& block, int64_t panel, int64_t share, bool is_first) {
+        const Range samples = block.samples;
+        const int64_t begin = first_output(block.outputs), count = outputs_of(block.outputs);
         const bool whole = blocks_.count() == 1;
         Scratch<T> packed(count * samples.size() * kWidth<T>), own(whole ? kStrips * taps_ * kTile : 0);
         if (!packed.get() || !own.get()) return false;
@@ -411,13 +441,13 @@ class Outer {
         const auto add = half ? add_products<1, T> : add_products<kVectors, T>;
         for (int64_t first = 0; first < strips_; first += kStrips) {
             const int64_t last = least(strips_, first + kStrips);
-            T* sums = whole ? own.get() : sums_.get() + (panel * strips_ + first) * taps_ * kTile;
+            T* sums = whole ? own.get() : sums_.get() + share * share_ + (panel * strips_ + first) * taps_ * kTile;
             for (int64_t tap = 0; tap < taps_; ++tap)
                 for (int64_t strip = first; strip < last; ++strip)
-                    add(strips_of_x_.get() + strip * most_inputs_ * kRows, packed.get(),
-                        pairs_.get() + tap * most_inputs_, counts_.get()[tap], chain_,
-                        sums + ((strip - first) * taps_ + tap) * kTile, block == 0);
-            for (int64_t strip = first; block == blocks_.count() - 1 && strip < last; ++strip)
+                    add(block.strips.get() + strip * most_inputs_ * kRows, packed.get(),
+                        block.pairs.get() + tap * most_inputs_, block.counts.get()[tap], chain_,
+                        sums + ((strip - first) * taps_ + tap) * kTile, is_first);
+            for (int64_t strip = first; whole && strip < last; ++strip)
                 write(panel, strip, sums + (strip - first) * taps_ * kTile);
         }
         return true;
@@ -451,10 +481,8 @@ class Outer {
     Grid in_, out_;
     int64_t taps_, strips_, panels_, chain_;
     Blocks blocks_;
-    int64_t most_inputs_;
-    Scratch<T> sums_, strips_of_x_;
-    Scratch<Pair> pairs_;
-    Scratch<int64_t> counts_;
+    int64_t most_inputs_, share_, shares_;
+    Scratch<T> sums_;
 };
 
 template <typename T>

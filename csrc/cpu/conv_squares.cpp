@@ -160,8 +160,8 @@ class Squares {
                            phases_ * parts_ * to_channels_ * from_channels_ >= kLargeWeight
                        ? kManySquares
                        : kFewSquares),
-          samples_(most(1, least(args.batch, squares_ / (axis_[0].pairs * axis_[1].pairs)))),
-          rows_(parts_of(axis_[0].pairs, parts_of(axis_[0].pairs, most(1, squares_ / axis_[1].pairs)))),
+          samples_(evenly(args.batch, squares_ / (axis_[0].pairs * axis_[1].pairs))),
+          rows_(evenly(axis_[0].pairs, squares_ / axis_[1].pairs)),
           bands_(parts_of(axis_[0].pairs, rows_)),
           packed_(phases_ * parts_ * panels_ * size_),
           bias_(panels_ * kWidth<T>),
@@ -377,53 +377,29 @@ class Taps {
           strips_(parts_of(args.in_channels, kRows)),
           panels_(parts_of(args.out_channels, kWidth<T>)),
           chain_(chain_of(args.batch * axis_[0].pairs * axis_[1].pairs, 4)),
-          samples_(most(1, least(args.batch, most_squares() / (axis_[0].pairs * axis_[1].pairs)))),
-          rows_(parts_of(axis_[0].pairs, parts_of(axis_[0].pairs, most(1, most_squares() / axis_[1].pairs)))),
+          samples_(evenly(args.batch, most_squares() / (axis_[0].pairs * axis_[1].pairs))),
+          rows_(evenly(axis_[0].pairs, most_squares() / axis_[1].pairs)),
+          bands_(parts_of(axis_[0].pairs, rows_)),
+          blocks_(parts_of(args.batch, samples_) * bands_),
           squares_(samples_ * rows_ * axis_[1].pairs),
           part_of_x_(squares_ * kRows + kLanes<T>),
           part_of_dy_(squares_ * kWidth<T>),
-          sums_(panels_ * strips_ * phases_ * parts_ * kTile),
-          strips_of_x_(strips_ * parts_ * part_of_x_) {}
+          share_(panels_ * strips_ * phases_ * parts_ * kTile),
+          shares_(shares_of(blocks_, share_)),
+          sums_(shares_ * share_),
+          pairs_(squares_) {}
 
     int run() {
-        const Range all{0, axis_[1].pairs};
-        const int64_t in_area = 2 * rows_ * in_pair_ * all.end * args_.in_channels;
-        const int64_t out_area = axis_[0].places({0, rows_}).size() * axis_[1].places(all).size() * args_.out_channels;
-        // vectors reach beyond the last place's channels
-        Scratch<T> x(samples_ * in_area + kRows + kLanes<T>), dy(samples_ * out_area + kWidth<T>);
-        Scratch<Pair> pairs(squares_);
-        if (!sums_.get() || !strips_of_x_.get() || !x.get() || !dy.get() || !pairs.get()) return MMFAST_OUT_OF_MEMORY;
-        memset(x.get() + samples_ * in_area, 0, sizeof(T) * (kRows + kLanes<T>));
-        memset(dy.get() + samples_ * out_area, 0, sizeof(T) * kWidth<T>);
-        for (int64_t i = 0; i < squares_; ++i) pairs.get()[i] = {int32_t(i * kRows), int32_t(i * kWidth<T>)};
-        const Image<T> of_x{static_cast<const T*>(args_.x),
-                            bool(args_.x_channels_last),
-                            args_.in_channels,
-                            {args_.in_size[1], args_.in_size[2]}};
-        const Image<T> of_dy{static_cast<const T*>(args_.y),
-                             bool(args_.y_channels_last),
-                             args_.out_channels,
-                             {args_.out_size[1], args_.out_size[2]}};
-        const int64_t in_shift[2] = {0, 0}, out_shift[2] = {axis_[0].shift(), axis_[1].shift()};
+        if (!sums_.get() || !pairs_.get()) return MMFAST_OUT_OF_MEMORY;
+        for (int64_t i = 0; i < squares_; ++i) pairs_.get()[i] = {int32_t(i * kRows), int32_t(i * kWidth<T>)};
         const int threads = threads_for(args_);
         int status = MMFAST_OK;
         const auto note = [&](int found) {
             if (found) __atomic_store_n(&status, found, __ATOMIC_RELAXED);
         };
-        for (int64_t n = 0; n < args_.batch; n += samples_)
-            for (int64_t row = 0; row < axis_[0].pairs; row += rows_) {
-                const int64_t samples = least(samples_, args_.batch - n);
-                const Range rows{row, least(axis_[0].pairs, row + rows_)};
-                const Range in[2] = {{2 * rows.begin, 2 * rows.end}, {0, in_pair_ * all.end}};
-                const Range out[2] = {axis_[0].places(rows), axis_[1].places(all)};
-                of_x.lay_out({n, n + samples}, in, in_shift, x.get());
-                of_dy.lay_out({n, n + samples}, out, out_shift, dy.get());
-                parallel_for(threads, strips_, [&](int64_t strip) { pack_x(strip, samples, rows.size(), x.get()); });
-                parallel_for(threads, panels_ * phases_, [&](int64_t unit) {
-                    note(add_block(unit / phases_, unit % phases_, samples, rows, out, dy.get(), pairs.get(),
-                                   n == 0 && row == 0));
-                });
-            }
+        // threads have shares each, or share out what there is to do in each
+        parallel_for(threads <= shares_ ? threads : 1, shares_,
+                     [&](int64_t share) { note(add_share(share, threads)); });
         if (status) return status;
         parallel_for(threads, panels_ * strips_, [&](int64_t unit) { note(write(unit / strips_, unit % strips_)); });
         return status;
@@ -435,18 +411,59 @@ class Taps {
     int64_t most_squares() const { return kManySquares * (axis_[1].paired ? 1 : 2); }
 
     // (phases, parts, rows, width)
-    T* tiles(int64_t panel, int64_t strip) const {
-        return sums_.get() + (panel * strips_ + strip) * phases_ * parts_ * kTile;
+    T* tiles(int64_t share, int64_t panel, int64_t strip) const {
+        return sums_.get() + share * share_ + (panel * strips_ + strip) * phases_ * parts_ * kTile;
+    }
+
+    int add_share(int64_t share, int threads) const {
+        const Range all{0, axis_[1].pairs};
+        const int64_t in_area = 2 * rows_ * in_pair_ * all.end * args_.in_channels;
+        const int64_t out_area = axis_[0].places({0, rows_}).size() * axis_[1].places(all).size() * args_.out_channels;
+        // vectors reach beyond the last place's channels
+        Scratch<T> x(samples_ * in_area + kRows + kLanes<T>), dy(samples_ * out_area + kWidth<T>);
+        Scratch<T> strips_of_x(strips_ * parts_ * part_of_x_);
+        if (!strips_of_x.get() || !x.get() || !dy.get()) return MMFAST_OUT_OF_MEMORY;
+        memset(x.get() + samples_ * in_area, 0, sizeof(T) * (kRows + kLanes<T>));
+        memset(dy.get() + samples_ * out_area, 0, sizeof(T) * kWidth<T>);
+        const Image<T> of_x{static_cast<const T*>(args_.x),
+                            bool(args_.x_channels_last),
+                            args_.in_channels,
+                            {args_.in_size[1], args_.in_size[2]}};
+        const Image<T> of_dy{static_cast<const T*>(args_.y),
+                             bool(args_.y_channels_last),
+                             args_.out_channels,
+                             {args_.out_size[1], args_.out_size[2]}};
+        const int64_t in_shift[2] = {0, 0}, out_shift[2] = {axis_[0].shift(), axis_[1].shift()};
+        int status = MMFAST_OK;
+        const int64_t begin = blocks_ * share / shares_, end = blocks_ * (share + 1) / shares_;
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t n = block / bands_ * samples_, row = block % bands_ * rows_;
+            const Range samples{n, least(args_.batch, n + samples_)}, rows{row, least(axis_[0].pairs, row + rows_)};
+            const Range in[2] = {{2 * rows.begin, 2 * rows.end}, {0, in_pair_ * all.end}};
+            const Range out[2] = {axis_[0].places(rows), axis_[1].places(all)};
+            of_x.lay_out(samples, in, in_shift, x.get());
+            of_dy.lay_out(samples, out, out_shift, dy.get());
+            parallel_for(threads, strips_, [&](int64_t strip) {
+                pack_x(samples.size(), rows.size(), x.get() + strip * kRows,
+                       strips_of_x.get() + strip * parts_ * part_of_x_);
+            });
+            parallel_for(threads, panels_ * phases_, [&](int64_t unit) {
+                const int64_t panel = unit / phases_, phase = unit % phases_;
+                if (!add_block(share, panel, phase, samples.size(), rows, out, dy.get(), strips_of_x.get(),
+                               block == begin))
+                    __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
+            });
+        }
+        return status;
     }
 
     // (parts, squares, rows), whose last vector reaches into the next square's
-    void pack_x(int64_t strip, int64_t samples, int64_t rows, const T* x) const {
+    void pack_x(int64_t samples, int64_t rows, const T* x, T* to) const {
         const int64_t right = args_.in_channels, down = in_pair_ * axis_[1].pairs * right;
-        T* to = strips_of_x_.get() + strip * parts_ * part_of_x_;
         for (int64_t row = 0; row < samples * rows; ++row)
             for (int64_t pair = 0; pair < axis_[1].pairs; ++pair, to += kRows)
                 for (int r = 0; r < kRows; r += kLanes<T>) {
-                    const T* at = x + row * 2 * down + pair * in_pair_ * right + strip * kRows + r;
+                    const T* at = x + row * 2 * down + pair * in_pair_ * right + r;
                     if (!axis_[1].paired) {
                         const Vec<T> x0 = load(at), x1 = load(at + down);
                         store(to + kBefore * part_of_x_ + r, x0);
@@ -495,19 +512,20 @@ class Taps {
                     }
     }
 
-    int add_block(int64_t panel, int64_t phase, int64_t samples, Range rows, const Range* places, const T* dy,
-                  const Pair* pairs, bool first) const {
+    // false: no memory
+    bool add_block(int64_t share, int64_t panel, int64_t phase, int64_t samples, Range rows, const Range* places,
+                   const T* dy, const T* strips_of_x, bool first) const {
         Scratch<T> packed(parts_ * part_of_dy_);
-        if (!packed.get()) return MMFAST_OUT_OF_MEMORY;
+        if (!packed.get()) return false;
         const bool half = args_.out_channels - panel * kWidth<T> <= kLanes<T>;
         pack_dy(phase, half ? 1 : kVectors, samples, rows, places, dy + panel * kWidth<T>, packed.get());
         const auto add = half ? add_products<1, T> : add_products<kVectors, T>;
+        const int64_t count = samples * rows.size() * axis_[1].pairs;
         for (int part = 0; part < parts_; ++part)
             for (int64_t strip = 0; strip < strips_; ++strip)
-                add(strips_of_x_.get() + (strip * parts_ + part) * part_of_x_, packed.get() + part * part_of_dy_, pairs,
-                    samples * rows.size() * axis_[1].pairs, chain_,
-                    tiles(panel, strip) + (phase * parts_ + part) * kTile, first);
-        return MMFAST_OK;
+                add(strips_of_x + (strip * parts_ + part) * part_of_x_, packed.get() + part * part_of_dy_, pairs_.get(),
+                    count, chain_, tiles(share, panel, strip) + (phase * parts_ + part) * kTile, first);
+        return true;
     }
 
     int write(int64_t panel, int64_t strip) const {
@@ -516,12 +534,13 @@ class Taps {
         const int64_t columns = least(kWidth<T>, args_.out_channels - first);
         Scratch<T> tile(taps * kTile);
         if (!tile.get()) return MMFAST_OUT_OF_MEMORY;
+        add_shares(tiles(0, panel, strip), phases_ * parts_ * kTile, shares_, share_);
         Vec<T> zeros = {};
         for (int64_t phase = 0; phase < phases_; ++phase)
             for (int i = 0; i < 4; ++i) {
                 const int outer = i / 2, inner = i % 2;
                 if (inner && !axis_[1].paired) continue;
-                const T* terms = tiles(panel, strip) + phase * parts_ * kTile;
+                const T* terms = tiles(0, panel, strip) + phase * parts_ * kTile;
                 T* sums = tile.get() + axes_.tap(phase, outer, inner) * kTile;
                 for (int64_t r = 0; r < rows; ++r)
                     for (int64_t c = 0; c < columns; c += kLanes<T>) {
@@ -541,8 +560,10 @@ class Taps {
     const Args& args_;
     Axes axes_;
     const Axis* axis_ = axes_.axis;
-    int64_t phases_, parts_, in_pair_, strips_, panels_, chain_, samples_, rows_, squares_, part_of_x_, part_of_dy_;
-    Scratch<T> sums_, strips_of_x_;
+    int64_t phases_, parts_, in_pair_, strips_, panels_, chain_, samples_, rows_, bands_, blocks_, squares_, part_of_x_,
+        part_of_dy_, share_, shares_;
+    Scratch<T> sums_;
+    Scratch<Pair> pairs_;
 };
 
 // body(args) where the last two axes have two taps a phase, or the last one, which is the first one then.

@@ -21,6 +21,9 @@ constexpr int64_t kShortest = 32, kLongest = 128;
 // How long the chains of a sum are: `parts` of them, where they are neither too short nor too long then.
 inline int64_t chain_of(int64_t terms, int64_t parts) { return most(kShortest, least(kLongest, terms / parts)); }
 
+// How many of `count` make a block, at most so many, of blocks as large as each other, or nearly.
+inline int64_t evenly(int64_t count, int64_t at_most) { return parts_of(count, parts_of(count, most(1, at_most))); }
+
 inline int threads_for(const mmfast_conv_transpose_args& a) {
     const int64_t taps = a.kernel[0] * a.kernel[1] * a.kernel[2];
     const int64_t positions = a.in_size[0] * a.in_size[1] * a.in_size[2];
@@ -113,6 +116,20 @@ void multiply_rows(const T* read, T* written, const int64_t* places, int64_t row
 }
 
 // ---- sums over positions of the products of both tensors' channels
+
+// Shares of a sum over blocks, for threads to have each one of: a share's blocks are added one after the other, and
+// then the shares. They depend on shapes alone, and are few where the sums are many.
+inline int64_t shares_of(int64_t blocks, int64_t sums) {
+    constexpr int64_t kMost = 16, kMostSums = 1 << 20;
+    return most(1, least(least(kMost, blocks), kMostSums / most(1, sums)));
+}
+
+// sums[i] += that of each other share, which lie one after the other
+template <typename T>
+void add_shares(T* sums, int64_t count, int64_t shares, int64_t apart) {
+    for (int64_t share = 1; share < shares; ++share)
+        for (int64_t i = 0; i < count; i += kLanes<T>) store(sums + i, load(sums + i) + load(sums + share * apart + i));
+}
 
 // The places of one input and one output in their panels.
 struct Pair {
