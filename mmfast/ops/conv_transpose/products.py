@@ -230,7 +230,8 @@ def in_squares(x: Tensor, weight: Tensor, geometry: Geometry, forward: bool = Tr
     # of a small image's edges the other products leave out more
     if x.numel() < least_positions * x.shape[1] or min(size) < 6:
         return False
-    if forward and len(size) > 1 and x.shape[1] < 64:
+    # a block has two rows at least, which are to stay in a cache
+    if len(size) > 1 and (size[1] > 1024 or (forward and x.shape[1] < 64)):
         return False
     outputs = geometry.out_size(size, kernel) if forward else size
     steps = geometry.stride if forward else (1,) * len(size)
