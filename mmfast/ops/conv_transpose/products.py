@@ -243,7 +243,7 @@ def _leaves_dx(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's dx was measured faster than that of products."""
     if x.is_contiguous():
         # in one dimension, of channels that oneDNN need not pad, Zen 3: 512 to 256, k16 s8, at 75, batch 4: 22 ms where
-        # ours takes 29; 64 to 32, k4 s2, at 12000: 18 and 21; 768 to 384, k16 s8, at 264, batch 2: 91 and 105
+        # ours took 29
         return x.dim() == 3 and weight.shape[0] % 16 == weight.shape[1] % 16 == 0 and native.isa() == "avx2"
     # 256 to 128, k4 s2 p1, at 8 x 8, batch 32: 21.9 ms where ours takes 24.0
     return True
