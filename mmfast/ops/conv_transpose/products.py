@@ -90,8 +90,12 @@ def one_position_backward(
     flat = _as_matrix(dy, dy)
     window = _window(weight, x, geometry)
     if mask[0]:
-        dx = torch.empty_like(x)
-        product(flat, _as_matrix(window, dy).t(), out=dx.view(dx.shape[:2]))
+        dx, matrix = torch.empty_like(x), _as_matrix(window, dy)
+        if x.shape[0] < x.shape[1]:
+            # the right matrix is packed. Zen 5, batch 32, 100 to 512, k4, with batch norm: both passes 2.8 to 2.5 ms
+            dx.view(dx.shape[:2]).copy_(product(matrix, flat.t()).t())
+        else:
+            product(flat, matrix.t(), out=dx.view(dx.shape[:2]))
     if mask[1]:
         # Zen 3, batch 32, 100 to 512, k4: 1.3 ms, and MKL's 1.5; 64 to 100, k4: 0.15 and 0.12
         large = x.shape[1] * flat.shape[1] > _LARGE_WEIGHT
