@@ -66,7 +66,8 @@ def call_of(case: Any, nn: Any, mode: str, layout: torch.memory_format | None) -
         module, x = module.to(memory_format=layout), x.contiguous(memory_format=layout)
     if OF["compiled"]:
         torch.compiler.reset()
-        module.compile(dynamic=False)
+        # not module.compile(), by which Dynamo skips the frames of torch.nn's own modules
+        module = torch.compile(module, dynamic=False)
     if mode == FORWARD:
         module.eval()
         return lambda: _forward(lambda x: case.run(module, x), [x])
