@@ -133,13 +133,14 @@ def test_numerics_of_the_epilogue(seed, isa, norm, activation, size, layout, dty
         ((24, 6), (70,), 3, 3, 0, 1),
         ((64, 32), (9, 17), 4, 2, 1, 1),
         ((64, 40), (20, 18), 4, 2, 1, 1),
+        ((32, 40), (20, 18), 4, 2, 1, 1),
         ((64, 40), (90,), 8, 4, 2, 1),
         ((40, 33), (3, 4, 5), 3, 2, 1, 1),
         ((128, 32), (70,), 16, 8, 4, 1),
     ],
     ids=[
         *("C3-2d", "C1-1d", "position", "C2-3d", "depthwise-1d", "depthwise-2d", "depthwise-3d"),
-        *("apart-2d", "apart-3d", "apart-1d", "wide-2d", "squares", "pairs", "wide-3d", "wide-1d"),
+        *("apart-2d", "apart-3d", "apart-1d", "wide-2d", "squares", "squares-backward", "pairs", "wide-3d", "wide-1d"),
     ],
 )
 def test_numerics_of_products(seed, isa, channels, size, kernel, stride, padding, groups, layout):
@@ -555,6 +556,18 @@ def test_memory_format_is_pytorchs(seed, dims):
             assert out.stride() == expected.stride()
 
 
+def test_strides_of_the_input_do_not_matter(seed):
+    x = torch.randn(2, 12, 9, 10, generator=torch.Generator().manual_seed(seed))[:, ::2, 1:, ::3]
+    for out_channels, norm in itertools.product((3, 20), ("none", "batch")):
+        tensors = random_tensors(seed, torch.float32, norm, (6, out_channels), (8, 4))
+        tensors[0] = x
+        dense = [x.contiguous(), *tensors[1:]]
+        for sliced, expected in zip(
+            *(outputs(t, geometry(2, 2, 1), Epilogue(norm, 1e-5, "relu"), "cpu") for t in (tensors, dense)), strict=True
+        ):
+            torch.testing.assert_close(sliced, expected, rtol=1e-5, atol=1e-4)
+
+
 def any_strides(x, seed):
     """Copies of x whose elements lie apart, in another order, or on one another; the last is another tensor."""
     order = random.Random(seed).sample(range(x.dim()), x.dim())
@@ -776,6 +789,7 @@ def test_preference():
     assert OP.explain(plain).backend == wide
     # half of the last vector is empty
     assert OP.explain(plain._replace(out_channels=40)).backend == ("torch" if native.beats_mkl() else wide)
+    assert OP.explain(plain._replace(out_channels=48)).backend == wide
     assert OP.explain(plain._replace(contiguous=False)).backend == wide
     inference = plain._replace(contiguous=False, gradients=False)
     has_squares = native.isa() == "avx2" or native.beats_mkl()

@@ -7,9 +7,9 @@
 //     d0 g1 + d1 g0 = a + b          a = -g1 (d1 - d0)      b = (g0 + g1) d1      c = g0 (d2 - d1)
 //     d1 g1 + d2 g0 = b + c
 // three products instead of four, and of both axes, in squares of four targets, nine instead of sixteen; in one
-// dimension the second axis has one place, and a square is a pair. The source
-// lies channels last between zeros, beside it its differences along each axis and along both: a product takes its rows,
-// the middles of squares, from one of them. Of dweight, from two neighbours of x and what they meet in dy,
+// dimension the second axis has one place, and a square is a pair. The source lies channels last between zeros, beside
+// it its differences along each axis and along both: a product takes its rows, the middles of squares, from one of
+// them. Of dweight, from two neighbours of x and what they meet in dy,
 //     x0 d0 + x1 d1 = a + b          a = x0 (d0 - d1)       b = (x0 + x1) d1      c = x1 (d2 - d1)
 //     x0 d1 + x1 d2 = b + c
 // A target is made of no other sources than the formula says, but of infinities differences make NaN: a result that is

@@ -273,10 +273,10 @@ def products_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the convolution in `products_forward` that mask asks for; dy and x are dense."""
     dx = dweight = None
-    squares = in_squares(x, weight, geometry, False)
+    window, squares = native_window(x, weight, geometry), in_squares(x, weight, geometry, False)
 
     def fill(weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:
-        tensors = native_window(x, weight, geometry), x, weight, dy, dx, dweight
+        tensors = window, x, weight, dy, dx, dweight
         if not (squares and native.cpu_squares_backward(*tensors)):
             native.cpu_gather_backward(*tensors)
 
