@@ -170,22 +170,17 @@ class Squares {
     int run() {
         if (!packed_.get() || !bias_.get() || !zeros_.get()) return MMFAST_OUT_OF_MEMORY;
         const int threads = threads_for(args_);
-        int status = MMFAST_OK;
-        const auto note = [&](int found) {
-            if (found) __atomic_store_n(&status, found, __ATOMIC_RELAXED);
-        };
-        parallel_for(threads, panels_, [&](int64_t panel) { note(pack(panel)); });
-        if (status) return status;
+        if (const int status = parallel_status(threads, panels_, [&](int64_t panel) { return pack(panel); }))
+            return status;
         // where there are too few blocks, threads share out columns
         const int64_t blocks = parts_of(args_.batch, samples_) * bands_;
         const int64_t parts = blocks < threads ? least(panels_, threads) : 1;
-        parallel_for(threads, blocks * parts, [&](int64_t unit) {
+        return parallel_status(threads, blocks * parts, [&](int64_t unit) {
             const int64_t block = unit / parts, part = unit % parts;
             const int64_t n = block / bands_ * samples_, row = block % bands_ * rows_;
-            note(compute({n, least(args_.batch, n + samples_)}, {row, least(axis_[0].pairs, row + rows_)},
-                         {panels_ * part / parts, panels_ * (part + 1) / parts}));
+            return compute({n, least(args_.batch, n + samples_)}, {row, least(axis_[0].pairs, row + rows_)},
+                           {panels_ * part / parts, panels_ * (part + 1) / parts});
         });
-        return status;
     }
 
   private:
@@ -393,16 +388,12 @@ class Taps {
         if (!sums_.get() || !pairs_.get()) return MMFAST_OUT_OF_MEMORY;
         for (int64_t i = 0; i < squares_; ++i) pairs_.get()[i] = {int32_t(i * kRows), int32_t(i * kWidth<T>)};
         const int threads = threads_for(args_);
-        int status = MMFAST_OK;
-        const auto note = [&](int found) {
-            if (found) __atomic_store_n(&status, found, __ATOMIC_RELAXED);
-        };
         // threads have shares each, or share out what there is to do in each
-        parallel_for(threads <= shares_ ? threads : 1, shares_,
-                     [&](int64_t share) { note(add_share(share, threads)); });
+        const int status = parallel_status(threads <= shares_ ? threads : 1, shares_,
+                                           [&](int64_t share) { return add_share(share, threads); });
         if (status) return status;
-        parallel_for(threads, panels_ * strips_, [&](int64_t unit) { note(write(unit / strips_, unit % strips_)); });
-        return status;
+        return parallel_status(threads, panels_ * strips_,
+                               [&](int64_t unit) { return write(unit / strips_, unit % strips_); });
     }
 
   private:
@@ -434,7 +425,6 @@ class Taps {
                              args_.out_channels,
                              {args_.out_size[1], args_.out_size[2]}};
         const int64_t in_shift[2] = {0, 0}, out_shift[2] = {axis_[0].shift(), axis_[1].shift()};
-        int status = MMFAST_OK;
         const int64_t begin = blocks_ * share / shares_, end = blocks_ * (share + 1) / shares_;
         for (int64_t block = begin; block < end; ++block) {
             const int64_t n = block / bands_ * samples_, row = block % bands_ * rows_;
@@ -447,14 +437,13 @@ class Taps {
                 pack_x(samples.size(), rows.size(), x.get() + strip * kRows,
                        strips_of_x.get() + strip * parts_ * part_of_x_);
             });
-            parallel_for(threads, panels_ * phases_, [&](int64_t unit) {
-                const int64_t panel = unit / phases_, phase = unit % phases_;
-                if (!add_block(share, panel, phase, samples.size(), rows, out, dy.get(), strips_of_x.get(),
-                               block == begin))
-                    __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
+            const int status = parallel_status(threads, panels_ * phases_, [&](int64_t unit) {
+                return add_block(share, unit / phases_, unit % phases_, samples.size(), rows, out, dy.get(),
+                                 strips_of_x.get(), block == begin);
             });
+            if (status) return status;
         }
-        return status;
+        return MMFAST_OK;
     }
 
     // (parts, squares, rows), whose last vector reaches into the next square's
@@ -512,11 +501,10 @@ class Taps {
                     }
     }
 
-    // false: no memory
-    bool add_block(int64_t share, int64_t panel, int64_t phase, int64_t samples, Range rows, const Range* places,
-                   const T* dy, const T* strips_of_x, bool first) const {
+    int add_block(int64_t share, int64_t panel, int64_t phase, int64_t samples, Range rows, const Range* places,
+                  const T* dy, const T* strips_of_x, bool first) const {
         Scratch<T> packed(parts_ * part_of_dy_);
-        if (!packed.get()) return false;
+        if (!packed.get()) return MMFAST_OUT_OF_MEMORY;
         const bool half = args_.out_channels - panel * kWidth<T> <= kLanes<T>;
         pack_dy(phase, half ? 1 : kVectors, samples, rows, places, dy + panel * kWidth<T>, packed.get());
         const auto add = half ? add_products<1, T> : add_products<kVectors, T>;
@@ -525,7 +513,7 @@ class Taps {
             for (int64_t strip = 0; strip < strips_; ++strip)
                 add(strips_of_x + (strip * parts_ + part) * part_of_x_, packed.get() + part * part_of_dy_, pairs_.get(),
                     count, chain_, tiles(share, panel, strip) + (phase * parts_ + part) * kTile, first);
-        return true;
+        return MMFAST_OK;
     }
 
     int write(int64_t panel, int64_t strip) const {

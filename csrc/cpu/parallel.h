@@ -32,6 +32,16 @@ inline void parallel_for(int threads, int64_t count, const Body& body) {
     for (int64_t i = 0; i < count; ++i) body(i);
 }
 
+// As parallel_for; the status of a body that failed, or 0.
+template <typename Body>
+inline int parallel_status(int threads, int64_t count, const Body& body) {
+    int status = 0;
+    parallel_for(threads, count, [&](int64_t i) {
+        if (const int found = body(i)) __atomic_store_n(&status, found, __ATOMIC_RELAXED);
+    });
+    return status;
+}
+
 // body(i, count) for 0 <= i < count, all at the same time, on `count` threads: as many as asked for, or 1.
 template <typename Body>
 inline void parallel_team(int threads, const Body& body) {
