@@ -260,10 +260,15 @@ def _leaves_dx(x: Tensor, weight: Tensor) -> bool:
     return True
 
 
-def products_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, y: Tensor) -> Tensor:
-    """Fills y, (N, Cout, *size) and dense, with conv_transpose(x) + bias, and returns it. x is dense, groups is 1."""
+def products_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, y: Tensor, squares: bool
+) -> Tensor:
+    """Fills y, (N, Cout, *size) and dense, with conv_transpose(x) + bias, and returns it. x is dense, groups is 1.
+
+    squares: whether they are `in_squares`.
+    """
     tensors = native_window(x, weight, geometry), x, weight.contiguous(), bias, y
-    if not (in_squares(x, weight, geometry) and native.cpu_squares_forward(*tensors)):
+    if not (squares and native.cpu_squares_forward(*tensors)):
         native.cpu_gather_forward(*tensors)
     return y
 
