@@ -277,7 +277,7 @@ def test_products_of_matrices_are_exact(seed, isa, dtype, method):
         dx = torch.full_like(x, torch.nan)
         # the depthwise kernel leaves each sample's
         dweight = torch.full((batch if method == "depthwise" else 1, *weight.shape), torch.nan, dtype=dtype)
-        assert getattr(native, f"cpu_{method}_backward")(window, x, weight, dy, dx, dweight) is not False
+        assert native.cpu_conv_transpose_backward(method, window, x, weight, dy, dx, dweight)
         exact = equations.convolve_backward(dy.double(), x.double(), weight.double(), g, (True, True, False))
         assert torch.equal(dx.double(), exact[0])
         assert torch.equal(dweight.sum(0).double(), exact[1])
@@ -308,7 +308,7 @@ def test_products_of_matrices_do_not_depend_on_threads(seed, method):
             y, dx, dweight = torch.empty_like(dy), torch.empty_like(x), torch.zeros_like(weight)
             window = products.native_window(x, weight, g)
             getattr(native, f"cpu_{method}_forward")(window, x, weight, None, y, *[(0, 0.0)] * (method == "phases"))
-            getattr(native, f"cpu_{method}_backward")(window, x, weight, dy, dx, dweight)
+            native.cpu_conv_transpose_backward(method, window, x, weight, dy, dx, dweight)
             torch.set_num_threads(before)
             return y, dx, dweight
 
