@@ -297,18 +297,20 @@ def test_sums_of_many_terms_are_of_short_chains(seed, isa):
 @pytest.mark.parametrize("method", ["gather", "squares", "phases"])
 def test_products_of_matrices_do_not_depend_on_threads(seed, method):
     generator = torch.Generator().manual_seed(seed)
-    g = geometry(2, 2, 1)
-    for batch, size in ((1, (5, 7)), (5, (40, 33))):
+    # of one dimension squares are pairs
+    for batch, size in ((1, (5, 7)), (5, (40, 33)), (1, (35,)), (5, (1500,))):
+        g = geometry(len(size), 2, 1)
         x, dy = (torch.randn(batch, c, *s, generator=generator) for c, s in ((48, size), (40, [2 * n for n in size])))
-        weight = torch.randn(48, 40, 4, 4, generator=generator)
+        weight = torch.randn(48, 40, *[4] * len(size), generator=generator)
 
-        def run(threads, x=x, weight=weight, dy=dy):
+        def run(threads, g=g, x=x, weight=weight, dy=dy):
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             y, dx, dweight = torch.empty_like(dy), torch.empty_like(x), torch.zeros_like(weight)
             window = products.native_window(x, weight, g)
-            getattr(native, f"cpu_{method}_forward")(window, x, weight, None, y, *[(0, 0.0)] * (method == "phases"))
-            native.cpu_conv_transpose_backward(method, window, x, weight, dy, dx, dweight)
+            activation = [(0, 0.0)] * (method == "phases")
+            assert getattr(native, f"cpu_{method}_forward")(window, x, weight, None, y, *activation) is not False
+            assert native.cpu_conv_transpose_backward(method, window, x, weight, dy, dx, dweight)
             torch.set_num_threads(before)
             return y, dx, dweight
 
