@@ -301,21 +301,16 @@ class Outer {
           chain_(chain_of(args.batch * in_.positions, 4)),
           blocks_(in_, args.batch, kInputs),
           most_inputs_(blocks_.samples * blocks_.band * in_.pitch[blocks_.axis]),
-          share_(panels_ * strips_ * taps_ * kTile),
-          shares_(shares_of(blocks_.count(), share_)),
-          sums_(blocks_.count() > 1 ? shares_ * share_ : 0) {}
+          shares_(blocks_.count(), blocks_.count() > 1 ? panels_ * strips_ * taps_ * kTile : 0) {}
 
     int run() {
-        if (!sums_.get()) return MMFAST_OUT_OF_MEMORY;
+        if (!shares_.made()) return MMFAST_OUT_OF_MEMORY;
         const int threads = threads_for(args_);
-        // threads have shares each, or share out the panels of each
-        const int status = parallel_status(threads <= shares_ ? threads : 1, shares_,
-                                           [&](int64_t share) { return add_share(share, threads); });
+        const int status =
+            shares_.each(threads, [&](T* sums, Range blocks) { return add_share(sums, blocks, threads); });
         if (status || blocks_.count() == 1) return status;
         parallel_for(threads, panels_ * strips_, [&](int64_t unit) {
-            T* sums = sums_.get() + unit * taps_ * kTile;
-            add_shares(sums, taps_ * kTile, shares_, share_);
-            write(unit / strips_, unit % strips_, sums);
+            write(unit / strips_, unit % strips_, shares_.total(unit * taps_ * kTile, taps_ * kTile));
         });
         return status;
     }
@@ -331,22 +326,21 @@ class Outer {
         Scratch<int64_t> counts;
     };
 
-    int add_share(int64_t share, int threads) {
+    int add_share(T* sums, Range blocks, int threads) {
         Block block{{0, 0},
                     {0, 0},
                     Scratch<T>(strips_ * most_inputs_ * kRows),
                     Scratch<Pair>(taps_ * most_inputs_),
                     Scratch<int64_t>(taps_)};
         if (!block.strips.get() || !block.pairs.get() || !block.counts.get()) return MMFAST_OUT_OF_MEMORY;
-        const int64_t begin = blocks_.count() * share / shares_, end = blocks_.count() * (share + 1) / shares_;
-        for (int64_t i = begin; i < end; ++i) {
+        for (int64_t i = blocks.begin; i < blocks.end; ++i) {
             const Range samples = blocks_.samples_of(i), band = blocks_.band_of(i);
-            const bool same = i > begin && blocks_.bands == 1 && samples.size() == block.samples.size();
+            const bool same = i > blocks.begin && blocks_.bands == 1 && samples.size() == block.samples.size();
             block.samples = samples;
             if (!same) list_pairs(block, band);
             if (const int status = pack_x(block, band)) return status;
             const int status = parallel_status(
-                threads, panels_, [&](int64_t panel) { return add_panel(block, panel, share, i == begin); });
+                threads, panels_, [&](int64_t panel) { return add_panel(block, panel, sums, i == blocks.begin); });
             if (status) return status;
         }
         return MMFAST_OK;
@@ -420,7 +414,7 @@ class Outer {
         return MMFAST_OK;
     }
 
-    int add_panel(const Block& block, int64_t panel, int64_t share, bool is_first) {
+    int add_panel(const Block& block, int64_t panel, T* share, bool is_first) {
         const Range samples = block.samples;
         const int64_t begin = first_output(block.outputs), count = outputs_of(block.outputs);
         const bool whole = blocks_.count() == 1;
@@ -431,7 +425,7 @@ class Outer {
         const auto add = half ? add_products<1, T> : add_products<kVectors, T>;
         for (int64_t first = 0; first < strips_; first += kStrips) {
             const int64_t last = least(strips_, first + kStrips);
-            T* sums = whole ? own.get() : sums_.get() + share * share_ + (panel * strips_ + first) * taps_ * kTile;
+            T* sums = whole ? own.get() : share + (panel * strips_ + first) * taps_ * kTile;
             for (int64_t tap = 0; tap < taps_; ++tap)
                 for (int64_t strip = first; strip < last; ++strip)
                     add(block.strips.get() + strip * most_inputs_ * kRows, packed.get(),
@@ -471,8 +465,8 @@ class Outer {
     Grid in_, out_;
     int64_t taps_, strips_, panels_, chain_;
     Blocks blocks_;
-    int64_t most_inputs_, share_, shares_;
-    Scratch<T> sums_;
+    int64_t most_inputs_;
+    Shares<T> shares_;
 };
 
 template <typename T>
