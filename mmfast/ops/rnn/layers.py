@@ -247,8 +247,8 @@ def _facts(
         last = (2 if options.bidirectional else 1) * (weights[-1][0].numel() + weights[-1][1].numel())
         of_extent = extent(mode, last, steps, batch, hidden, gradients, input)
     else:
-        # a graph is for any, or flat: for at most SHORT steps and FEW_UNITS of all steps alone. Not a module's constant:
-        # each call of a graph looks again at every element of one that Dynamo has read
+        # a graph is for any, or flat: for at most SHORT steps and FEW_UNITS of all steps alone. Written out, for of a
+        # module's constant that Dynamo has read, each call of the graph looks at every element again
         of_extent = (True, flat, False, False, False, False, False, False)
     return input.device, input.dtype, mode, *sizes, *kind, gradients, of_extent, *_extras(options)
 
