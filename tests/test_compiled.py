@@ -60,13 +60,30 @@ def test_a_loss_in_a_graph_is_the_formula():
     real, fake = torch.randn(2, 9)
     logits = {"tensor": (real, fake), "list": ([real, fake], [fake, real]), "half": (real.half(), fake.half())}
     for mode in ("non-saturating", "hinge", "relativistic", "relativistic-average"):
-        for options in ({}, {"scale": 0.5}, {"scale": 2}, {"across": "mean"}, {"reduction": "sum"}):
+        for options in (
+            {},
+            {"scale": 0.5},
+            {"scale": 2},
+            {"across": "mean"},
+            {"reduction": "sum"},
+            {"reduction": "none"},
+        ):
             loss = nn.AdversarialLoss(mode, **options)
             for given in logits.values():
                 torch.compiler.reset()
                 for call in (loss.discriminator, lambda real, fake, loss=loss: loss.generator(fake, real)):
                     compiled = torch.compile(call, backend="eager", fullgraph=True)
                     torch.testing.assert_close(compiled(*given), call(*given))
+
+
+def test_a_loss_in_a_graph_under_autocast():
+    """Computes in float32, as in eager."""
+    loss, (real, fake) = nn.AdversarialLoss(), torch.randn(2, 9).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.compile(loss.discriminator, backend="eager", fullgraph=True)(real, fake)
+        expected = loss.discriminator(real, fake)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_loss_for_any_scale():

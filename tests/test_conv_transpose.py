@@ -579,6 +579,13 @@ def test_strides_of_the_input_do_not_matter(seed):
             torch.testing.assert_close(sliced, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_what_is_not_dense_reaches_no_kernel():
+    x, weight, g = torch.randn(1, 4, 5, 12)[..., ::2], torch.randn(4, 3, 4, 4), geometry(2, 2, 1)
+    y = torch.empty(1, 3, 10, 12)
+    with pytest.raises(AssertionError, match="is not dense"):
+        native.cpu_gather_forward(products.native_window(x, weight, g), x, weight, None, y)
+
+
 def any_strides(x, seed):
     """Copies of x whose elements lie apart, in another order, or on one another; the last is another tensor."""
     order = random.Random(seed).sample(range(x.dim()), x.dim())
