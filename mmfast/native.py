@@ -15,7 +15,7 @@ import itertools
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -418,21 +418,6 @@ def cpu_phases_forward(
     _cpu_conv_transpose("cpu_phases_forward", window, (x, weight, bias, y, None, None), activation)
 
 
-def cpu_phases_backward(
-    window: Window,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    dy: torch.Tensor,
-    dx: torch.Tensor | None,
-    dweight: torch.Tensor | None,
-) -> bool:
-    """Fills dx (N, Cin, *in_size) and dweight from dy, contiguous or channels last; the others contiguous.
-
-    False: the weight, or dweight, is not finite, and what was filled is not to be used.
-    """
-    return _cpu_conv_transpose("cpu_phases_backward", window, (x, weight, None, dy, dx, dweight))
-
-
 def cpu_gather_forward(
     window: Window, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
 ) -> None:
@@ -440,35 +425,11 @@ def cpu_gather_forward(
     _cpu_conv_transpose("cpu_gather_forward", window, (x, weight, bias, y, None, None))
 
 
-def cpu_gather_backward(
-    window: Window,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    dy: torch.Tensor,
-    dx: torch.Tensor | None,
-    dweight: torch.Tensor | None,
-) -> None:
-    """Fills dx, of x's layout, and dweight, like weight contiguous, from x and dy, both dense."""
-    _cpu_conv_transpose("cpu_gather_backward", window, (x, weight, None, dy, dx, dweight))
-
-
 def cpu_squares_forward(
     window: Window, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
 ) -> bool:
     """As gather, where kernel = 2 stride, in one or two dimensions. False: y is not finite, and not to be used."""
     return _cpu_conv_transpose("cpu_squares_forward", window, (x, weight, bias, y, None, None))
-
-
-def cpu_squares_backward(
-    window: Window,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    dy: torch.Tensor,
-    dx: torch.Tensor | None,
-    dweight: torch.Tensor | None,
-) -> bool:
-    """As gather's. False: as `cpu_squares_forward`, of dx or dweight."""
-    return _cpu_conv_transpose("cpu_squares_backward", window, (x, weight, None, dy, dx, dweight))
 
 
 def cpu_depthwise_forward(
@@ -486,7 +447,8 @@ def cpu_depthwise_forward(
     return _cpu_conv_transpose("cpu_depthwise_forward", window, (x, weight, bias, y, None, None), activation)
 
 
-def cpu_depthwise_backward(
+def cpu_conv_transpose_backward(
+    method: Literal["phases", "gather", "squares", "depthwise"],
     window: Window,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -494,8 +456,12 @@ def cpu_depthwise_backward(
     dx: torch.Tensor | None,
     dweight: torch.Tensor | None,
 ) -> bool:
-    """Fills dx, of x's shape, and dweight (N, C, taps), of each sample; all but dy contiguous. False: as phases."""
-    return _cpu_conv_transpose("cpu_depthwise_backward", window, (x, weight, None, dy, dx, dweight))
+    """Fills dx, of x's layout, and dweight, like weight contiguous, from x and dy, both dense.
+
+    Phases and depthwise take x contiguous; depthwise fills dweight (N, C, taps), of each sample. False, of all but
+    gather: dweight is not finite, or the weight, of squares dx, is not; what was filled is not to be used.
+    """
+    return _cpu_conv_transpose(f"cpu_{method}_backward", window, (x, weight, None, dy, dx, dweight))
 
 
 _DECLINED = 4

@@ -109,6 +109,16 @@ def isa(request):
     native.set_isa(before)
 
 
+@pytest.fixture
+def poisoned_memory():
+    """What torch.empty allocates starts as NaN, so an element that a kernel forgets is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @pytest.fixture(autouse=True)
 def fresh_graphs():
     """Graphs that one test compiled neither serve nor crowd the next."""

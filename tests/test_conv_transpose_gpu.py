@@ -31,6 +31,7 @@ else:
     SERVED = [("cuda", "cpu")]
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 by_backend = pytest.mark.parametrize(("name", "device"), SERVED, ids=["-".join(served) for served in SERVED])
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -50,16 +51,6 @@ def thread_order(request):
     native.emulator_order(request.config.option.seed)
     yield
     native.emulator_order(0)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """What torch.empty allocates starts as NaN, so an element that a kernel forgets is seen."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def geometry(dims, stride=1, padding=0, output_padding=0, dilation=1, groups=1, crop=None):

@@ -54,24 +54,20 @@ int each_group(const Args& args, const Problem& problem, int64_t size, const Bod
     const int64_t units = args.batch * args.in_channels;
     const int64_t part_size = parts_of(parts_of(units, kChannels), kParts * most(1, threads)) * kChannels;
     const int64_t together = most(1, least(kChannels, kCached / size));
-    int status = MMFAST_OK;
-    parallel_for(threads, parts_of(units, part_size), [&](int64_t part) {
+    return parallel_status(threads, parts_of(units, part_size), [&](int64_t part) {
         Scratch<T> elements(together * size + problem.axis[2].out + problem.taps);
         Scratch<Term> terms(problem.taps);
         Scratch<T*> phases(args.stride[2]);
         Scratch<int64_t> ends(args.stride[2]);
-        if (!elements.get() || !terms.get() || !phases.get() || !ends.get()) {
-            __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
+        if (!elements.get() || !terms.get() || !phases.get() || !ends.get()) return MMFAST_OUT_OF_MEMORY;
         clear(elements.get(), together * size);
         T *line = elements.get() + together * size, *weights = line + problem.axis[2].out;
         const Memory<T> memory{elements.get(), line, weights, terms.get(), phases.get(), ends.get()};
         const int64_t end = least(units, (part + 1) * part_size);
         for (int64_t first = part * part_size; first < end; first += together)
             body(Range{first, least(end, first + together)}, memory);
+        return MMFAST_OK;
     });
-    return status;
 }
 
 template <typename T>
@@ -157,10 +153,9 @@ int forward_of(const Args& args) {
     const int64_t in_rows = axis[0].in * axis[1].in;
     const int64_t width = inner.reach + most(inner.in, inner.q_end) + L;
     const Image<T> y = image_of<T>(args, problem);
-    int status = MMFAST_OK;
-    const int bad = with_activation<T>(args.activation, args.negative_slope, [&](const auto& activation) {
+    return with_activation<T>(args.activation, args.negative_slope, [&](const auto& activation) {
         const int64_t size = in_rows * width;
-        status = each_group<T>(args, problem, size, [&](Range units, const Memory<T>& memory) {
+        return each_group<T>(args, problem, size, [&](Range units, const Memory<T>& memory) {
             const T* x = static_cast<const T*>(args.x) + units.begin * problem.positions;
             for (int64_t r = 0; r < units.size() * in_rows; ++r)
                 copy_row(memory.rows + r * width + inner.reach, x + r * inner.in, inner.in);
@@ -199,9 +194,7 @@ int forward_of(const Args& args) {
                 }
             }
         });
-        return MMFAST_OK;
     });
-    return bad ? bad : status;
 }
 
 // dx += sum of weights times windows, or = where it is the first, and dweight += each window times x, for kCount taps

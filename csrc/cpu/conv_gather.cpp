@@ -103,13 +103,10 @@ class Gather {
         parallel_for(threads, panels_, [&](int64_t panel) { pack(panel); });
         // where there are too few blocks, threads share out columns
         const int64_t parts = blocks_.count() < threads ? least(panels_, threads) : 1;
-        int status = MMFAST_OK;
-        parallel_for(threads, blocks_.count() * parts, [&](int64_t unit) {
+        return parallel_status(threads, blocks_.count() * parts, [&](int64_t unit) {
             const int64_t part = unit % parts;
-            if (!compute(unit / parts, {panels_ * part / parts, panels_ * (part + 1) / parts}))
-                __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
+            return compute(unit / parts, {panels_ * part / parts, panels_ * (part + 1) / parts});
         });
-        return status;
     }
 
   private:
@@ -173,8 +170,7 @@ class Gather {
         return found.begin < found.end ? found : Range{0, 0};
     }
 
-    // false: no memory
-    bool compute(int64_t block, Range panels) {
+    int compute(int64_t block, Range panels) {
         const Range samples = blocks_.samples_of(block), band = blocks_.band_of(block);
         const int d = blocks_.axis;
         // the target's outermost axis may be the source's second
@@ -186,7 +182,7 @@ class Gather {
         const int64_t width = panels.size() * kWidth<T>, first = panels.begin * kWidth<T>;
         Scratch<T> source(from_last_ ? 0 : samples.size() * from.size() * from_channels_);
         Scratch<T> target(to_last_ ? 0 : samples.size() * to.size() * width);
-        if (!source.get() || !target.get()) return false;
+        if (!source.get() || !target.get()) return MMFAST_OUT_OF_MEMORY;
         Frame<const T> read{from_data_ + samples.begin * from_.positions * from_channels_, 0, from_channels_,
                             from_.positions * from_channels_};
         if (!from_last_) {
@@ -199,23 +195,23 @@ class Gather {
         T* image = to_data_ + samples.begin * to_.positions * to_channels_;
         Frame<T> written{image + first, 0, to_channels_, to_.positions * to_channels_};
         if (!to_last_) written = {target.get(), to.begin, width, to.size() * width};
-        if (!multiply(read, written, samples.size(), band, panels)) return false;
-        if (to_last_) return true;
+        const int status = multiply(read, written, samples.size(), band, panels);
+        if (status || to_last_) return status;
         const int64_t columns = least(width, to_channels_ - first);
         for (int64_t n = 0; n < samples.size(); ++n)
             transpose_to(image + (n * to_channels_ + first) * to_.positions + to.begin, to_.positions,
                          written.data + n * written.sample, width, to.size(), columns);
-        return true;
+        return MMFAST_OK;
     }
 
-    bool multiply(const Frame<const T>& read, const Frame<T>& written, int64_t samples, Range band, Range panels) {
+    int multiply(const Frame<const T>& read, const Frame<T>& written, int64_t samples, Range band, Range panels) {
         Range range[3];
         for (int d = 0; d < 3; ++d) range[d] = d == blocks_.axis ? band : Range{0, to_.size[d]};
         Scratch<Group> groups(range[0].size() + range[1].size() + range[2].size());
         Scratch<Segment> segments(taps_ * parts_of(from_channels_, chain_));
         const int64_t most_rows = samples * range[0].size() * range[1].size() * range[2].size();
         Scratch<int64_t> places(2 * most_rows);
-        if (!groups.get() || !segments.get() || !places.get()) return false;
+        if (!groups.get() || !segments.get() || !places.get()) return MMFAST_OUT_OF_MEMORY;
         Group* of[3];
         int64_t counts[3];
         const int64_t columns = to_last_ ? to_channels_ : parts_of(to_channels_, kLanes<T>) * kLanes<T>;
@@ -236,7 +232,7 @@ class Gather {
                         multiply_rows(read.data, written.data, places.get() + 2 * row, least(row_block_, rows - row),
                                       segments.get(), count, chain_, weights, panels);
                 }
-        return true;
+        return MMFAST_OK;
     }
 
     int64_t list_segments(const Group* at, const Frame<const T>& read, Segment* segments) const {
@@ -305,23 +301,16 @@ class Outer {
           chain_(chain_of(args.batch * in_.positions, 4)),
           blocks_(in_, args.batch, kInputs),
           most_inputs_(blocks_.samples * blocks_.band * in_.pitch[blocks_.axis]),
-          share_(panels_ * strips_ * taps_ * kTile),
-          shares_(shares_of(blocks_.count(), share_)),
-          sums_(blocks_.count() > 1 ? shares_ * share_ : 0) {}
+          shares_(blocks_.count(), blocks_.count() > 1 ? panels_ * strips_ * taps_ * kTile : 0) {}
 
     int run() {
-        if (!sums_.get()) return MMFAST_OUT_OF_MEMORY;
+        if (!shares_.made()) return MMFAST_OUT_OF_MEMORY;
         const int threads = threads_for(args_);
-        int status = MMFAST_OK;
-        // threads have shares each, or share out the panels of each
-        parallel_for(threads <= shares_ ? threads : 1, shares_, [&](int64_t share) {
-            if (!add_share(share, threads)) __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-        });
+        const int status =
+            shares_.each(threads, [&](T* sums, Range blocks) { return add_share(sums, blocks, threads); });
         if (status || blocks_.count() == 1) return status;
         parallel_for(threads, panels_ * strips_, [&](int64_t unit) {
-            T* sums = sums_.get() + unit * taps_ * kTile;
-            add_shares(sums, taps_ * kTile, shares_, share_);
-            write(unit / strips_, unit % strips_, sums);
+            write(unit / strips_, unit % strips_, shares_.total(unit * taps_ * kTile, taps_ * kTile));
         });
         return status;
     }
@@ -337,27 +326,24 @@ class Outer {
         Scratch<int64_t> counts;
     };
 
-    // false: no memory
-    bool add_share(int64_t share, int threads) {
+    int add_share(T* sums, Range blocks, int threads) {
         Block block{{0, 0},
                     {0, 0},
                     Scratch<T>(strips_ * most_inputs_ * kRows),
                     Scratch<Pair>(taps_ * most_inputs_),
                     Scratch<int64_t>(taps_)};
-        if (!block.strips.get() || !block.pairs.get() || !block.counts.get()) return false;
-        bool done = true;
-        const int64_t begin = blocks_.count() * share / shares_, end = blocks_.count() * (share + 1) / shares_;
-        for (int64_t i = begin; i < end; ++i) {
+        if (!block.strips.get() || !block.pairs.get() || !block.counts.get()) return MMFAST_OUT_OF_MEMORY;
+        for (int64_t i = blocks.begin; i < blocks.end; ++i) {
             const Range samples = blocks_.samples_of(i), band = blocks_.band_of(i);
-            const bool same = i > begin && blocks_.bands == 1 && samples.size() == block.samples.size();
+            const bool same = i > blocks.begin && blocks_.bands == 1 && samples.size() == block.samples.size();
             block.samples = samples;
             if (!same) list_pairs(block, band);
-            if (!pack_x(block, band)) return false;
-            parallel_for(threads, panels_, [&](int64_t panel) {
-                if (!add_panel(block, panel, share, i == begin)) __atomic_store_n(&done, false, __ATOMIC_RELAXED);
-            });
+            if (const int status = pack_x(block, band)) return status;
+            const int status = parallel_status(
+                threads, panels_, [&](int64_t panel) { return add_panel(block, panel, sums, i == blocks.begin); });
+            if (status) return status;
         }
-        return done;
+        return MMFAST_OK;
     }
 
     // What each tap joins, and the outputs of it along the band's axis.
@@ -403,14 +389,13 @@ class Outer {
         return dense() ? most(0, outputs.size()) * out_.pitch[blocks_.axis] : out_.positions;
     }
 
-    // false: no memory
-    bool pack_x(const Block& block, Range band) const {
+    int pack_x(const Block& block, Range band) const {
         const Range samples = block.samples;
         const int64_t first = band.begin * in_.pitch[blocks_.axis], count = band.size() * in_.pitch[blocks_.axis];
         const int64_t channels = args_.in_channels;
         const T* x = static_cast<const T*>(args_.x) + samples.begin * in_.positions * channels;
         Scratch<T> turned(args_.x_channels_last ? 0 : count * channels);
-        if (!turned.get()) return false;
+        if (!turned.get()) return MMFAST_OUT_OF_MEMORY;
         for (int64_t n = 0; n < samples.size(); ++n, x += in_.positions * channels) {
             if (!args_.x_channels_last) transpose_to(turned.get(), channels, x + first, in_.positions, channels, count);
             const T* image = args_.x_channels_last ? x + first * channels : turned.get();
@@ -426,22 +411,21 @@ class Outer {
                 }
             }
         }
-        return true;
+        return MMFAST_OK;
     }
 
-    // false: no memory
-    bool add_panel(const Block& block, int64_t panel, int64_t share, bool is_first) {
+    int add_panel(const Block& block, int64_t panel, T* share, bool is_first) {
         const Range samples = block.samples;
         const int64_t begin = first_output(block.outputs), count = outputs_of(block.outputs);
         const bool whole = blocks_.count() == 1;
         Scratch<T> packed(count * samples.size() * kWidth<T>), own(whole ? kStrips * taps_ * kTile : 0);
-        if (!packed.get() || !own.get()) return false;
+        if (!packed.get() || !own.get()) return MMFAST_OUT_OF_MEMORY;
         pack_dy(panel, samples, begin, count, packed.get());
         const bool half = args_.out_channels - panel * kWidth<T> <= kLanes<T>;
         const auto add = half ? add_products<1, T> : add_products<kVectors, T>;
         for (int64_t first = 0; first < strips_; first += kStrips) {
             const int64_t last = least(strips_, first + kStrips);
-            T* sums = whole ? own.get() : sums_.get() + share * share_ + (panel * strips_ + first) * taps_ * kTile;
+            T* sums = whole ? own.get() : share + (panel * strips_ + first) * taps_ * kTile;
             for (int64_t tap = 0; tap < taps_; ++tap)
                 for (int64_t strip = first; strip < last; ++strip)
                     add(block.strips.get() + strip * most_inputs_ * kRows, packed.get(),
@@ -450,7 +434,7 @@ class Outer {
             for (int64_t strip = first; whole && strip < last; ++strip)
                 write(panel, strip, sums + (strip - first) * taps_ * kTile);
         }
-        return true;
+        return MMFAST_OK;
     }
 
     // (positions, samples, width)
@@ -481,8 +465,8 @@ class Outer {
     Grid in_, out_;
     int64_t taps_, strips_, panels_, chain_;
     Blocks blocks_;
-    int64_t most_inputs_, share_, shares_;
-    Scratch<T> sums_;
+    int64_t most_inputs_;
+    Shares<T> shares_;
 };
 
 template <typename T>

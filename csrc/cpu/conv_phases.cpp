@@ -298,9 +298,8 @@ int forward_of(const Args& args) {
     const int64_t tiles = least(parts_of(positions, kWide), most(1, kColumns / channels / kWide));
     const Image<const T> x{static_cast<const T*>(args.x), channels, problem.positions, bool(args.x_channels_last)};
     const Image<T> y{static_cast<T*>(args.y), args.out_channels, problem.out_positions, bool(args.y_channels_last)};
-    int status = MMFAST_OK;
-    const int bad = with_activation<T>(args.activation, args.negative_slope, [&](const auto& activation) {
-        parallel_for(threads_for(args, problem), args.batch * bands, [&](int64_t unit) {
+    return with_activation<T>(args.activation, args.negative_slope, [&](const auto& activation) {
+        return parallel_status(threads_for(args, problem), args.batch * bands, [&](int64_t unit) {
             const int64_t n = unit / bands, q = along.q_first + unit % bands * size;
             const Range band{q, least(q + size, along.q_end)};
             const Plane plane = plane_of_y(problem, band, kLanes<T>);
@@ -309,20 +308,16 @@ int forward_of(const Args& args) {
             Scratch<T> scratch(planes + tiles * kWide * (channels + kRows) + row);
             Scratch<Segment> segments(tiles * kWide / axis[2].in + 2);
             Scratch<int64_t> offsets(rows);
-            if (!scratch.get() || !segments.get() || !offsets.get()) {
-                __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-                return;
-            }
+            if (!scratch.get() || !segments.get() || !offsets.get()) return MMFAST_OUT_OF_MEMORY;
             T* taken = scratch.get() + planes;
             T* columns = taken + tiles * kWide * channels;
             list_offsets(problem, plane, args.out_channels, offsets.get());
             fill_planes(args, problem, plane, band, x, n, packed.get(), tiles, scratch.get(), taken, columns,
                         segments.get(), offsets.get());
             finish(args, problem, plane, band, scratch.get(), n, y, activation, columns + tiles * kWide * kRows);
+            return MMFAST_OK;
         });
-        return MMFAST_OK;
     });
-    return bad ? bad : status;
 }
 
 // The planes (output channel, phase) of one sample of dy, zero outside it. row: of dy channels last.
@@ -388,8 +383,7 @@ int dx_of(const Args& args) {
     const int64_t tiles = least(parts_of(size * inner, kWide), most(1, kColumns / deep / kWide));
     const Image<const T> dy{static_cast<const T*>(args.y), args.out_channels, problem.out_positions,
                             bool(args.y_channels_last)};
-    int status = MMFAST_OK;
-    parallel_for(threads_for(args, problem), args.batch * bands, [&](int64_t unit) {
+    return parallel_status(threads_for(args, problem), args.batch * bands, [&](int64_t unit) {
         const int64_t n = unit / bands, i = unit % bands * size;
         const Range band{i, least(i + size, along.in)};
         const Plane plane = plane_of_dy(problem, band, kLanes<T>);
@@ -397,10 +391,7 @@ int dx_of(const Args& args) {
         Scratch<T> scratch(planes + most(tiles * kWide * deep + kLanes<T>, axis[2].out));
         Scratch<Segment> segments(kWide);
         Scratch<int64_t> offsets(terms);
-        if (!scratch.get() || !segments.get() || !offsets.get()) {
-            __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
+        if (!scratch.get() || !segments.get() || !offsets.get()) return MMFAST_OUT_OF_MEMORY;
         T* columns = scratch.get() + planes;
         list_offsets(problem, plane, args.out_channels, offsets.get());
         fill_phases(problem, plane, dy, n, scratch.get(), columns);
@@ -426,8 +417,8 @@ int dx_of(const Args& args) {
                     }
             }
         }
+        return MMFAST_OK;
     });
-    return status;
 }
 
 // ---- dweight
@@ -531,18 +522,14 @@ int dweight_of(const Args& args) {
                             bool(args.y_channels_last)};
     Scratch<T> sums(parts * channels * pitch);
     if (!sums.get()) return MMFAST_OUT_OF_MEMORY;
-    int status = MMFAST_OK;
-    parallel_for(threads_for(args, problem), parts, [&](int64_t part) {
+    const int status = parallel_status(threads_for(args, problem), parts, [&](int64_t part) {
         T* sum = sums.get() + part * channels * pitch;
         clear(sum, channels * pitch);
         // rounded up, for vectors of columns that lie in two cache lines take twice as long to load
         const int64_t most_reach = (Reach(problem, {0, size}, args.out_channels).elements() / L + 2) * L;
         Scratch<T> scratch(most_reach + kPositions * pitch + L);
         Scratch<int64_t> starts(runs.count);
-        if (!scratch.get() || !starts.get()) {
-            __atomic_store_n(&status, MMFAST_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
+        if (!scratch.get() || !starts.get()) return MMFAST_OUT_OF_MEMORY;
         // what is beyond a run is read, and ends in columns that are dropped
         clear(scratch.get(), most_reach + kPositions * pitch + L);
         T* columns = scratch.get() + most_reach;
@@ -570,6 +557,7 @@ int dweight_of(const Args& args) {
                 }
             }
         }
+        return MMFAST_OK;
     });
     if (status) return status;
     T* dweight = static_cast<T*>(args.dweight);

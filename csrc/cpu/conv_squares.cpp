@@ -375,22 +375,18 @@ class Taps {
           samples_(evenly(args.batch, most_squares() / (axis_[0].pairs * axis_[1].pairs))),
           rows_(evenly(axis_[0].pairs, most_squares() / axis_[1].pairs)),
           bands_(parts_of(axis_[0].pairs, rows_)),
-          blocks_(parts_of(args.batch, samples_) * bands_),
           squares_(samples_ * rows_ * axis_[1].pairs),
           part_of_x_(squares_ * kRows + kLanes<T>),
           part_of_dy_(squares_ * kWidth<T>),
-          share_(panels_ * strips_ * phases_ * parts_ * kTile),
-          shares_(shares_of(blocks_, share_)),
-          sums_(shares_ * share_),
+          shares_(parts_of(args.batch, samples_) * bands_, panels_ * strips_ * phases_ * parts_ * kTile),
           pairs_(squares_) {}
 
     int run() {
-        if (!sums_.get() || !pairs_.get()) return MMFAST_OUT_OF_MEMORY;
+        if (!shares_.made() || !pairs_.get()) return MMFAST_OUT_OF_MEMORY;
         for (int64_t i = 0; i < squares_; ++i) pairs_.get()[i] = {int32_t(i * kRows), int32_t(i * kWidth<T>)};
         const int threads = threads_for(args_);
-        // threads have shares each, or share out what there is to do in each
-        const int status = parallel_status(threads <= shares_ ? threads : 1, shares_,
-                                           [&](int64_t share) { return add_share(share, threads); });
+        const int status =
+            shares_.each(threads, [&](T* sums, Range blocks) { return add_share(sums, blocks, threads); });
         if (status) return status;
         return parallel_status(threads, panels_ * strips_,
                                [&](int64_t unit) { return write(unit / strips_, unit % strips_); });
@@ -401,12 +397,10 @@ class Taps {
 
     int64_t most_squares() const { return kManySquares * (axis_[1].paired ? 1 : 2); }
 
-    // (phases, parts, rows, width)
-    T* tiles(int64_t share, int64_t panel, int64_t strip) const {
-        return sums_.get() + share * share_ + (panel * strips_ + strip) * phases_ * parts_ * kTile;
-    }
+    // from a share's first sum to those (phases, parts, rows, width)
+    int64_t tiles(int64_t panel, int64_t strip) const { return (panel * strips_ + strip) * phases_ * parts_ * kTile; }
 
-    int add_share(int64_t share, int threads) const {
+    int add_share(T* sums, Range blocks, int threads) const {
         const Range all{0, axis_[1].pairs};
         const int64_t in_area = 2 * rows_ * in_pair_ * all.end * args_.in_channels;
         const int64_t out_area = axis_[0].places({0, rows_}).size() * axis_[1].places(all).size() * args_.out_channels;
@@ -425,8 +419,7 @@ class Taps {
                              args_.out_channels,
                              {args_.out_size[1], args_.out_size[2]}};
         const int64_t in_shift[2] = {0, 0}, out_shift[2] = {axis_[0].shift(), axis_[1].shift()};
-        const int64_t begin = blocks_ * share / shares_, end = blocks_ * (share + 1) / shares_;
-        for (int64_t block = begin; block < end; ++block) {
+        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
             const int64_t n = block / bands_ * samples_, row = block % bands_ * rows_;
             const Range samples{n, least(args_.batch, n + samples_)}, rows{row, least(axis_[0].pairs, row + rows_)};
             const Range in[2] = {{2 * rows.begin, 2 * rows.end}, {0, in_pair_ * all.end}};
@@ -438,8 +431,8 @@ class Taps {
                        strips_of_x.get() + strip * parts_ * part_of_x_);
             });
             const int status = parallel_status(threads, panels_ * phases_, [&](int64_t unit) {
-                return add_block(share, unit / phases_, unit % phases_, samples.size(), rows, out, dy.get(),
-                                 strips_of_x.get(), block == begin);
+                return add_block(sums, unit / phases_, unit % phases_, samples.size(), rows, out, dy.get(),
+                                 strips_of_x.get(), block == blocks.begin);
             });
             if (status) return status;
         }
@@ -501,8 +494,8 @@ class Taps {
                     }
     }
 
-    int add_block(int64_t share, int64_t panel, int64_t phase, int64_t samples, Range rows, const Range* places,
-                  const T* dy, const T* strips_of_x, bool first) const {
+    int add_block(T* sums, int64_t panel, int64_t phase, int64_t samples, Range rows, const Range* places, const T* dy,
+                  const T* strips_of_x, bool first) const {
         Scratch<T> packed(parts_ * part_of_dy_);
         if (!packed.get()) return MMFAST_OUT_OF_MEMORY;
         const bool half = args_.out_channels - panel * kWidth<T> <= kLanes<T>;
@@ -512,7 +505,7 @@ class Taps {
         for (int part = 0; part < parts_; ++part)
             for (int64_t strip = 0; strip < strips_; ++strip)
                 add(strips_of_x + (strip * parts_ + part) * part_of_x_, packed.get() + part * part_of_dy_, pairs_.get(),
-                    count, chain_, tiles(share, panel, strip) + (phase * parts_ + part) * kTile, first);
+                    count, chain_, sums + tiles(panel, strip) + (phase * parts_ + part) * kTile, first);
         return MMFAST_OK;
     }
 
@@ -522,13 +515,13 @@ class Taps {
         const int64_t columns = least(kWidth<T>, args_.out_channels - first);
         Scratch<T> tile(taps * kTile);
         if (!tile.get()) return MMFAST_OUT_OF_MEMORY;
-        add_shares(tiles(0, panel, strip), phases_ * parts_ * kTile, shares_, share_);
+        const T* total = shares_.total(tiles(panel, strip), phases_ * parts_ * kTile);
         Vec<T> zeros = {};
         for (int64_t phase = 0; phase < phases_; ++phase)
             for (int i = 0; i < 4; ++i) {
                 const int outer = i / 2, inner = i % 2;
                 if (inner && !axis_[1].paired) continue;
-                const T* terms = tiles(0, panel, strip) + phase * parts_ * kTile;
+                const T* terms = total + phase * parts_ * kTile;
                 T* sums = tile.get() + axes_.tap(phase, outer, inner) * kTile;
                 for (int64_t r = 0; r < rows; ++r)
                     for (int64_t c = 0; c < columns; c += kLanes<T>) {
@@ -548,9 +541,9 @@ class Taps {
     const Args& args_;
     Axes axes_;
     const Axis* axis_ = axes_.axis;
-    int64_t phases_, parts_, in_pair_, strips_, panels_, chain_, samples_, rows_, bands_, blocks_, squares_, part_of_x_,
-        part_of_dy_, share_, shares_;
-    Scratch<T> sums_;
+    int64_t phases_, parts_, in_pair_, strips_, panels_, chain_, samples_, rows_, bands_, squares_, part_of_x_,
+        part_of_dy_;
+    Shares<T> shares_;
     Scratch<Pair> pairs_;
 };
 

@@ -2,6 +2,7 @@
 // of columns, whose sums stay in registers over a chain of terms, for a chain's rounding error grows with its length.
 #pragma once
 #include "cpu/layout.h"
+#include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "mmfast.h"
 
@@ -117,19 +118,39 @@ void multiply_rows(const T* read, T* written, const int64_t* places, int64_t row
 
 // ---- sums over positions of the products of both tensors' channels
 
-// Shares of a sum over blocks, for threads to have each one of: a share's blocks are added one after the other, and
-// then the shares. They depend on shapes alone, and are few where the sums are many.
-inline int64_t shares_of(int64_t blocks, int64_t sums) {
-    constexpr int64_t kMost = 16, kMostSums = 1 << 20;
-    return most(1, least(least(kMost, blocks), kMostSums / most(1, sums)));
-}
-
-// sums[i] += that of each other share, which lie one after the other
+// `size` sums over blocks, in shares, for threads to have each one of: a share's blocks are added one after the other,
+// and then the shares. They depend on shapes alone, and are few where the sums are many.
 template <typename T>
-void add_shares(T* sums, int64_t count, int64_t shares, int64_t apart) {
-    for (int64_t share = 1; share < shares; ++share)
-        for (int64_t i = 0; i < count; i += kLanes<T>) store(sums + i, load(sums + i) + load(sums + share * apart + i));
-}
+class Shares {
+  public:
+    Shares(int64_t blocks, int64_t size)
+        : blocks_(blocks),
+          size_(size),
+          count_(most(1, least(least(kMost, blocks), kMostSums / most(1, size)))),
+          sums_(count_ * size) {}
+
+    bool made() const { return sums_.get(); }
+    // The status of body(a share's sums, its blocks) for all: threads have shares each, or share out what a body does.
+    template <typename Body>
+    int each(int threads, const Body& body) const {
+        return parallel_status(threads <= count_ ? threads : 1, count_, [&](int64_t share) {
+            return body(sums_.get() + share * size_, Range{blocks_ * share / count_, blocks_ * (share + 1) / count_});
+        });
+    }
+    // `count` sums from one on, over all blocks.
+    T* total(int64_t first, int64_t count) const {
+        T* to = sums_.get() + first;
+        for (int64_t share = 1; share < count_; ++share)
+            for (int64_t i = 0; i < count; i += kLanes<T>) store(to + i, load(to + i) + load(to + share * size_ + i));
+        return to;
+    }
+
+  private:
+    static constexpr int64_t kMost = 16, kMostSums = 1 << 20;
+
+    int64_t blocks_, size_, count_;
+    Scratch<T> sums_;
+};
 
 // The places of one input and one output in their panels.
 struct Pair {

@@ -95,17 +95,13 @@ class Product {
         const int64_t tiles = (m_ + kRows - 1) / kRows;
         const double flops = 2.0 * double(m_) * double(n_) * double(k_);
         const int parts = flops < 1e6 ? 1 : int(smaller(tiles, int64_t(threads)));
-        int failed = 0;
-        parallel_for(parts, parts, [&](int64_t part) {
-            if (!rows(tiles * part / parts * kRows, smaller(m_, tiles * (part + 1) / parts * kRows)))
-                __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        return parallel_status(parts, parts, [&](int64_t part) {
+            return rows(tiles * part / parts * kRows, smaller(m_, tiles * (part + 1) / parts * kRows));
         });
-        return failed ? MMFAST_OUT_OF_MEMORY : MMFAST_OK;
     }
 
   private:
-    // false: no memory
-    bool rows(int64_t begin, int64_t end) const {
+    int rows(int64_t begin, int64_t end) const {
         const int64_t depth = smaller(k_, kDepth);
         // the less deep a block is, the more columns it has, and the fewer times a is read
         const int64_t deep = kPanels * kDepth / (depth ? depth : 1);
@@ -113,13 +109,13 @@ class Product {
         const int64_t columns = smaller(n_ + kPanelWidth<C>, most);
         C* panels = static_cast<C*>(
             aligned_alloc(64, size_t((columns + kStrips<C> * kRows) * depth * int64_t(sizeof(C)) + 63) / 64 * 64));
-        if (!panels) return false;
+        if (!panels) return MMFAST_OUT_OF_MEMORY;
         C* strips = panels + columns * depth;
         for (int64_t column = 0; column < n_; column += most)
             for (int64_t k = 0; k == 0 || k < k_; k += kDepth)
                 block(begin, end, column, smaller(n_, column + most), k, smaller(k_ - k, kDepth), panels, strips);
         free(panels);
-        return true;
+        return MMFAST_OK;
     }
 
     void block(int64_t begin, int64_t end, int64_t column, int64_t last, int64_t k, int64_t depth, C* panels,

@@ -342,8 +342,10 @@ class Cpu(Backend):
         if method == "phases":
             y = empty_output(x, weight, geometry)
             return products.phases_forward(_dense(x), weight, bias, geometry, y, activation)
-        if method == "products" and (x.is_contiguous() or products.in_squares(x, weight, geometry)):
-            y = products.products_forward(_dense(x), weight, bias, geometry, empty_output(x, weight, geometry))
+        squares = method == "products" and products.in_squares(x, weight, geometry)
+        if squares or (method == "products" and x.is_contiguous()):
+            y = empty_output(x, weight, geometry)
+            products.products_forward(_dense(x), weight, bias, geometry, y, squares)
         elif method == "one position":
             y = products.one_position_forward(x, weight, bias, geometry, empty_output(x, weight, geometry))
         else:

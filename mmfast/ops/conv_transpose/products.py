@@ -151,13 +151,13 @@ def phases_backward(
     # without fused multiply-add, a dx of few terms errs twice as much as PyTorch's
     if mask[0] and native.isa() != "baseline":
         dx = x.new_empty(x.shape)
-        if not native.cpu_phases_backward(window, x, weight.contiguous(), dy, dx, None):
+        if not native.cpu_conv_transpose_backward("phases", window, x, weight.contiguous(), dy, dx, None):
             dx = None
     # to copy what a position's taps reach, run by run, takes as long as the products of some ten channels a run
     runs = weight.shape[2:-1].numel() * (weight.shape[-1] if geometry.dilation[-1] > 1 else 1)
     if mask[1] and weight.shape[1] <= FEW_OUTPUTS and weight.shape[0] >= 10 * runs:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        done = native.cpu_phases_backward(window, x, weight, dy, None, dweight)
+        done = native.cpu_conv_transpose_backward("phases", window, x, weight, dy, None, dweight)
         dweight = laid_out_as(weight, dweight) if done else None
     rest = (mask[0] and dx is None, mask[1] and dweight is None, False)
     if any(rest):
@@ -260,10 +260,15 @@ def _leaves_dx(x: Tensor, weight: Tensor) -> bool:
     return True
 
 
-def products_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, y: Tensor) -> Tensor:
-    """Fills y, (N, Cout, *size) and dense, with conv_transpose(x) + bias, and returns it. x is dense, groups is 1."""
+def products_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, y: Tensor, squares: bool
+) -> Tensor:
+    """Fills y, (N, Cout, *size) and dense, with conv_transpose(x) + bias, and returns it. x is dense, groups is 1.
+
+    squares: whether they are `in_squares`.
+    """
     tensors = native_window(x, weight, geometry), x, weight.contiguous(), bias, y
-    if not (in_squares(x, weight, geometry) and native.cpu_squares_forward(*tensors)):
+    if not (squares and native.cpu_squares_forward(*tensors)):
         native.cpu_gather_forward(*tensors)
     return y
 
@@ -277,8 +282,8 @@ def products_backward(
 
     def fill(weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:
         tensors = window, x, weight, dy, dx, dweight
-        if not (squares and native.cpu_squares_backward(*tensors)):
-            native.cpu_gather_backward(*tensors)
+        if not (squares and native.cpu_conv_transpose_backward("squares", *tensors)):
+            native.cpu_conv_transpose_backward("gather", *tensors)
 
     if mask[0] and not squares and _leaves_dx(x, weight):
         dx = convolve_backward(dy, x, weight, geometry, (True, False, False))[0]
@@ -322,8 +327,8 @@ def depthwise_backward(
     dx = x.new_empty(x.shape) if mask[0] else None
     shares = x.new_empty(x.shape[0], *weight.shape) if mask[1] else None
     if mask[0] or mask[1]:
-        window = native_window(x, weight, geometry)
-        if not native.cpu_depthwise_backward(window, x.contiguous(), weight.contiguous(), dy, dx, shares):
+        tensors = native_window(x, weight, geometry), x.contiguous(), weight.contiguous(), dy, dx, shares
+        if not native.cpu_conv_transpose_backward("depthwise", *tensors):
             return convolve_backward(dy, x, weight, geometry, mask)
     dx = None if dx is None else laid_out_as(x, dx)
     dweight = None if shares is None else laid_out_as(weight, shares.sum(0))

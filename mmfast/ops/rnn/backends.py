@@ -123,10 +123,6 @@ TINY = 16
 #: A Case's (many, short, bulky, small, wide, lean, sparse, middling).
 Extent = tuple[bool, bool, bool, bool, bool, bool, bool, bool]
 
-#: Of a graph, which holds for any, and of one that holds for at most SHORT steps and FEW_UNITS of all steps alone.
-UNSEEN: Extent = (True, False, False, False, False, False, False, False)
-FLAT: Extent = (True, True, False, False, False, False, False, False)
-
 #: Units of all steps of SHORT sequences up to which Inductor's loops take less time than a call of the op does in a
 #: graph; forward + backward, Zen 5: 0.98 to 1.76 times its speed, for 8192 units 0.73 to 1.02.
 FEW_UNITS = 1 << 12

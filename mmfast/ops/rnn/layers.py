@@ -25,7 +25,7 @@ from ...dispatch import (
 from ..library import needs_gradient
 from . import cell as one_step
 from . import equations
-from .backends import FEW_UNITS, FLAT, OP, SHORT, UNSEEN, Case, extent
+from .backends import FEW_UNITS, OP, SHORT, Case, Extent, extent
 from .cudnn import StockLayers
 from .equations import GATES, Layer
 from .op import sequence
@@ -242,10 +242,14 @@ def _facts(
     """What the choice depends on; seen: whether steps and batch, too, may decide; flat: of a graph, `_is_flat`."""
     kind = (options.bidirectional, options.batch_sizes is not None, options.lengths is not None, not seen)
     hidden, steps, gradients = sizes.hidden_size, _steps(input, options), torch.is_grad_enabled()
-    of_extent: Any = flat
+    of_extent: Extent
     if seen:
         last = (2 if options.bidirectional else 1) * (weights[-1][0].numel() + weights[-1][1].numel())
         of_extent = extent(mode, last, steps, batch, hidden, gradients, input)
+    else:
+        # a graph is for any, or flat: for at most SHORT steps and FEW_UNITS of all steps alone. Written out, for of a
+        # module's constant that Dynamo has read, each call of the graph looks at every element again
+        of_extent = (True, flat, False, False, False, False, False, False)
     return input.device, input.dtype, mode, *sizes, *kind, gradients, of_extent, *_extras(options)
 
 
@@ -265,8 +269,6 @@ def _extras(options: Options) -> tuple[bool, bool, bool]:
 def _rnn_case(device: torch.device, dtype: torch.dtype, mode: str, *rest: Any) -> Case:
     dtype = compute_dtype(device.type, dtype)
     *kind, gradients, of_extent = rest[:-3]
-    if isinstance(of_extent, bool):
-        of_extent = FLAT if of_extent else UNSEEN
     given = (*kind, autocasts(device.type), gradients, *of_extent, False, *rest[-3:])
     return Case._make((device.type, dtype, mode, *given))
 
