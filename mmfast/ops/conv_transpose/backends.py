@@ -385,15 +385,16 @@ class Cpu(Backend):
         if not epilogue.normalizes:
             native.cpu_activation_backward(activation, saved, dout, dy)
             return dy, nothing, nothing
-        dtype = moments_dtype(saved.dtype)
-        layout = _layout(saved, epilogue.norm)
-        shape = (layout[1][0], layout[1][2])
-        dweight, dbias = saved.new_zeros(shape, dtype=dtype), saved.new_zeros(shape, dtype=dtype)
+        dtype, of_samples = moments_dtype(saved.dtype), epilogue.norm == "instance"
+        shape = saved.shape[:2] if of_samples else saved.shape[1:2]
+        sums = saved.new_empty(shape, dtype=dtype), saved.new_empty(shape, dtype=dtype)
         if saved.numel():
             wide = [_as(p, dtype) for p in parameters]
-            call = native.normalization(layout, activation, epilogue.measures, epilogue.eps, saved, wide)
-            native.cpu_normalize_backward(call, dout, dy, dweight, dbias)
-        return dy, dweight.sum(0), dbias.sum(0)
+            options = _layout(saved, epilogue.norm), activation, epilogue.measures, epilogue.eps
+            native.cpu_normalize_backward(native.normalization(*options, saved, wide), dout, dy, *sums)
+        else:
+            sums = sums[0].zero_(), sums[1].zero_()
+        return dy, *((sums[0].sum(0), sums[1].sum(0)) if of_samples else sums)
 
 
 def _is_widened(dtype: torch.dtype, in_channels: int, out_channels: int) -> bool:
@@ -450,7 +451,7 @@ def _narrow(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.detach().to(dtype).contiguous()
+    return x if x is None or (x.dtype is dtype and x.is_contiguous()) else x.detach().to(dtype).contiguous()
 
 
 class Triton(GpuBackend):
