@@ -24,7 +24,8 @@ from .ops.conv_transpose.layers import (
     conv_transpose3d,
     conv_transpose3d_norm_act,
 )
-from .ops.rnn.layers import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from .ops.rnn.cell import gru_cell, lstm_cell, rnn_cell
+from .ops.rnn.layers import gru, lstm, rnn
 
 __all__ = [
     "adaptive_weight",

@@ -135,8 +135,18 @@ def test_guards_of_a_convolution():
 
 
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_guards_of_a_recurrent_layer(name):
+    """Beside those of PyTorch's Cell, for its layers are in no graph; a constant of eight elements is nine more."""
+    least = guards(getattr(torch.nn, f"{name}Cell")(4, 8), torch.randn(3, 4))
+    layer = getattr(nn, name)(4, 8)
+    assert guards(layer, torch.randn(30, 3, 4)) <= least + 100
+    assert guards(layer, torch.randn(2, 3, 4)) <= least + 130
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
 def test_a_step_or_two_of_a_layer_is_a_formula_in_a_static_graph(name):
-    """And the op, in the one graph for any other number of steps, for many units, and where a backend is asked for."""
+    """And the op, in the one graph for any other number of steps, for more steps or many units, and where a backend is
+    asked for."""
     layer = getattr(nn, name)(4, 8)
 
     def is_op(*calls):
@@ -144,11 +154,15 @@ def test_a_step_or_two_of_a_layer_is_a_formula_in_a_static_graph(name):
 
     calls = [(torch.randn(steps, 3, 4),) for steps in (2, 9, 4, 7)]
     assert is_op(*calls) == [False, True]
-    assert is_op((torch.randn(1, 600, 4),)) == [True]
+    assert is_op((torch.randn(1, 600, 4),)) == is_op((torch.randn(7, 3, 4),)) == [True]
     with mmfast.use_backend("cpu"):
         assert is_op(calls[0]) == [True]
     layer.backend = "cpu"
     assert is_op(calls[0]) == [True]
+    # PyTorch's own, which no graph holds
+    layer.backend = "torch"
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        is_op(calls[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional as F
 from ..dispatch import EPOCH, Op, each_call_chooses, is_transforming
 from ..ops.rnn.backends import OP, Case
-from ..ops.rnn.layers import Options, cell, cell_mode, is_left, recurrent_of_aten
+from ..ops.rnn.cell import cell, cell_mode
+from ..ops.rnn.layers import Options, is_left, recurrent_of_aten
 from .layer import Twin
 
 _FUNCTIONS: dict[str, Any] = {

@@ -1,4 +1,7 @@
-"""A Cell's step on a CPU without gradients, which takes a few microseconds: each tensor is asked once for each fact."""
+"""Cells as functions: checks, choice, and the step itself.
+
+On a CPU without gradients it takes a few microseconds: each tensor is asked once for each fact.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...dispatch import is_plain, is_watched
+from ...dispatch import asked_for, autocasts, compute_dtype, is_plain, is_transforming, is_watched, needs_formula
 from ..product import product
-from .backends import OP
+from .backends import OP, Case
 from .equations import GATES, MODES
+from .layers import Options, recurrent
 
 #: x, h0, c0, w_ih, w_hh, b_ih, b_hh
 Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -28,6 +32,140 @@ ROWS_OF_ONE_GATE, ROWS_OF_GATES, SHARED_WORK = 64, 32, 1 << 25
 #: Multiplications by all threads up to which that holds for more rows, on AVX2 that is not Intel's (measured on Zen 3:
 #: for 4 to 64 rows of 128 units 1.1 to 2 times less time, with 1024 units the same for few rows).
 WORK = 1 << 23
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    backend: str | None = None,
+) -> Tensor:
+    """One step of an Elman RNN: h' = tanh or relu (W_ih x + b_ih + W_hh h + b_hh).
+
+    Equivalent to: `torch.rnn_tanh_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)` or `torch.rnn_relu_cell`.
+
+    input: (B, I). hx: (B, H); None: zeros. weight_ih: (H, I). weight_hh: (H, H). bias_ih, bias_hh: (H,) or None.
+    Returns h', (B, H). Dtypes: what PyTorch supports on the device. Differentiable to any order.
+    Raises RuntimeError for an unknown nonlinearity and for sizes that do not fit together, ValueError for an unknown
+    backend.
+    """
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    return cell(cell_mode(nonlinearity), input, hx, weights, backend)
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of a gated recurrent unit; its formula is `gru`'s.
+
+    Equivalent to: `torch.gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)`.
+
+    input: (B, I). hx: (B, H); None: zeros. weight_ih: (3 H, I). weight_hh: (3 H, H). bias_ih, bias_hh: (3 H,) or None.
+    Returns h', (B, H). All else: `rnn_cell`.
+    """
+    return cell("GRU", input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), backend)
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of a long short-term memory; its formula is `lstm`'s.
+
+    Equivalent to: `torch.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)`.
+
+    input: (B, I). hx: (h, c), (B, H) each; None: zeros. weight_ih: (4 H, I). weight_hh: (4 H, H). bias_ih, bias_hh:
+    (4 H,) or None. Returns (h', c'), (B, H) each. All else: `rnn_cell`.
+    """
+    return cell("LSTM", input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), backend)
+
+
+def cell_mode(nonlinearity: str) -> str:
+    """An RNNCell's mode; RuntimeError for an unknown nonlinearity."""
+    if nonlinearity == "tanh":
+        return "RNN_TANH"
+    if nonlinearity == "relu":
+        return "RNN_RELU"
+    raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
+
+
+def _cell_case(
+    device: torch.device,
+    dtype: torch.dtype,
+    mode: str,
+    input_size: int,
+    hidden_size: int,
+    gradients: bool,
+    transformed: bool,
+) -> Case:
+    dtype = compute_dtype(device.type, dtype)
+    of_call = {"transformed": transformed, "autocast": autocasts(device.type), "gradients": gradients}
+    return Case(device.type, dtype, mode, input_size, hidden_size, cell=True, **of_call)
+
+
+def cell(
+    mode: str,
+    input: Tensor,
+    hx: Any,
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    backend: str | None,
+) -> Any:
+    """What `rnn_cell`, `gru_cell` and `lstm_cell` return."""
+    gradients, traced = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    facts = (input.device, input.dtype, mode, input.shape[-1], weights[1].shape[1], gradients, traced)
+    if not (gradients or traced):
+        found = at_once(mode, facts, input, hx, weights, backend)
+        if found is not None:
+            return found
+    h, c = states_of(mode, hx)
+    if state := _cell(mode, facts, (input, h, c, *weights), backend):
+        return state if mode == "LSTM" else state[0]
+    if hx is None:
+        zeros = input.new_zeros(input.shape[0], weights[1].shape[1])
+        hx = (zeros, zeros) if mode == "LSTM" else zeros
+    return getattr(torch._VF, f"{mode.lower()}_cell")(input, hx, *weights)
+
+
+def _cell(mode: str, facts: tuple, operands: Operands, backend: str | None) -> tuple[Tensor, Tensor] | None:
+    """The state after one step, (h, c), without c h twice; None where it is for PyTorch to compute or to refuse."""
+    chosen: str | None = OP.select_by(facts, _cell_case, backend)
+    if chosen == "torch":
+        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+            return None
+        if not is_transforming() or asked_for(backend):
+            return None
+        chosen = None  # the layer finds the formula where one is needed
+    elif chosen == "cpu" and not torch.is_grad_enabled():
+        tensors = [x for x in operands if x is not None]
+        if is_plain(tensors) and not needs_formula(tensors):
+            return step(mode, operands)
+    input, h, c, *weights = operands
+    given = [weight for weight in weights if weight is not None]
+    states = [state for state in (h, c) if state is not None]
+    if not fits(mode, operands) and not torch._C._is_any_autocast_enabled():
+        return None
+    # the state after a sequence of one step
+    first = [state.unsqueeze(0) for state in states] or None
+    _, *last = recurrent(mode, input.unsqueeze(0), first, [given], Options(), chosen)
+    return last[0].squeeze(0), last[-1].squeeze(0)
 
 
 def at_once(mode: str, facts: tuple, x: Tensor, hx: Any, weights: Sequence[Tensor | None], backend: str | None) -> Any:

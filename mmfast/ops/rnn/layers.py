@@ -1,4 +1,4 @@
-"""Recurrent layers and Cells as functions: checks, choice and layout around the op."""
+"""Recurrent layers as functions: checks, choice and layout around the op."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from ...dispatch import (
     outside_autocast,
 )
 from ..library import needs_gradient
-from . import cell as one_step
 from . import equations
 from .backends import FEW_UNITS, OP, SHORT, Case, Extent, extent
 from .cudnn import StockLayers
@@ -86,7 +85,7 @@ def rnn(
     options = Options(
         dropout, training, bidirectional, batch_first, batch_sizes, lengths, reset_mask, zoneout, recurrent_dropout
     )
-    output, h_n = _recurrent(mode, input, None if hx is None else (hx,), weights, options, backend)
+    output, h_n = recurrent(mode, input, None if hx is None else (hx,), weights, options, backend)
     return output, h_n
 
 
@@ -118,7 +117,7 @@ def gru(
     options = Options(
         dropout, training, bidirectional, batch_first, batch_sizes, lengths, reset_mask, zoneout, recurrent_dropout
     )
-    output, h_n = _recurrent("GRU", input, None if hx is None else (hx,), weights, options, backend)
+    output, h_n = recurrent("GRU", input, None if hx is None else (hx,), weights, options, backend)
     return output, h_n
 
 
@@ -155,7 +154,7 @@ def lstm(
     options = Options(
         dropout, training, bidirectional, batch_first, batch_sizes, lengths, reset_mask, zoneout, recurrent_dropout
     )
-    output, h_n, c_n = _recurrent("LSTM", input, hx, weights, options, backend)
+    output, h_n, c_n = recurrent("LSTM", input, hx, weights, options, backend)
     return output, (h_n, c_n)
 
 
@@ -173,7 +172,7 @@ class Options(NamedTuple):
     recurrent_dropout: float = 0.0
 
 
-def _recurrent(
+def recurrent(
     mode: str,
     input: Tensor,
     states: Sequence[Tensor] | None,
@@ -181,6 +180,7 @@ def _recurrent(
     options: Options,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
+    """What `rnn`, `gru` and `lstm` return, as one tuple."""
     if options.batch_sizes is not None and torch.compiler.is_compiling():
         return _packed_outside_graphs(mode, input, states, weights, options, backend)
     batch_sizes = options.batch_sizes
@@ -219,7 +219,7 @@ def _recurrent(
 
 
 # Its steps depend on numbers in batch_sizes, which no graph knows; torch.nn's layers run between two graphs, too
-_packed_outside_graphs = _disable_dynamo(_recurrent)
+_packed_outside_graphs = _disable_dynamo(recurrent)
 
 
 def is_left(mode: str, input: Tensor, weights: Weights, options: Options) -> bool:
@@ -578,137 +578,3 @@ def _unseen_lengths_of_torch(
 # Traced, PyTorch's function would become one graph node per step and gate; it runs between two graphs instead, as
 # torch.nn's own layers do
 _recurrent_outside_graphs = _disable_dynamo(_recurrent_of_torch)
-
-
-def rnn_cell(
-    input: Tensor,
-    hx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None = None,
-    bias_hh: Tensor | None = None,
-    *,
-    nonlinearity: str = "tanh",
-    backend: str | None = None,
-) -> Tensor:
-    """One step of an Elman RNN: h' = tanh or relu (W_ih x + b_ih + W_hh h + b_hh).
-
-    Equivalent to: `torch.rnn_tanh_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)` or `torch.rnn_relu_cell`.
-
-    input: (B, I). hx: (B, H); None: zeros. weight_ih: (H, I). weight_hh: (H, H). bias_ih, bias_hh: (H,) or None.
-    Returns h', (B, H). Dtypes: what PyTorch supports on the device. Differentiable to any order.
-    Raises RuntimeError for an unknown nonlinearity and for sizes that do not fit together, ValueError for an unknown
-    backend.
-    """
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-    return cell(cell_mode(nonlinearity), input, hx, weights, backend)
-
-
-def gru_cell(
-    input: Tensor,
-    hx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None = None,
-    bias_hh: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """One step of a gated recurrent unit; its formula is `gru`'s.
-
-    Equivalent to: `torch.gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)`.
-
-    input: (B, I). hx: (B, H); None: zeros. weight_ih: (3 H, I). weight_hh: (3 H, H). bias_ih, bias_hh: (3 H,) or None.
-    Returns h', (B, H). All else: `rnn_cell`.
-    """
-    return cell("GRU", input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), backend)
-
-
-def lstm_cell(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor] | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None = None,
-    bias_hh: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One step of a long short-term memory; its formula is `lstm`'s.
-
-    Equivalent to: `torch.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)`.
-
-    input: (B, I). hx: (h, c), (B, H) each; None: zeros. weight_ih: (4 H, I). weight_hh: (4 H, H). bias_ih, bias_hh:
-    (4 H,) or None. Returns (h', c'), (B, H) each. All else: `rnn_cell`.
-    """
-    return cell("LSTM", input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), backend)
-
-
-def cell_mode(nonlinearity: str) -> str:
-    """An RNNCell's mode; RuntimeError for an unknown nonlinearity."""
-    if nonlinearity == "tanh":
-        return "RNN_TANH"
-    if nonlinearity == "relu":
-        return "RNN_RELU"
-    raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
-
-
-def _cell_case(
-    device: torch.device,
-    dtype: torch.dtype,
-    mode: str,
-    input_size: int,
-    hidden_size: int,
-    gradients: bool,
-    transformed: bool,
-) -> Case:
-    dtype = compute_dtype(device.type, dtype)
-    of_call = {"transformed": transformed, "autocast": autocasts(device.type), "gradients": gradients}
-    return Case(device.type, dtype, mode, input_size, hidden_size, cell=True, **of_call)
-
-
-def cell(
-    mode: str,
-    input: Tensor,
-    hx: Any,
-    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    backend: str | None,
-) -> Any:
-    """What `rnn_cell`, `gru_cell` and `lstm_cell` return."""
-    gradients, traced = torch.is_grad_enabled(), torch.compiler.is_compiling()
-    facts = (input.device, input.dtype, mode, input.shape[-1], weights[1].shape[1], gradients, traced)
-    if not (gradients or traced):
-        found = one_step.at_once(mode, facts, input, hx, weights, backend)
-        if found is not None:
-            return found
-    h, c = one_step.states_of(mode, hx)
-    if state := _cell(mode, facts, (input, h, c, *weights), backend):
-        return state if mode == "LSTM" else state[0]
-    if hx is None:
-        zeros = input.new_zeros(input.shape[0], weights[1].shape[1])
-        hx = (zeros, zeros) if mode == "LSTM" else zeros
-    return getattr(torch._VF, f"{mode.lower()}_cell")(input, hx, *weights)
-
-
-def _cell(mode: str, facts: tuple, operands: one_step.Operands, backend: str | None) -> tuple[Tensor, Tensor] | None:
-    """The state after one step, (h, c), without c h twice; None where it is for PyTorch to compute or to refuse."""
-    chosen: str | None = OP.select_by(facts, _cell_case, backend)
-    if chosen == "torch":
-        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-            return None
-        if not is_transforming() or asked_for(backend):
-            return None
-        chosen = None  # the layer finds the formula where one is needed
-    elif chosen == "cpu" and not torch.is_grad_enabled():
-        tensors = [x for x in operands if x is not None]
-        if is_plain(tensors) and not needs_formula(tensors):
-            return one_step.step(mode, operands)
-    input, h, c, *weights = operands
-    given = [weight for weight in weights if weight is not None]
-    states = [state for state in (h, c) if state is not None]
-    if not one_step.fits(mode, operands) and not torch._C._is_any_autocast_enabled():
-        return None
-    # the state after a sequence of one step
-    first = [state.unsqueeze(0) for state in states] or None
-    _, *last = _recurrent(mode, input.unsqueeze(0), first, [given], Options(), chosen)
-    return last[0].squeeze(0), last[-1].squeeze(0)
