@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...dispatch import compute_dtype, is_known, needs_formula
 from . import equations
-from .backends import OP, Case
+from .backends import LONG_ROW, OP, Case
 from .equations import ACTIVATIONS, Epilogue, Geometry
 from .op import conv_transpose
 
@@ -342,7 +342,7 @@ def _conv_transpose_case(
     bias: bool,
     contiguous: bool,
     gradients: bool,
-    spread: bool,
+    spread: int,
     small: bool,
     shape: torch.Size,
     stride: Size,
@@ -373,19 +373,21 @@ def _conv_transpose_case(
 _SMALL_OUTPUT = 2**17
 
 
-def conv_transpose_call(input: Tensor, out_channels: int, stride: Sequence[int]) -> tuple[bool, bool, bool, bool]:
+def conv_transpose_call(input: Tensor, out_channels: int, stride: Sequence[int]) -> tuple[bool, bool, int, bool]:
     """(contiguous, gradients, spread, small) of `Case`: what a choice depends on besides the layer.
 
     Of sizes that are symbols, of a graph for any, nothing is known.
     """
     known = input.is_contiguous(), torch.is_grad_enabled()
     if not input.dim():
-        return *known, False, False
-    positions = math.prod(input.shape[2:])
-    elements = input.shape[0] * positions * out_channels * math.prod(stride)
+        return *known, 0, False
+    batch, *sizes = input.shape
+    positions = math.prod(sizes[1:])
+    elements = batch * positions * out_channels * math.prod(stride)
     if torch.compiler.is_compiling() and not is_known(elements):
-        return *known, False, False
-    return *known, positions > 1, elements < _SMALL_OUTPUT
+        return *known, 0, False
+    spread = 0 if positions == 1 else 2 if sizes[-1] >= LONG_ROW else 1
+    return *known, spread, elements < _SMALL_OUTPUT
 
 
 def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
