@@ -314,6 +314,18 @@ def test_depthwise_in_one_dimension_is_exact_and_stays_inside(seed, isa, dtype):
         assert torch.equal(torch.cat([around[:64], around[-64:]]), torch.full((128,), 777.0, dtype=dtype))
 
 
+@pytest.mark.parametrize("method", ["gather", "squares"])
+def test_blocks_of_a_share_are_exact(seed, isa, method):
+    """More blocks of samples than shares of a weight's gradient, the last of fewer samples than the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    x, dy = (torch.randint(-4, 5, (229, *s), generator=generator).float() for s in ((7, 5, 7), (5, 10, 14)))
+    weight, g = torch.empty(7, 5, 4, 4), geometry(2, 2, 1)
+    window, dweight = products.native_window(x, weight, g), torch.full_like(weight, torch.nan)
+    assert native.cpu_conv_transpose_backward(method, window, x, weight, dy, None, dweight)
+    exact = equations.convolve_backward(dy.double(), x.double(), weight.double(), g, (False, True, False))[1]
+    assert torch.equal(dweight.double(), exact)
+
+
 def test_sums_of_many_terms_are_of_short_chains(seed, isa):
     """Positive terms: sums of one chain of 2048 are off by 9 to 14 roundings, of chains of 32 by 2 to 3."""
     generator = torch.Generator().manual_seed(seed)

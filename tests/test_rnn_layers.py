@@ -21,6 +21,7 @@ from mmfast.dispatch import asked
 from mmfast.nn import rnn as noted_layers
 from mmfast.ops.rnn import backends, equations
 from mmfast.ops.rnn.backends import OP, native_layer, sizes_of
+from mmfast.ops.rnn.cell import most_rows
 from mmfast.ops.rnn.equations import MODES, Layer
 from mmfast.ops.rnn.op import backward_op, forward_op
 
@@ -671,6 +672,25 @@ def test_cells_without_gradients(monkeypatch, intel):
     with torch.no_grad():
         chosen = [backends_of(getattr(mmfast.nn, name)(8, 16), x) for name in ("RNNCell", "GRUCell", "LSTMCell")]
     assert chosen == [["torch" if intel else "cpu"], ["cpu"], ["cpu"]]
+
+
+@pytest.mark.parametrize(
+    ("isa", "intel", "threads", "rows"),
+    [
+        ("avx512", False, 1, (64, 32, 32)),
+        ("avx512", False, 2, (32, 16, 2)),
+        ("avx2", False, 1, (256, 64, 2)),
+        ("avx2", False, 2, (128, 32, 2)),
+        ("avx512", True, 1, (2, 2, 2)),
+        ("baseline", False, 1, (2, 2, 2)),
+    ],
+)
+def test_rows_of_a_cell_that_the_kernel_multiplies(monkeypatch, isa, intel, threads, rows):
+    """Of an RNNCell and an LSTMCell of 128 units, and of an LSTMCell of 1024."""
+    monkeypatch.setattr(native, "isa", lambda: isa)
+    monkeypatch.setattr(native, "is_intel", lambda: intel)
+    torch.set_num_threads(threads)
+    assert tuple(most_rows(*torch.empty(2, gates * n, n)) for gates, n in ((1, 128), (4, 128), (4, 1024))) == rows
 
 
 def test_wide_steps_in_bfloat16_are_amxs(monkeypatch):
