@@ -158,8 +158,7 @@ void copy_row(T* to, const T* from, int64_t n) {
     }
 }
 
-// to[kCount * i + c] = v[c][i]; unrolled, that the vectors be registers, and where lanes come from known to the
-// compiler
+// to[kCount * i + c] = v[c][i]; unrolled, that the vectors be registers, and where lanes come from known beforehand
 template <typename T, int kCount>
 inline void store_interleaved(T* to, const Vec<T> (&v)[kCount]) {
     constexpr int L = kLanes<T>;
