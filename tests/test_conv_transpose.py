@@ -280,6 +280,40 @@ def test_products_of_matrices_are_exact(seed, isa, dtype, method):
         assert torch.equal(dweight.sum(0).double(), exact[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+def test_depthwise_in_one_dimension_is_exact_and_stays_inside(seed, isa, dtype):
+    """Strides from one to more than a vector, ends that lack taps, what is not finite; NaN and a mark lie around."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(*shape):
+        return torch.randint(-4, 5, shape, generator=generator).to(dtype)
+
+    def amid(x, mark):
+        return torch.cat([torch.full((64,), mark), x.flatten(), torch.full((64,), mark)]).to(dtype)
+
+    for _ in range(300):
+        stride = rng.choice((1, 2, 2, 3, 4, 5, 8, 10, 16, 17, 33))
+        kernel, size = rng.randint(1, 3 * stride + 2), rng.choice((1, 2, 5, 15, 16, 17, 33, 64, 100))
+        crop = rng.choice((0, 0, 3)), rng.choice((0, 0, 7))
+        batch, channels = rng.randint(1, 3), rng.randint(1, 5)
+        g = Geometry((stride,), (rng.randint(0, kernel),), (rng.randint(0, stride - 1),), (1,), channels, crop)
+        if min(g.out_size([size], [kernel])) < 1:
+            continue
+        x, weight = integers(batch, channels, size), integers(channels, 1, kernel)
+        bias = integers(channels) if rng.random() < 0.5 else None
+        if rng.random() < 0.3:
+            one = rng.choice((x, weight)).view(-1)
+            one[rng.randrange(len(one))] = rng.choice((torch.inf, -torch.inf, torch.nan))
+        exact = equations.convolve(x.double(), weight.double(), None if bias is None else bias.double(), g)
+        around = amid(torch.full(exact.shape, torch.nan), 777.0)
+        y = around[64:-64].view(exact.shape)
+        x, weight = (amid(t, torch.nan)[64:-64].view(t.shape) for t in (x, weight))
+        assert native.cpu_depthwise_forward(products.native_window(x, weight, g), x, weight, bias, y, (0, 0.0))
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(torch.cat([around[:64], around[-64:]]), torch.full((128,), 777.0, dtype=dtype))
+
+
 @pytest.mark.parametrize("method", ["gather", "squares"])
 def test_blocks_of_a_share_are_exact(seed, isa, method):
     """More blocks of samples than shares of a weight's gradient, the last of fewer samples than the one before."""
@@ -667,12 +701,15 @@ def test_preference():
     assert OP.explain(plain._replace(groups=64, out_channels=64)).backend == "torch"
     depthwise = Case("cpu", torch.float32, 64, 64, (4,), (2,), (1,), (0,), (1,), 64)
     assert OP.explain(depthwise).backend == "cpu"
-    assert OP.explain(depthwise._replace(gradients=False)).backend == ("torch" if native.beats_mkl() else "cpu")
+    assert OP.explain(depthwise._replace(gradients=False)).backend == "torch"
+    assert OP.explain(depthwise._replace(gradients=False, spread=2)).backend == "cpu"
+    assert OP.explain(depthwise._replace(gradients=False, bias=True)).backend == "cpu"
+    assert OP.explain(depthwise._replace(gradients=False, bias=True, small=True)).backend == "torch"
     assert OP.explain(depthwise._replace(stride=(1,))).backend == "torch"
     assert OP.explain(depthwise._replace(stride=(4,))).backend == "cpu"
-    wider = depthwise._replace(stride=(4,), gradients=False)
-    assert OP.explain(wider).backend == "torch"
-    assert OP.explain(wider._replace(bias=True)).backend == ("cpu" if native.beats_mkl() else "torch")
+    longer = depthwise._replace(kernel_size=(12,), gradients=False, spread=2)
+    assert OP.explain(longer).backend == "torch"
+    assert OP.explain(longer._replace(bias=True)).backend == "cpu"
     narrow = "torch" if has_products(torch.bfloat16) else "cpu"
     assert OP.explain(plain._replace(dtype=torch.bfloat16, norm="batch")).backend == narrow
     assert OP.explain(plain._replace(dtype=torch.bfloat16, in_channels=16)).backend == narrow

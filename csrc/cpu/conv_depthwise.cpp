@@ -3,6 +3,8 @@
 // Pointers, shapes and the formula: mmfast_conv_transpose_args in mmfast.h. Reads x and writes y once: bound by memory,
 // or by the caches.
 //
+// Forward in one dimension, the audio models' case, reads x where it is (Line). Else:
+//
 // Along the last dimension a tap reaches phase r of the output (conv_geometry.h), so each phase is a row of its own, a
 // sum of shifted rows of x, and phases are interleaved once, at the end. Rows are copied between zeros, so that no tap
 // needs clipping; a zero times what is not finite is NaN where the formula has no term, and so such weights, and such
@@ -23,6 +25,7 @@ using Args = mmfast_conv_transpose_args;
 constexpr int64_t kChannels = 16;     // of one sample, or of two: a cache line of y channels last
 constexpr int64_t kParts = 8;         // for each thread
 constexpr int64_t kCached = 4 << 10;  // elements of some channels' rows, in the first-level cache
+constexpr int64_t kFewProducts = 16;  // that are made one by one
 constexpr int kTaps = 4;              // whose sums are in registers at the same time
 
 int threads_for(const Args& args, const Problem& problem) {
@@ -142,11 +145,197 @@ class Plan {
     Scratch<int64_t> phase_ends_;
 };
 
+// Whether x is read where it is: one dimension, neighbouring taps.
+bool is_line(const Args& args, const Problem& problem) {
+    const Axis& axis = problem.axis[2];
+    return problem.taps == axis.kernel && problem.positions == axis.in && problem.out_positions == axis.out &&
+           axis.dilation == 1 && !args.y_channels_last;
+}
+
+// A channel's y in one dimension, by vectors of outputs: output q * stride + r - before is the sum over t of
+// x[q - t] w[t * stride + r]. kLanes positions q are `stride` vectors of outputs; in the j-th of them lane l has
+// position spread[j][l] of these, phase[j][l], and the taps of that phase.
+template <typename T>
+class Line {
+    using V = Vec<T>;
+    using B = Bits<T>;
+    static constexpr int L = kLanes<T>;
+
+  public:
+    explicit Line(const Axis& axis)
+        : axis_(axis),
+          whole_(axis.kernel / axis.stride),
+          rest_(int(axis.kernel % axis.stride)),
+          spread_(axis.stride),
+          phase_(axis.stride),
+          taps_((whole_ + 1) * axis.stride) {
+        for (int64_t j = 0; made() && j < axis.stride; ++j)
+            for (int l = 0; l < L; ++l) {
+                spread_.get()[j][l] = (j * L + l) / axis.stride;
+                phase_.get()[j][l] = (j * L + l) % axis.stride;
+            }
+    }
+    bool made() const { return spread_.get() && phase_.get() && taps_.get(); }
+
+    template <typename Activation>
+    void run(const T* x, const T* w, T bias, T* y, const Activation& activation) const {
+        const int64_t s = axis_.stride;
+        for (int64_t k = 0; k < axis_.kernel; k += s)
+            for (int64_t j = 0; j < s; ++j) taps_.get()[k + j] = taps_of_phases(w, k, phase_.get()[j]);
+        // of positions from begin up to end, every tap has its x, and every output is one
+        const int64_t begin = most(axis_.reach, parts_of(axis_.before, s));
+        const int64_t end = least(axis_.in, (axis_.out + axis_.before) / s);
+        if (begin + L > end) return at_an_end(x, w, bias, y, axis_.q_first, axis_.q_end, activation);
+        at_an_end(x, w, bias, y, axis_.q_first, begin, activation);
+        if (s == 2)
+            inside_by_phase<2>(x, w, bias, y, begin, end, activation);
+        else if (s == 3)
+            inside_by_phase<3>(x, w, bias, y, begin, end, activation);
+        else if (s == 4)
+            inside_by_phase<4>(x, w, bias, y, begin, end, activation);
+        else if (axis_.kernel == 2 * s)
+            inside<2>(x, bias, y, begin, end, activation);
+        else
+            inside<0>(x, bias, y, begin, end, activation);
+        at_an_end(x, w, bias, y, end, axis_.q_end, activation);
+    }
+
+  private:
+    V taps_of_phases(const T* w, int64_t k, B phase) const {
+        if (axis_.stride <= L) return V(__builtin_shuffle(load_partial(w + k, int(least(axis_.kernel - k, L))), phase));
+        V taps = {};
+        for (int l = 0; l < L; ++l)
+            if (k + phase[l] < axis_.kernel) taps[l] = w[k + phase[l]];
+        return taps;
+    }
+
+    // of positions that all have every tap's x and every output
+    template <int kWhole, typename Activation>
+    void inside(const T* x, T bias, T* y, int64_t first, int64_t last, const Activation& activation) const {
+        const int64_t s = axis_.stride, whole = kWhole ? kWhole : whole_;
+        const B *const spread = spread_.get(), *const phase = phase_.get();
+        const V* const taps = taps_.get();
+        y -= axis_.before;
+        for (int64_t q = first; q < last; q += L) {
+            // the last ones overlap the ones before
+            const int64_t at = least(q, last - L);
+            V v[kWhole ? kWhole : 1];
+            for (int t = 0; t < kWhole; ++t) v[t] = load(x + at - t);
+            for (int64_t j = 0; j < s; ++j) {
+                V sum = splat(bias);
+#pragma GCC unroll 2
+                for (int64_t t = 0; t < whole; ++t)
+                    sum += V(__builtin_shuffle(kWhole ? v[t] : load(x + at - t), spread[j])) * taps[t * s + j];
+                if (!kWhole && rest_) {
+                    const V of_rest = V(__builtin_shuffle(load(x + at - whole), spread[j])) * taps[whole * s + j];
+                    sum += kept(of_rest, phase[j] < rest_);
+                }
+                store(y + at * s + j * L, activation.value(sum));
+            }
+        }
+    }
+
+    // the same of few phases, each a vector of its own until it is stored
+    template <int kStride, typename Activation>
+    void inside_by_phase(const T* x, const T* w, T bias, T* y, int64_t first, int64_t last,
+                         const Activation& activation) const {
+        const int64_t kernel = axis_.kernel;
+        y -= axis_.before;
+        for (int64_t q = first; q < last; q += L) {
+            const int64_t at = least(q, last - L);
+            V sum[kStride];
+#pragma GCC unroll 4
+            for (int r = 0; r < kStride; ++r) sum[r] = splat(bias);
+            const T* from = x + at;
+            int64_t k = 0;
+            for (; k + kStride <= kernel; k += kStride, --from) {
+                const V v = load(from);
+#pragma GCC unroll 4
+                for (int r = 0; r < kStride; ++r) sum[r] += v * w[k + r];
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < kStride; ++r)
+                if (k + r < kernel) sum[r] += load(from) * w[k + r];
+#pragma GCC unroll 4
+            for (int r = 0; r < kStride; ++r) sum[r] = activation.value(sum[r]);
+            store_interleaved<T, kStride>(y + at * kStride, sum);
+        }
+    }
+
+    // of positions that may lack some
+    template <typename Activation>
+    void at_an_end(const T* x, const T* w, T bias, T* y, int64_t first, int64_t last,
+                   const Activation& activation) const {
+        const int64_t s = axis_.stride, sets = whole_ + (rest_ > 0), out = least(axis_.out, last * s - axis_.before);
+        if ((last - first) * axis_.kernel <= kFewProducts) {
+            for (int64_t q = first; q < last; ++q)
+                for (int64_t r = 0; r < s; ++r) {
+                    const int64_t o = q * s + r - axis_.before;
+                    T sum = bias;
+                    for (int64_t k = r, i = q; k < axis_.kernel; k += s, --i)
+                        if (i >= 0 && i < axis_.in) sum += x[i] * w[k];
+                    if (o >= 0 && o < axis_.out) y[o] = activation.value(splat(sum))[0];
+                }
+            return;
+        }
+        for (int64_t at = first; at < last; at += L)
+            for (int64_t j = 0; j < s; ++j) {
+                const int64_t o = at * s - axis_.before + j * L, before = most(0, -o), end = least(L, out - o);
+                if (before >= end) continue;
+                V sum = splat(bias);
+                for (int64_t t = 0; t < sets; ++t) {
+                    const int64_t low = most(0, t - at), count = least(L, axis_.in - at + t) - low;
+                    if (count <= 0) continue;
+                    const B from = spread_.get()[j] - int(low);
+                    const V v = V(__builtin_shuffle(load_partial(x + at - t + low, int(count)), from));
+                    B present = (from >= 0) & (from < int(count));
+                    if (t == whole_) present &= phase_.get()[j] < rest_;
+                    sum += kept(v * taps_.get()[t * s + j], present);
+                }
+                B lane;
+                for (int l = 0; l < L; ++l) lane[l] = l;
+                const V moved = V(__builtin_shuffle(activation.value(sum), lane + int(before)));
+                store_float(y + o + before, moved, int(end - before));
+            }
+    }
+
+    // 0 where there is no product: not a product with 0, for the other factor may be infinite
+    static V kept(V product, B where) { return V(B(product) & where); }
+
+    const Axis& axis_;
+    int64_t whole_;  // sets of `stride` taps
+    int rest_;       // taps of the set that is not whole
+    Scratch<B> spread_, phase_;
+    Scratch<V> taps_;
+};
+
+template <typename T>
+int forward_lines(const Args& args, const Problem& problem) {
+    const Axis& axis = problem.axis[2];
+    const int64_t units = args.batch * args.in_channels;
+    return with_activation<T>(args.activation, args.negative_slope, [&](const auto& activation) {
+        const int threads = threads_for(args, problem);
+        return parallel_status(threads, threads, [&](int64_t part) -> int {
+            const Line<T> line(axis);
+            if (!line.made()) return MMFAST_OUT_OF_MEMORY;
+            for (int64_t unit = units * part / threads; unit < units * (part + 1) / threads; ++unit) {
+                const int64_t c = unit % args.in_channels;
+                const T bias = args.bias ? static_cast<const T*>(args.bias)[c] : T(0);
+                line.run(static_cast<const T*>(args.x) + unit * axis.in,
+                         static_cast<const T*>(args.weight) + c * axis.kernel, bias,
+                         static_cast<T*>(args.y) + unit * axis.out, activation);
+            }
+            return MMFAST_OK;
+        });
+    });
+}
+
 template <typename T>
 int forward_of(const Args& args) {
     const Problem problem(args);
     constexpr int L = kLanes<T>;
     const Axis *axis = problem.axis, &inner = axis[2];
+    if (is_line(args, problem)) return forward_lines<T>(args, problem);
     if (!all_finite(static_cast<const T*>(args.weight), args.in_channels * problem.taps)) return MMFAST_DECLINED;
     const Plan plan(problem, true);
     if (!plan.made()) return MMFAST_OUT_OF_MEMORY;

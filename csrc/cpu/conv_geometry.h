@@ -158,6 +158,27 @@ void copy_row(T* to, const T* from, int64_t n) {
     }
 }
 
+// to[kCount * i + c] = v[c][i]; unrolled, that the vectors be registers, and where lanes come from known beforehand
+template <typename T, int kCount>
+inline void store_interleaved(T* to, const Vec<T> (&v)[kCount]) {
+    constexpr int L = kLanes<T>;
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+        Vec<T> mixed = v[0];
+#pragma GCC unroll 4
+        for (int c = 1; c < kCount; ++c) {
+            Bits<T> from;
+#pragma GCC unroll 16
+            for (int k = 0; k < L; ++k) {
+                const int lane = (j * L + k) / kCount, row = (j * L + k) % kCount;
+                from[k] = row == c ? L + lane : c == 1 ? lane : k;
+            }
+            mixed = __builtin_shuffle(mixed, v[c], from);
+        }
+        store(to + j * L, mixed);
+    }
+}
+
 // to[kCount * i + c] = source(c, i, lanes)[0] for i < n but for the last ones; returns how many of them
 template <typename T, int kCount, typename Source>
 int64_t interleave_vectors(T* to, int64_t n, const Source& source) {
@@ -165,24 +186,9 @@ int64_t interleave_vectors(T* to, int64_t n, const Source& source) {
     int64_t i = 0;
     for (; i + L <= n; i += L) {
         Vec<T> v[kCount];
-        // unrolled, that the vectors be registers, and where lanes come from known to the compiler
 #pragma GCC unroll 4
         for (int c = 0; c < kCount; ++c) v[c] = source(c, i, L);
-#pragma GCC unroll 4
-        for (int j = 0; j < kCount; ++j) {
-            Vec<T> mixed = v[0];
-#pragma GCC unroll 4
-            for (int c = 1; c < kCount; ++c) {
-                Bits<T> from;
-#pragma GCC unroll 16
-                for (int k = 0; k < L; ++k) {
-                    const int lane = (j * L + k) / kCount, row = (j * L + k) % kCount;
-                    from[k] = row == c ? L + lane : c == 1 ? lane : k;
-                }
-                mixed = __builtin_shuffle(mixed, v[c], from);
-            }
-            store(to + kCount * i + j * L, mixed);
-        }
+        store_interleaved<T, kCount>(to + kCount * i, v);
     }
     return i;
 }
@@ -208,6 +214,33 @@ void interleave(T* to, int64_t count, int64_t size, const Source& source) {
     }
 }
 
+// phases[r][i] = from[kCount * i + r] for done <= i, as long as whole vectors are before n; returns how far
+template <typename T, int kCount>
+int64_t deinterleave_vectors(T* const* phases, const T* from, int64_t done, int64_t n) {
+    constexpr int L = kLanes<T>;
+    for (; done + L <= n; done += L) {
+        Vec<T> v[kCount];
+#pragma GCC unroll 8
+        for (int j = 0; j < kCount; ++j) v[j] = load(from + kCount * done + j * L);
+#pragma GCC unroll 8
+        for (int r = 0; r < kCount; ++r) {
+            Vec<T> mixed = v[0];
+#pragma GCC unroll 8
+            for (int j = 1; j < kCount; ++j) {
+                Bits<T> lane;
+#pragma GCC unroll 16
+                for (int k = 0; k < L; ++k) {
+                    const int at = kCount * k + r;
+                    lane[k] = at / L == j ? L + at % L : j == 1 ? at % L : k;
+                }
+                mixed = __builtin_shuffle(mixed, v[j], lane);
+            }
+            store(phases[r] + done, mixed);
+        }
+    }
+    return done;
+}
+
 // phases[r][i] = row[stride * i + r - before] for i < n; zero is what the row, of `size`, does not have
 template <typename T>
 void deinterleave(T* const* phases, const T* row, int64_t size, int64_t before, int64_t stride, int64_t n) {
@@ -220,18 +253,12 @@ void deinterleave(T* const* phases, const T* row, int64_t size, int64_t before, 
     };
     int64_t done = least(n, before > 0 ? parts_of(before, stride) : 0);
     take(0, done);
-    if (stride == 2) {
-        constexpr int L = kLanes<T>;
-        Bits<T> even;
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) even[i] = 2 * i;
-        const T* from = row - before;
-        for (; done + L <= n && 2 * (done + L) - before <= size; done += L) {
-            const Vec<T> a = load(from + 2 * done), b = load(from + 2 * done + L);
-            store(phases[0] + done, Vec<T>(__builtin_shuffle(a, b, even)));
-            store(phases[1] + done, Vec<T>(__builtin_shuffle(a, b, even + 1)));
-        }
-    }
+    const T* from = row - before;
+    const int64_t whole = least(n, (size + before) / stride);
+    if (stride == 2) done = deinterleave_vectors<T, 2>(phases, from, done, whole);
+    if (stride == 3) done = deinterleave_vectors<T, 3>(phases, from, done, whole);
+    if (stride == 4) done = deinterleave_vectors<T, 4>(phases, from, done, whole);
+    if (stride == 8) done = deinterleave_vectors<T, 8>(phases, from, done, whole);
     take(done, n);
 }
 

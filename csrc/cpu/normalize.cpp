@@ -143,24 +143,19 @@ void each_chunk(const Args& args, const Body& chunk) {
 }
 
 template <typename T, typename C>
-Moments channel_moments(const Args& args, const T* y) {
-    const int64_t stride = args.channels * args.size;
-    Moments moments;
-    each_chunk(args, [&](int64_t offset, int64_t rows, int64_t size) {
-        const double n = double(rows * size);
-        Vec<C> sum[kGroup] = {};
-        each_vector<C>(y + offset, rows, stride, size, [&](Vec<C> v, int, int64_t, int j) { sum[j] += v; });
-        const C about = C(sum_group<C>(sum) / n);
-        Vec<C> residual[kGroup] = {}, squares[kGroup] = {};
-        each_vector<C>(y + offset, rows, stride, size, [&](Vec<C> v, int width, int64_t, int j) {
-            Vec<C> d = v - about;
-            if (width < kLanes<C>) d = keep_first<C>(d, width);
-            residual[j] += d;
-            squares[j] += d * d;
-        });
-        moments.add_about(n, double(about), sum_group<C>(residual), sum_group<C>(squares));
+void add_chunk(Moments& moments, const T* y, int64_t rows, int64_t stride, int64_t size) {
+    const double n = double(rows * size);
+    Vec<C> sum[kGroup] = {};
+    each_vector<C>(y, rows, stride, size, [&](Vec<C> v, int, int64_t, int j) { sum[j] += v; });
+    const C about = C(sum_group<C>(sum) / n);
+    Vec<C> residual[kGroup] = {}, squares[kGroup] = {};
+    each_vector<C>(y, rows, stride, size, [&](Vec<C> v, int width, int64_t, int j) {
+        Vec<C> d = v - about;
+        if (width < kLanes<C>) d = keep_first<C>(d, width);
+        residual[j] += d;
+        squares[j] += d * d;
     });
-    return moments;
+    moments.add_about(n, double(about), sum_group<C>(residual), sum_group<C>(squares));
 }
 
 template <typename Body>
@@ -171,18 +166,60 @@ void each_channel(const Args& args, const Body& body) {
     });
 }
 
+// Whether a channel is read once, into memory of its own: its rows are as far apart as all channels' together, often a
+// power of two, where most share a set of each cache, and what is read again comes from memory again.
+template <typename C>
+bool is_gathered(const Args& args) {
+    return args.batch > 1 && args.size <= 8 * kLanes<C> && args.batch * args.size <= kChunkElements;
+}
+
+// body(offset, place, lanes in use) over a channel; place: among its elements. The channel after is fetched from
+// `ahead`.
+template <typename C, typename Body, typename... T>
+inline void each_of_channel(const Args& args, const Body& body, const T*... ahead) {
+    for (int64_t r = 0; r < args.batch; ++r)
+        for (int64_t i = 0; i < args.size; i += kLanes<C>) {
+            const int64_t o = r * args.channels * args.size + i;
+            (__builtin_prefetch(ahead + o + args.size), ...);
+            body(o, r * args.size + i, args.size - i < kLanes<C> ? int(args.size - i) : kLanes<C>);
+        }
+}
+
 template <typename T, typename C, typename Activation>
 int forward_channels_first(const Args& args, const Activation& activation) {
     const int64_t stride = args.channels * args.size;
     each_channel(args, [&](int64_t set, int64_t channel, int64_t offset) {
         const T* y = static_cast<const T*>(args.y) + offset;
         T* out = static_cast<T*>(args.out) + (args.out ? offset : 0);
-        if (args.measure) write_moments(args, set * args.channels + channel, channel_moments<T, C>(args, y));
+        alignas(64) C gathered[kChunkElements];
+        const bool is_read = args.measure && is_gathered<C>(args);
+        if (args.measure) {
+            Moments moments;
+            if (is_read) {
+                each_of_channel<C>(
+                    args,
+                    [&](int64_t o, int64_t place, int width) {
+                        store_float(gathered + place, load_float(y + o, width), width);
+                    },
+                    y);
+                add_chunk<C, C>(moments, gathered, 1, 0, args.batch * args.size);
+            } else {
+                each_chunk(args, [&](int64_t start, int64_t rows, int64_t size) {
+                    add_chunk<T, C>(moments, y + start, rows, stride, size);
+                });
+            }
+            write_moments(args, set * args.channels + channel, moments);
+        }
         if (!args.out) return;
         const auto affine = affine_of<C>(args, set, channel);
-        each_vector<C>(y, args.batch, stride, args.size, [&](Vec<C> v, int width, int64_t o, int) {
-            store_float(out + o, activation.value(affine.argument(v)), width);
-        });
+        const auto result = [&](Vec<C> v) { return activation.value(affine.argument(v)); };
+        if (is_read)
+            each_of_channel<C>(args, [&](int64_t o, int64_t place, int width) {
+                store_float(out + o, result(load_float(gathered + place, width)), width);
+            });
+        else
+            each_vector<C>(y, args.batch, stride, args.size,
+                           [&](Vec<C> v, int width, int64_t o, int) { store_float(out + o, result(v), width); });
     });
     return MMFAST_OK;
 }
@@ -199,33 +236,59 @@ int backward_channels_first(const Args& args, const Activation& activation) {
         const auto dargument = [&](Vec<C> v, int width, int64_t o) {
             return load_float(dout + o, width) * activation.slope(affine.argument(v));
         };
+        alignas(64) C dz[kChunkElements], xhat[kChunkElements];
         double dbias = 0, dweight = 0;
-        each_chunk(args, [&](int64_t start, int64_t rows, int64_t size) {
+        if (is_gathered<C>(args)) {
+            each_of_channel<C>(
+                args,
+                [&](int64_t o, int64_t place, int width) {
+                    const Vec<C> v = load_float(y + o, width);
+                    store_float(dz + place, dargument(v, width, o), width);
+                    store_float(xhat + place, affine.normalized(v), width);
+                },
+                y, dout);
             Vec<C> dz_sum[kGroup] = {}, product_sum[kGroup] = {};
-            each_vector<C>(y + start, rows, stride, size, [&](Vec<C> v, int width, int64_t o, int j) {
-                Vec<C> dz = dargument(v, width, start + o);
-                Vec<C> product = dz * affine.normalized(v);
-                if (width < kLanes<C>) {
-                    // dead lanes hold a zero gradient times a slope and xhat that may not be finite
-                    dz = keep_first<C>(dz, width);
-                    product = keep_first<C>(product, width);
-                }
-                dz_sum[j] += dz;
-                product_sum[j] += product;
+            each_vector<C>(dz, 1, 0, args.batch * args.size, [&](Vec<C> v, int width, int64_t o, int j) {
+                dz_sum[j] += v;
+                product_sum[j] += v * load_float(xhat + o, width);
             });
-            dbias += sum_group<C>(dz_sum);
-            dweight += sum_group<C>(product_sum);
-        });
+            dbias = sum_group<C>(dz_sum);
+            dweight = sum_group<C>(product_sum);
+        } else {
+            each_chunk(args, [&](int64_t start, int64_t rows, int64_t size) {
+                Vec<C> dz_sum[kGroup] = {}, product_sum[kGroup] = {};
+                each_vector<C>(y + start, rows, stride, size, [&](Vec<C> v, int width, int64_t o, int j) {
+                    Vec<C> dz = dargument(v, width, start + o);
+                    Vec<C> product = dz * affine.normalized(v);
+                    if (width < kLanes<C>) {
+                        // dead lanes hold a zero gradient times a slope and xhat that may not be finite
+                        dz = keep_first<C>(dz, width);
+                        product = keep_first<C>(product, width);
+                    }
+                    dz_sum[j] += dz;
+                    product_sum[j] += product;
+                });
+                dbias += sum_group<C>(dz_sum);
+                dweight += sum_group<C>(product_sum);
+            });
+        }
         const int64_t i = set * args.channels + channel;
         static_cast<C*>(args.dbias)[i] = C(dbias);
         static_cast<C*>(args.dweight)[i] = C(dweight);
         const Vec<C> bias_part = splat(C(dbias / count)), weight_part = splat(C(dweight / count));
-        each_vector<C>(y, args.batch, stride, args.size, [&](Vec<C> v, int width, int64_t o, int) {
-            Vec<C> dz = dargument(v, width, o);
+        const auto store_dy = [&](Vec<C> dz, Vec<C> xhat, int width, int64_t o) {
             // not by a factor of 0: xhat may be infinite
-            if (args.measure) dz = dz - bias_part - affine.normalized(v) * weight_part;
+            if (args.measure) dz = dz - bias_part - xhat * weight_part;
             store_float(dy + o, affine.scale * dz, width);
-        });
+        };
+        if (is_gathered<C>(args))
+            each_of_channel<C>(args, [&](int64_t o, int64_t place, int width) {
+                store_dy(load_float(dz + place, width), load_float(xhat + place, width), width, o);
+            });
+        else
+            each_vector<C>(y, args.batch, stride, args.size, [&](Vec<C> v, int width, int64_t o, int) {
+                store_dy(dargument(v, width, o), affine.normalized(v), width, o);
+            });
     });
     return MMFAST_OK;
 }

@@ -27,6 +27,8 @@ constexpr int kRows = 6, kMaxVectors = 2, kPanels = 32, kLines = 3;
 #endif
 constexpr int64_t kDepth = 512;
 constexpr int64_t kShortest = 16, kLongest = 128;
+// Rows of a that stay in a cache, for which a block has few panels: each row of b is fetched kAhead rows ahead.
+constexpr int64_t kFewRows = 64, kFewPanels = 10, kAhead = 4;
 constexpr int64_t kLargeResult = 1 << 18;  // whose next rows are fetched ahead: no stream of stores does that
 
 template <typename C>
@@ -100,8 +102,10 @@ class Product {
 
   private:
     int rows(int64_t begin, int64_t end) const {
+        const int64_t depth = smaller(k_, kDepth);
         // the less deep a block is, the more columns it has, and the fewer times a is read
-        const int64_t depth = smaller(k_, kDepth), most = kPanels * kDepth / (depth ? depth : 1) * kPanelWidth<C>;
+        const int64_t deep = kPanels * kDepth / (depth ? depth : 1);
+        const int64_t most = (end - begin > kFewRows ? deep : smaller(deep, kFewPanels)) * kPanelWidth<C>;
         const int64_t columns = smaller(n_ + kPanelWidth<C>, most);
         C* panels = static_cast<C*>(
             aligned_alloc(64, size_t((columns + kStrips<C> * kRows) * depth * int64_t(sizeof(C)) + 63) / 64 * 64));
@@ -116,8 +120,7 @@ class Product {
 
     void block(int64_t begin, int64_t end, int64_t column, int64_t last, int64_t k, int64_t depth, C* panels,
                C* strips) const {
-        each_panel(column, last,
-                   [&](int64_t j, int64_t columns) { pack(panels + (j - column) * depth, j, columns, k, depth); });
+        pack(panels, column, last, k, depth);
         const bool copies = a_row_ == 1 && a_k_ != 1;
         for (int64_t i = begin; i < end; i += kRows) {
             const int valid = int(smaller(end - i, int64_t(kRows)));
@@ -144,11 +147,11 @@ class Product {
     // sums to hide how long an addition takes.
     template <typename Body>
     static void each_panel(int64_t column, int64_t last, const Body& body) {
-        const int64_t vectors = vectors_of(last - column), panels = (vectors + kMaxVectors - 1) / kMaxVectors;
-        for (int64_t panel = 0; panel < panels; ++panel) {
-            const int64_t begin = column + vectors * panel / panels * kLanes<C>;
-            const int64_t end = column + vectors * (panel + 1) / panels * kLanes<C>;
-            body(begin, smaller(last, end) - begin);
+        const uint32_t vectors = uint32_t(vectors_of(last - column)),
+                       panels = (vectors + kMaxVectors - 1) / kMaxVectors;
+        for (uint32_t panel = 0, begin = 0, end = 0; panel < panels; ++panel, begin = end) {
+            end = vectors * (panel + 1) / panels;
+            body(column + begin * kLanes<C>, smaller(last - column, int64_t(end) * kLanes<C>) - begin * kLanes<C>);
         }
     }
 
@@ -173,22 +176,33 @@ class Product {
     static int vectors_of(int64_t columns) { return int((columns + kLanes<C> - 1) / kLanes<C>); }
 
     // panel[k][column] = b[k][column], zeros past the last column
-    void pack(C* panel, int64_t column, int64_t columns, int64_t k, int64_t depth) const {
+    void pack(C* panels, int64_t column, int64_t last, int64_t k, int64_t depth) const {
         constexpr int L = kLanes<C>;
-        const int vectors = vectors_of(columns);
-        const C* from = b_ + k * b_k_ + column * b_column_;
-        for (int v = 0; v < vectors; ++v, from += L * b_column_) {
-            const int valid = int(smaller(columns - v * L, int64_t(L)));
-            if (b_column_ == 1)
-                for (int64_t d = 0; d < depth; ++d)
-                    store(panel + (d * vectors + v) * L,
-                          valid == L ? load(from + d * b_k_) : load_partial(from + d * b_k_, valid));
-            else
-                pack_transposed(panel + v * L, vectors * L, from, valid, depth);
+        if (b_column_ != 1) {
+            each_panel(column, last, [&](int64_t j, int64_t columns) {
+                C* panel = panels + (j - column) * depth;
+                const int vectors = vectors_of(columns);
+                for (int v = 0; v < vectors; ++v)
+                    pack_transposed(panel + v * L, vectors * L, b_ + k * b_k_ + (j + v * L) * b_column_,
+                                    int(smaller(columns - v * L, int64_t(L))), depth);
+            });
+            return;
+        }
+        // row by row of the whole block, which memory gives in less time than panel by panel
+        for (int64_t d = 0; d < depth; ++d) {
+            const C* row = b_ + (k + d) * b_k_;
+            for (int64_t j = column; j < last && d + kAhead < depth; j += L)
+                __builtin_prefetch(row + kAhead * b_k_ + j, 0, 2);
+            each_panel(column, last, [&](int64_t j, int64_t columns) {
+                const int vectors = vectors_of(columns);
+                C* to = panels + (j - column) * depth + d * vectors * L;
+                for (int v = 0; v < vectors; ++v, j += L)
+                    store(to + v * L, last - j < L ? load_partial(row + j, int(last - j)) : load(row + j));
+            });
         }
     }
 
-    // panel[d * stride + lane] = from[d * b_k + lane * b_column]
+    // panel[d * stride + lane] = from[d * b_k + lane * b_column]; what the next vector reads is fetched ahead
     void pack_transposed(C* panel, int64_t stride, const C* from, int valid, int64_t depth) const {
         constexpr int L = kLanes<C>;
         for (int64_t d = 0; d < depth; d += L) {
@@ -196,6 +210,7 @@ class Product {
             V square[L] = {}, turned[L];
             for (int lane = 0; lane < valid; ++lane) {
                 const C* p = from + lane * b_column_ + d * b_k_;
+                __builtin_prefetch(p + L * b_column_, 0, 2);
                 if (b_k_ == 1) {
                     square[lane] = count == L ? load(p) : load_partial(p, count);
                 } else {

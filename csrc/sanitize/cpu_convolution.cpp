@@ -70,6 +70,15 @@ bool run_squares() {
 bool run_depthwise() {
     mmfast_conv_transpose_args args = any_layer();
     args.out_channels = args.in_channels;
+    if (pick(0, 2) == 0 && g_short < 0) {
+        // one dimension, of strides up to more than a vector
+        const int64_t s = args.stride[2] = pick(1, 20), k = args.kernel[2] = pick(1, 45);
+        const int64_t full = ((args.in_size[2] = pick(1, 40)) - 1) * s + k;
+        for (int i = 0; i < 2; ++i) args.in_size[i] = args.out_size[i] = args.kernel[i] = args.stride[i] = 1;
+        for (int64_t& dilation : args.dilation) dilation = 1;
+        args.before[0] = args.before[1] = 0, args.before[2] = pick(0, full - 1);
+        args.out_size[2] = pick(1, full - args.before[2] + 20);
+    }
     const int64_t weights = args.in_channels * product_of(args.kernel);
     return forward_and_backward(args, weights, depthwise_forward, depthwise_backward, args.batch * weights, false);
 }

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from .. import functional as F
 from ..dispatch import EPOCH, Op, each_call_chooses
 from ..ops.conv_transpose.backends import OP, Case
+from ..ops.conv_transpose.layers import conv_transpose_call
 from .layer import Twin
 
 Size = int | tuple[int, ...]
@@ -22,14 +23,14 @@ class _Call(Twin):
 
     functional: Callable[..., Tensor]
 
+    #: whether PyTorch serves the layer, by what a call tells; as old as `_asked`
+    _noted: dict[tuple, bool] = {}
+
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if output_size is None and not is_compiling() and type(input) is Tensor and input.is_cpu:
-            # what else was looked at would cost as much as a small convolution
-            if self._left is EPOCH[0] and self.backend is None:
-                return super().forward(input)  # type: ignore[misc]
-            if self._asked is not EPOCH[0] and not each_call_chooses():
-                self._asked = EPOCH[0]
-                self._left = self._asked if self.is_left() else None
+        plain = output_size is None and not is_compiling() and type(input) is Tensor and input.is_cpu
+        # what else was looked at would cost as much as a small convolution
+        if plain and self.backend is None and (self._left is EPOCH[0] or self._is_left_for(input)):
+            return super().forward(input)  # type: ignore[misc]
         dims = len(self.kernel_size)
         if self.padding_mode != "zeros":
             raise ValueError(f"Only `zeros` padding mode is supported for ConvTranspose{dims}d")
@@ -48,6 +49,20 @@ class _Call(Twin):
             self.dilation,
             backend=self.backend,
         )
+
+    def _is_left_for(self: Any, input: Tensor) -> bool:
+        """Whether PyTorch serves this call, as far as is known from one like it."""
+        if each_call_chooses():
+            return False
+        if self._asked is not EPOCH[0]:
+            self._asked, self._noted = EPOCH[0], {}
+            self._left = self._asked if self.is_left() else None
+        call = conv_transpose_call(input, self.out_channels, self.stride)
+        left = self._noted.get(call)
+        if left is None:
+            op, case = self.static_case()
+            left = self._noted[call] = op.leaves([case.of_this_call(*call)])
+        return left
 
     def is_left(self: Any, **epilogue: Any) -> bool:
         """Whether PyTorch serves this layer and what follows it, as a case names it, for any input."""

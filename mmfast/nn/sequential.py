@@ -56,7 +56,7 @@ class Sequential(torch.nn.Sequential):
     """
 
     #: (dispatch.EPOCH, training, the modules) and, of inputs on a CPU while these are the same, whether PyTorch serves
-    #: every chain, and by a chain's place and what its input tells how many modules it serves there; 0: not all
+    #: every chain, and by a chain's place and what its input tells how many modules are to be called there; 0: one op
     _noted: tuple[Any, bool, dict[tuple, int]] = (None, False, {})
 
     def forward(self, input: Any) -> Any:
@@ -84,8 +84,9 @@ class Sequential(torch.nn.Sequential):
                     continue
             count = self._fused_from(modules, position, input)
             chain = modules[position : position + max(count, 1)]
-            if known is not None and call and count > 1 and call not in known:
-                known[call] = count if _is_left_at(chain, call[1:]) else 0
+            if known is not None and call and count and call not in known:
+                # what nothing follows chooses for itself
+                known[call] = count if count == 1 or _is_left_at(chain, call[1:]) else 0
             input = _call_fused(chain, input) if count > 1 else chain[0](input)
             position += len(chain)
         return input
@@ -122,12 +123,11 @@ class Sequential(torch.nn.Sequential):
         return cases
 
 
-def _is_left_at(chain: list[Any], call: tuple[bool, ...]) -> bool:
+def _is_left_at(chain: list[Any], call: tuple[int, ...]) -> bool:
     """Whether PyTorch serves a transposed convolution and what follows it for a call of these facts."""
     conv, *following = chain
     op, case = conv.static_case()
-    facts = dict(zip(("contiguous", "gradients", "spread", "small"), call, strict=True))
-    return conv.backend is None and op.leaves([case._replace(**facts, **_epilogue(following))])
+    return conv.backend is None and op.leaves([case.of_this_call(*call)._replace(**_epilogue(following))])
 
 
 def has_chain(module: torch.nn.Sequential) -> bool:

@@ -34,6 +34,9 @@ _NO_ACTIVATION = (0, Epilogue().negative_slope)
 #: A sample of so many elements is torch's: offsets within one are 32 bits.
 _LARGE = 2**30
 
+#: Positions of a long row.
+LONG_ROW = 64
+
 #: Channels in and out, and in alone, from which on a convolution in 16 bits was measured faster through float32.
 _WIDENED, _WIDENED_IN = 8, 32
 
@@ -44,7 +47,8 @@ class Case(NamedTuple):
     """The static facts a choice depends on; one entry per spatial dimension in the tuples.
 
     bias: there is one; contiguous: the input is; gradients: they may be asked for. `of_call`, not known in a graph for
-    any size: spread: the input has more than one position; small: the output has few elements. traced: the call becomes
+    any size: spread: 0 where the input has one position, 2 where its rows have LONG_ROW of them, else 1; small: the
+    output has few elements. traced: the call becomes
     part of a compiled graph.
     """
 
@@ -65,13 +69,17 @@ class Case(NamedTuple):
     bias: bool = False
     contiguous: bool = True
     gradients: bool = True
-    spread: bool = False
+    spread: int = 0
     small: bool = False
     traced: bool = False
 
     @property
     def of_call(self) -> tuple[str, ...]:
         return ("spread", "small", "traced")
+
+    def of_this_call(self, contiguous: bool, gradients: bool, spread: int, small: bool) -> Case:
+        """The layer's case, for a call with these facts."""
+        return self._replace(contiguous=contiguous, gradients=gradients, spread=spread, small=small)
 
 
 def moments_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -174,12 +182,11 @@ def prefers_products(case: Case) -> str:
     if case.dtype != torch.float32:
         return ""
     depthwise = case.groups > 1 and case.groups == case.in_channels == case.out_channels
-    infers = case.bias if native.beats_mkl() else case.stride[0] == 2
-    if depthwise and len(case.stride) == 1 and case.stride[0] > 1 and (infers or case.gradients):
-        # Granite Rapids, 512 channels, k4 s2, at 64, batch 8: forward 0.69 to 0.38 ms, both gradients 1.72 to 0.42 ms;
-        # 64 channels, k16 s8: 0.33 to 0.36 ms, 1.00 to 0.38 ms. In 2-d, or k6 s1, the forward may take twice as long.
-        # Zen 5, 512 channels, k4 s2: without a bias the forward 0.18 to 0.28 ms, with one 0.92 to 0.27 ms,
-        # both gradients 1.3 to 0.4 ms
+    infers = case.bias or (case.spread == 2 and case.kernel_size[0] <= 2 * case.stride[0])
+    if depthwise and len(case.stride) == 1 and case.stride[0] > 1 and (case.gradients or (infers and not case.small)):
+        # Zen 5, forward, times PyTorch's speed: k = 2 s, at 32, 64, 512 positions: 0.9 to 1.4, 1.2 to 2.4, 2.6 to 4.6,
+        # with a bias 4.7 to 21; k12 s2: 0.3, 0.6, 1.1, with a bias 2.3 to 7; both gradients of 512 channels, k4 s2, at
+        # 64, batch 8: 1.3 to 0.16 ms. AVX2: 0.7 to 1.6, 0.9 to 1.7, 1.8 to 2.6, and 3.3 to 13. In 2-d it may be slower
         return "depthwise in 1-d"
     if case.groups != 1 or case.crop:
         return ""
@@ -385,15 +392,16 @@ class Cpu(Backend):
         if not epilogue.normalizes:
             native.cpu_activation_backward(activation, saved, dout, dy)
             return dy, nothing, nothing
-        dtype = moments_dtype(saved.dtype)
-        layout = _layout(saved, epilogue.norm)
-        shape = (layout[1][0], layout[1][2])
-        dweight, dbias = saved.new_zeros(shape, dtype=dtype), saved.new_zeros(shape, dtype=dtype)
+        dtype, of_samples = moments_dtype(saved.dtype), epilogue.norm == "instance"
+        shape = saved.shape[:2] if of_samples else saved.shape[1:2]
+        sums = saved.new_empty(shape, dtype=dtype), saved.new_empty(shape, dtype=dtype)
         if saved.numel():
             wide = [_as(p, dtype) for p in parameters]
-            call = native.normalization(layout, activation, epilogue.measures, epilogue.eps, saved, wide)
-            native.cpu_normalize_backward(call, dout, dy, dweight, dbias)
-        return dy, dweight.sum(0), dbias.sum(0)
+            options = _layout(saved, epilogue.norm), activation, epilogue.measures, epilogue.eps
+            native.cpu_normalize_backward(native.normalization(*options, saved, wide), dout, dy, *sums)
+        else:
+            sums = sums[0].zero_(), sums[1].zero_()
+        return dy, *((sums[0].sum(0), sums[1].sum(0)) if of_samples else sums)
 
 
 def _is_widened(dtype: torch.dtype, in_channels: int, out_channels: int) -> bool:
@@ -450,7 +458,7 @@ def _narrow(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.detach().to(dtype).contiguous()
+    return x if x is None or (x.dtype is dtype and x.is_contiguous()) else x.detach().to(dtype).contiguous()
 
 
 class Triton(GpuBackend):

@@ -34,9 +34,8 @@ class Geometry(NamedTuple):
 
     def out_size(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
         """The output's spatial size for an input's spatial size."""
-        cropped = [begin + end for begin, end in zip(self.crop[::2], self.crop[1::2], strict=True)]
-        rows = zip(size, kernel, *self[:4], cropped, strict=True)
-        return [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 - c for n, k, s, p, o, d, c in rows]
+        rows = zip(size, kernel, *self[:4], self.crop[::2], self.crop[1::2], strict=True)
+        return [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 - a - b for n, k, s, p, o, d, a, b in rows]
 
 
 class Epilogue(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...dispatch import compute_dtype, is_known, needs_formula
 from . import equations
-from .backends import OP, Case
+from .backends import LONG_ROW, OP, Case
 from .equations import ACTIVATIONS, Epilogue, Geometry
 from .op import conv_transpose
 
@@ -342,7 +342,7 @@ def _conv_transpose_case(
     bias: bool,
     contiguous: bool,
     gradients: bool,
-    spread: bool,
+    spread: int,
     small: bool,
     shape: torch.Size,
     stride: Size,
@@ -373,42 +373,45 @@ def _conv_transpose_case(
 _SMALL_OUTPUT = 2**17
 
 
-def conv_transpose_call(input: Tensor, out_channels: int, stride: Sequence[int]) -> tuple[bool, bool, bool, bool]:
+def conv_transpose_call(input: Tensor, out_channels: int, stride: Sequence[int]) -> tuple[bool, bool, int, bool]:
     """(contiguous, gradients, spread, small) of `Case`: what a choice depends on besides the layer.
 
     Of sizes that are symbols, of a graph for any, nothing is known.
     """
     known = input.is_contiguous(), torch.is_grad_enabled()
     if not input.dim():
-        return *known, False, False
-    positions = math.prod(input.shape[2:])
-    elements = input.shape[0] * positions * out_channels * math.prod(stride)
+        return *known, 0, False
+    batch, *sizes = input.shape
+    positions = math.prod(sizes[1:])
+    elements = batch * positions * out_channels * math.prod(stride)
     if torch.compiler.is_compiling() and not is_known(elements):
-        return *known, False, False
-    return *known, positions > 1, elements < _SMALL_OUTPUT
+        return *known, 0, False
+    spread = 0 if positions == 1 else 2 if sizes[-1] >= LONG_ROW else 1
+    return *known, spread, elements < _SMALL_OUTPUT
 
 
 def _fits(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
     """Whether PyTorch would take these arguments: if not, it is asked, and its own error raised."""
+    # written out, for what generators take is a tenth of a small layer's time
     if input.dim() not in (dims + 1, dims + 2) or input.shape[-dims - 1] != weight.shape[0]:
         return False
-    groups, size = geometry.groups, input.shape[-dims:]
+    stride, padding, output_padding, dilation, groups, _ = geometry
+    size = input.shape[-dims:]
     if groups < 1 or weight.shape[0] % groups or min(size) < 1 or min(weight.shape) < 1:
         return False
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[1] * groups):
         return False
-    if any(x.device != input.device for x in (weight, bias) if x is not None):
+    if weight.device != input.device or (bias is not None and bias.device != input.device):
         return False
     same_dtype = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
     if not same_dtype and compute_dtype(input.device.type, input.dtype) == input.dtype:
         return False
-    lists = geometry[:4]
-    if any(len(part) != dims for part in lists) or min(*geometry.stride, *geometry.dilation) < 1:
+    if not len(stride) == len(padding) == len(output_padding) == len(dilation) == dims:
         return False
-    if min(*geometry.padding, *geometry.output_padding) < 0:
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0 or min(output_padding) < 0:
         return False
-    rows = zip(geometry.output_padding, geometry.stride, geometry.dilation, strict=True)
-    if any(padding >= stride and padding >= dilation for padding, stride, dilation in rows):
+    rows = zip(output_padding, stride, dilation, strict=True)
+    if any(output_padding) and any(more >= step and more >= apart for more, step, apart in rows):
         return False
     return min(geometry.out_size(size, weight.shape[2:])) >= 1
 
@@ -424,7 +427,9 @@ def _conv_transpose_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(input.device.type, input.dtype)
-    x, weight = input.to(dtype), weight.to(dtype)
+    x = input
+    if not (x.dtype == weight.dtype == dtype):
+        x, weight = input.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     unbatched = x.dim() == dims + 1
     tensors = (x.unsqueeze(0) if unbatched else x, weight, bias, *parameters)
