@@ -312,6 +312,15 @@ def test_depthwise_in_one_dimension_is_exact_and_stays_inside(seed, isa, dtype):
         assert native.cpu_depthwise_forward(products.native_window(x, weight, g), x, weight, bias, y, (0, 0.0))
         torch.testing.assert_close(y.double(), exact, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(torch.cat([around[:64], around[-64:]]), torch.full((128,), 777.0, dtype=dtype))
+        if not (x.isfinite().all() and weight.isfinite().all()):
+            continue
+        dy = amid(integers(*exact.shape), torch.nan)[64:-64].view(exact.shape)
+        dx, dweight = torch.full_like(x, torch.nan), torch.full((batch, *weight.shape), torch.nan, dtype=dtype)
+        window = products.native_window(x, weight, g)
+        assert native.cpu_conv_transpose_backward("depthwise", window, x, weight, dy, dx, dweight)
+        exact = equations.convolve_backward(dy.double(), x.double(), weight.double(), g, (True, True, False))
+        assert torch.equal(dx.double(), exact[0])
+        assert torch.equal(dweight.sum(0).double(), exact[1])
 
 
 @pytest.mark.parametrize("method", ["gather", "squares"])

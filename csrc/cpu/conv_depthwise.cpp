@@ -439,12 +439,70 @@ void gradients_of(const Args& args, const Problem& problem, const Plan& plan, co
     }
 }
 
+// dx and this sample's share of dweight of one channel in one dimension, of at most two sets of kStride taps: dx[q] is
+// the sum of dy[q * kStride + k - before] w[k], dweight[k] that of the products with x[q] instead.
+template <typename T, int kStride>
+void backward_line(const Axis& axis, const T* x, const T* w, const T* dy, T* dx, T* dweight) {
+    constexpr int L = kLanes<T>, kTerms = 2 * kStride, kCount = (L + 1) * kStride;
+    Vec<T> sum[kTerms] = {};
+    T taps[kTerms] = {}, edge[kCount];
+    for (int k = 0; k < axis.kernel; ++k) taps[k] = w[k];
+    for (int64_t q = 0; q < axis.in; q += L) {
+        const int lanes = int(least(axis.in - q, L));
+        const int64_t first = q * kStride - axis.before;
+        const T* from = dy + first;
+        if (first < 0 || first + kCount > axis.out) {
+            for (int i = 0; i < kCount; ++i) edge[i] = first + i >= 0 && first + i < axis.out ? from[i] : T(0);
+            from = edge;
+        }
+        const Vec<T> v = load_float(x + q, lanes);
+        Vec<T> total = {};
+#pragma GCC unroll 2
+        for (int t = 0; t < 2; ++t) {
+            Vec<T> phases[kStride];
+            load_deinterleaved<T, kStride>(from + t * kStride, phases);
+#pragma GCC unroll 4
+            for (int r = 0; r < kStride; ++r) {
+                total += phases[r] * taps[t * kStride + r];
+                sum[t * kStride + r] += phases[r] * v;
+            }
+        }
+        if (dx) store_float(dx + q, total, lanes);
+    }
+    for (int k = 0; dweight && k < axis.kernel; ++k) dweight[k] = sum_lanes<T>(sum[k]);
+}
+
+template <typename T>
+void backward_lines(const Args& args, const Problem& problem) {
+    const Axis& axis = problem.axis[2];
+    const auto line = axis.stride == 2   ? backward_line<T, 2>
+                      : axis.stride == 3 ? backward_line<T, 3>
+                                         : backward_line<T, 4>;
+    const int64_t units = args.batch * args.in_channels;
+    const int threads = threads_for(args, problem);
+    parallel_for(threads, threads, [&](int64_t part) {
+        for (int64_t unit = units * part / threads; unit < units * (part + 1) / threads; ++unit)
+            line(axis, static_cast<const T*>(args.x) + unit * axis.in,
+                 static_cast<const T*>(args.weight) + unit % args.in_channels * axis.kernel,
+                 static_cast<const T*>(args.y) + unit * axis.out,
+                 args.dx ? static_cast<T*>(args.dx) + unit * axis.in : nullptr,
+                 args.dweight ? static_cast<T*>(args.dweight) + unit * axis.kernel : nullptr);
+    });
+}
+
 template <typename T>
 int backward_of(const Args& args) {
     const Problem problem(args);
     const Axis *axis = problem.axis, &inner = axis[2];
     if (args.dx && !all_finite(static_cast<const T*>(args.weight), args.in_channels * problem.taps))
         return MMFAST_DECLINED;
+    const int64_t shares = args.batch * args.in_channels * problem.taps;
+    // of shorter rows there is more at their ends than between them
+    if (is_line(args, problem) && inner.stride > 1 && inner.stride <= 4 && inner.kernel <= 2 * inner.stride &&
+        inner.in >= 2 * kLanes<T>) {
+        backward_lines<T>(args, problem);
+        return !args.dweight || all_finite(static_cast<const T*>(args.dweight), shares) ? MMFAST_OK : MMFAST_DECLINED;
+    }
     const int64_t out_rows = axis[0].out * axis[1].out;
     const int64_t length = inner.in + inner.reach, whole = inner.stride * length;
     const Plan plan(problem, false);
@@ -469,7 +527,6 @@ int backward_of(const Args& args) {
         }
     });
     if (status || !args.dweight) return status;
-    const int64_t shares = args.batch * args.in_channels * problem.taps;
     return all_finite(static_cast<const T*>(args.dweight), shares) ? MMFAST_OK : MMFAST_DECLINED;
 }
 

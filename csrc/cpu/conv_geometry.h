@@ -214,29 +214,37 @@ void interleave(T* to, int64_t count, int64_t size, const Source& source) {
     }
 }
 
+// phases[r][i] = from[kCount * i + r]
+template <typename T, int kCount>
+inline void load_deinterleaved(const T* from, Vec<T> (&phases)[kCount]) {
+    constexpr int L = kLanes<T>;
+    Vec<T> v[kCount];
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; ++j) v[j] = load(from + j * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+        phases[r] = v[0];
+#pragma GCC unroll 8
+        for (int j = 1; j < kCount; ++j) {
+            Bits<T> lane;
+#pragma GCC unroll 16
+            for (int k = 0; k < L; ++k) {
+                const int at = kCount * k + r;
+                lane[k] = at / L == j ? L + at % L : j == 1 ? at % L : k;
+            }
+            phases[r] = __builtin_shuffle(phases[r], v[j], lane);
+        }
+    }
+}
+
 // phases[r][i] = from[kCount * i + r] for done <= i, as long as whole vectors are before n; returns how far
 template <typename T, int kCount>
 int64_t deinterleave_vectors(T* const* phases, const T* from, int64_t done, int64_t n) {
-    constexpr int L = kLanes<T>;
-    for (; done + L <= n; done += L) {
+    for (; done + kLanes<T> <= n; done += kLanes<T>) {
         Vec<T> v[kCount];
+        load_deinterleaved<T, kCount>(from + kCount * done, v);
 #pragma GCC unroll 8
-        for (int j = 0; j < kCount; ++j) v[j] = load(from + kCount * done + j * L);
-#pragma GCC unroll 8
-        for (int r = 0; r < kCount; ++r) {
-            Vec<T> mixed = v[0];
-#pragma GCC unroll 8
-            for (int j = 1; j < kCount; ++j) {
-                Bits<T> lane;
-#pragma GCC unroll 16
-                for (int k = 0; k < L; ++k) {
-                    const int at = kCount * k + r;
-                    lane[k] = at / L == j ? L + at % L : j == 1 ? at % L : k;
-                }
-                mixed = __builtin_shuffle(mixed, v[j], lane);
-            }
-            store(phases[r] + done, mixed);
-        }
+        for (int r = 0; r < kCount; ++r) store(phases[r] + done, v[r]);
     }
     return done;
 }
@@ -244,21 +252,29 @@ int64_t deinterleave_vectors(T* const* phases, const T* from, int64_t done, int6
 // phases[r][i] = row[stride * i + r - before] for i < n; zero is what the row, of `size`, does not have
 template <typename T>
 void deinterleave(T* const* phases, const T* row, int64_t size, int64_t before, int64_t stride, int64_t n) {
+    const T* from = row - before;
     const auto take = [&](int64_t begin, int64_t end) {
         for (int64_t r = 0; r < stride; ++r)
             for (int64_t i = begin; i < end; ++i) {
-                const int64_t at = stride * i + r - before;
-                phases[r][i] = at >= 0 && at < size ? row[at] : T(0);
+                const int64_t at = stride * i + r;
+                phases[r][i] = at >= before && at < size + before ? from[at] : T(0);
             }
     };
     int64_t done = least(n, before > 0 ? parts_of(before, stride) : 0);
     take(0, done);
-    const T* from = row - before;
+    // up to where the row has every phase
     const int64_t whole = least(n, (size + before) / stride);
-    if (stride == 2) done = deinterleave_vectors<T, 2>(phases, from, done, whole);
-    if (stride == 3) done = deinterleave_vectors<T, 3>(phases, from, done, whole);
-    if (stride == 4) done = deinterleave_vectors<T, 4>(phases, from, done, whole);
-    if (stride == 8) done = deinterleave_vectors<T, 8>(phases, from, done, whole);
+    if (stride == 2)
+        done = deinterleave_vectors<T, 2>(phases, from, done, whole);
+    else if (stride == 3)
+        done = deinterleave_vectors<T, 3>(phases, from, done, whole);
+    else if (stride == 4)
+        done = deinterleave_vectors<T, 4>(phases, from, done, whole);
+    else if (stride == 8)
+        done = deinterleave_vectors<T, 8>(phases, from, done, whole);
+    else
+        for (; done < whole; ++done)
+            for (int64_t r = 0; r < stride; ++r) phases[r][done] = from[stride * done + r];
     take(done, n);
 }
 
