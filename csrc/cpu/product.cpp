@@ -28,7 +28,7 @@ constexpr int kRows = 6, kMaxVectors = 2, kPanels = 32, kLines = 3;
 constexpr int64_t kDepth = 512;
 constexpr int64_t kShortest = 16, kLongest = 128;
 // Rows of a that stay in a cache, for which a block has few panels: each row of b is fetched kAhead rows ahead.
-constexpr int64_t kFewRows = 64, kFewPanels = 10, kAhead = 4;
+constexpr int64_t kFewRows = 128, kFewPanels = 10, kAhead = 4;
 constexpr int64_t kLargeResult = 1 << 18;  // whose next rows are fetched ahead: no stream of stores does that
 
 template <typename C>

@@ -258,8 +258,8 @@ def _conv_transpose_norm_act(
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {out.size()}")
         if epilogue.norm == "batch" and running_mean is not None and running_var is not None:
             with torch.no_grad():
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-                running_var.lerp_(var.to(running_var.dtype) * (count / max(count - 1, 1)), momentum)
+                running_mean.lerp_(_to(running_mean.dtype, mean), momentum)
+                running_var.lerp_(_to(running_var.dtype, var) * (count / max(count - 1, 1)), momentum)
     return out, mean, var
 
 
@@ -427,10 +427,8 @@ def _conv_transpose_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(input.device.type, input.dtype)
-    x = input
-    if not (x.dtype == weight.dtype == dtype):
-        x, weight = input.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    x, weight = _to(dtype, input), _to(dtype, weight)
+    bias = None if bias is None else _to(dtype, bias)
     unbatched = x.dim() == dims + 1
     tensors = (x.unsqueeze(0) if unbatched else x, weight, bias, *parameters)
     if needs_formula([tensor for tensor in tensors if tensor is not None]):
@@ -440,6 +438,11 @@ def _conv_transpose_op(
     else:
         out, mean, var = conv_transpose(tensors, geometry, epilogue, backend)
     return out.squeeze(0) if unbatched else out, mean, var
+
+
+def _to(dtype: torch.dtype, x: Tensor) -> Tensor:
+    # a call of torch's takes ten times as long as the comparison
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _per_dim(size: Size, dims: int) -> tuple[int, ...]:
