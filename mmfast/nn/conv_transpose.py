@@ -17,13 +17,16 @@ from .layer import Twin
 
 Size = int | tuple[int, ...]
 
+#: Calls of a layer that are noted: sizes of inputs, of which there may be any number.
+MOST_NOTED = 64
+
 
 class _Call(Twin):
     """The call and its case; a torch.nn.ConvTranspose*d comes behind it in the bases."""
 
     functional: Callable[..., Tensor]
 
-    #: whether PyTorch serves the layer, by what a call tells; as old as `_asked`
+    #: whether PyTorch serves a call, by what is seen of it at once; as old as `_asked`
     _noted: dict[tuple, bool] = {}
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -54,14 +57,15 @@ class _Call(Twin):
         """Whether PyTorch serves this call, as far as is known from one like it."""
         if each_call_chooses():
             return False
-        if self._asked is not EPOCH[0]:
+        if self._asked is not EPOCH[0] or len(self._noted) > MOST_NOTED:
             self._asked, self._noted = EPOCH[0], {}
             self._left = self._asked if self.is_left() else None
-        call = conv_transpose_call(input, self.out_channels, self.stride)
-        left = self._noted.get(call)
+        seen = (input.shape, input.is_contiguous(), torch.is_grad_enabled())
+        left = self._noted.get(seen)
         if left is None:
             op, case = self.static_case()
-            left = self._noted[call] = op.leaves([case.of_this_call(*call)])
+            call = conv_transpose_call(input, self.out_channels, self.stride)
+            left = self._noted[seen] = op.leaves([case.of_this_call(*call)])
         return left
 
     def is_left(self: Any, **epilogue: Any) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from .. import functional as F
 from ..dispatch import EPOCH, Op, each_call_chooses
 from ..ops.conv_transpose.layers import conv_transpose_call
-from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .conv_transpose import MOST_NOTED, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, _Call
 
 _CONVOLUTIONS: dict[type, tuple[int, Any, type, type]] = {
     ConvTranspose1d: (1, F.conv_transpose1d_norm_act, torch.nn.BatchNorm1d, torch.nn.InstanceNorm1d),
@@ -56,7 +56,7 @@ class Sequential(torch.nn.Sequential):
     """
 
     #: (dispatch.EPOCH, training, the modules) and, of inputs on a CPU while these are the same, whether PyTorch serves
-    #: every chain, and by a chain's place and what its input tells how many modules are to be called there; 0: one op
+    #: every chain, and by a chain's place and what is seen of its input how many modules it serves there; 0: not all
     _noted: tuple[Any, bool, dict[tuple, int]] = (None, False, {})
 
     def forward(self, input: Any) -> Any:
@@ -68,25 +68,26 @@ class Sequential(torch.nn.Sequential):
             if noted and self._noted[1]:
                 return super().forward(input)
             if not each_call_chooses():
-                if not noted:
+                if not noted or len(self._noted[2]) > MOST_NOTED:
                     self._noted = (now, self._is_left(modules), {})
                 known = self._noted[2]
         position = 0
         while position < len(modules):
             conv = modules[position]
-            call: tuple = ()
+            seen: tuple = ()
             if known is not None and type(conv) in _CONVOLUTIONS and type(input) is Tensor:
-                call = (position, *conv_transpose_call(input, conv.out_channels, conv.stride))
-                if (count := known.get(call, 0)) and conv.backend is None:
-                    for module in modules[position : position + count]:
+                seen = (position, input.shape, input.is_contiguous(), torch.is_grad_enabled())
+                if (count := known.get(seen, 0)) and conv.backend is None:
+                    # to call the layer, which would ask the same again, takes as long as a small one of PyTorch's
+                    input = _torch_forward(conv)(input)
+                    for module in modules[position + 1 : position + count]:
                         input = module(input)
                     position += count
                     continue
             count = self._fused_from(modules, position, input)
             chain = modules[position : position + max(count, 1)]
-            if known is not None and call and count and call not in known:
-                # what nothing follows chooses for itself
-                known[call] = count if count == 1 or _is_left_at(chain, call[1:]) else 0
+            if known is not None and seen and count and seen not in known:
+                known[seen] = count if _is_left_at(chain, input) else 0
             input = _call_fused(chain, input) if count > 1 else chain[0](input)
             position += len(chain)
         return input
@@ -123,10 +124,19 @@ class Sequential(torch.nn.Sequential):
         return cases
 
 
-def _is_left_at(chain: list[Any], call: tuple[int, ...]) -> bool:
-    """Whether PyTorch serves a transposed convolution and what follows it for a call of these facts."""
+def _torch_forward(conv: Any) -> Any:
+    """What to call where PyTorch serves this convolution: its class' forward, unless its call does more."""
+    hooks = conv._forward_pre_hooks or conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
+    if hooks or any(_GLOBAL_HOOKS) or conv._compiled_call_impl is not None or "forward" in vars(conv):
+        return conv
+    return super(_Call, conv).forward
+
+
+def _is_left_at(chain: list[Any], input: Tensor) -> bool:
+    """Whether PyTorch serves a transposed convolution and what follows it for this input."""
     conv, *following = chain
     op, case = conv.static_case()
+    call = conv_transpose_call(input, conv.out_channels, conv.stride)
     return conv.backend is None and op.leaves([case.of_this_call(*call)._replace(**_epilogue(following))])
 
 
