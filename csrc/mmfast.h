@@ -19,7 +19,7 @@ enum mmfast_status {
     MMFAST_INVALID_ARGUMENT = 1,
     MMFAST_OUT_OF_MEMORY = 2,
     MMFAST_CUDA_ERROR = 3,
-    MMFAST_DECLINED = 4  // nothing was written: these values are not for this kernel
+    MMFAST_DECLINED = 4  // these values are not for this kernel: what it wrote is not to be used
 };
 
 enum mmfast_dtype { MMFAST_FLOAT32 = 0, MMFAST_FLOAT64 = 1, MMFAST_FLOAT16 = 2, MMFAST_BFLOAT16 = 3 };

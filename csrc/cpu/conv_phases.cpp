@@ -204,8 +204,8 @@ void take_x(const Image<const T>& x, int64_t n, int64_t first, int64_t count, T*
 
 // y's rows of the band, from the planes of its channels' phases. buffer: a row of each channel.
 template <typename T, typename Activation>
-void finish(const Args& args, const Problem& problem, const Plane& plane, Range band, const T* planes, int64_t n,
-            const Image<T>& y, const Activation& activation, T* buffer) {
+int finish(const Args& args, const Problem& problem, const Plane& plane, Range band, const T* planes, int64_t n,
+           const Image<T>& y, const Activation& activation, T* buffer) {
     const Axis* axis = problem.axis;
     const int64_t stride = axis[2].stride;
     const auto q_of = [&](int d, int64_t r) {
@@ -218,6 +218,7 @@ void finish(const Args& args, const Problem& problem, const Plane& plane, Range 
     const int64_t end = most(begin, least(axis[2].out, q.end * stride - axis[2].before));
     // where the outputs that take turns begin, from the planes of the last axis' phases on
     Scratch<int64_t> turns(stride);
+    if (!turns.get()) return MMFAST_OUT_OF_MEMORY;
     for (int64_t c = 0; c < stride; ++c) {
         const int64_t u = begin + axis[2].before - q.begin * stride + c;
         turns.get()[c] = u % stride * plane.length + u / stride;
@@ -245,6 +246,7 @@ void finish(const Args& args, const Problem& problem, const Plane& plane, Range 
                     [&](int64_t o, int64_t i, int lanes) { return load_float(buffer + o * axis[2].out + i, lanes); });
             }
     }
+    return MMFAST_OK;
 }
 
 // The planes of one sample's outputs in a band. taken, columns: as many tiles as `tiles` says, columns kRows of them.
@@ -299,7 +301,7 @@ int forward_of(const Args& args) {
     const Image<const T> x{static_cast<const T*>(args.x), channels, problem.positions, bool(args.x_channels_last)};
     const Image<T> y{static_cast<T*>(args.y), args.out_channels, problem.out_positions, bool(args.y_channels_last)};
     return with_activation<T>(args.activation, args.negative_slope, [&](const auto& activation) {
-        return parallel_status(threads_for(args, problem), args.batch * bands, [&](int64_t unit) {
+        return parallel_status(threads_for(args, problem), args.batch * bands, [&](int64_t unit) -> int {
             const int64_t n = unit / bands, q = along.q_first + unit % bands * size;
             const Range band{q, least(q + size, along.q_end)};
             const Plane plane = plane_of_y(problem, band, kLanes<T>);
@@ -314,8 +316,7 @@ int forward_of(const Args& args) {
             list_offsets(problem, plane, args.out_channels, offsets.get());
             fill_planes(args, problem, plane, band, x, n, packed.get(), tiles, scratch.get(), taken, columns,
                         segments.get(), offsets.get());
-            finish(args, problem, plane, band, scratch.get(), n, y, activation, columns + tiles * kWide * kRows);
-            return MMFAST_OK;
+            return finish(args, problem, plane, band, scratch.get(), n, y, activation, columns + tiles * kWide * kRows);
         });
     });
 }
@@ -383,7 +384,7 @@ int dx_of(const Args& args) {
     const int64_t tiles = least(parts_of(size * inner, kWide), most(1, kColumns / deep / kWide));
     const Image<const T> dy{static_cast<const T*>(args.y), args.out_channels, problem.out_positions,
                             bool(args.y_channels_last)};
-    return parallel_status(threads_for(args, problem), args.batch * bands, [&](int64_t unit) {
+    return parallel_status(threads_for(args, problem), args.batch * bands, [&](int64_t unit) -> int {
         const int64_t n = unit / bands, i = unit % bands * size;
         const Range band{i, least(i + size, along.in)};
         const Plane plane = plane_of_dy(problem, band, kLanes<T>);
