@@ -112,8 +112,7 @@ class Op:
         which, as while tracing, the case is made anew.
         """
         if is_compiling():
-            # Dynamo hands constants over, of which neither a named tuple is one nor an Op
-            return _select_while_tracing(self.name, make_case, _constants(facts), explicit or FORCED[0])
+            return self.select_while_tracing(make_case, _constants(facts), explicit)
         if each_call_chooses():
             return self.select(make_case(*facts), explicit)
         key = (facts, explicit or FORCED[0] or config.BACKEND, torch.get_num_threads())
@@ -126,6 +125,11 @@ class Op:
             return chosen
         except TypeError:  # a list among the facts is no key
             return self.select(make_case(*facts), explicit)
+
+    def select_while_tracing(self, make_case: Callable[..., Any], facts: tuple, explicit: str | None = None) -> str:
+        """`select_by` in a graph, of facts that are no symbols."""
+        # Dynamo hands constants over, of which neither a named tuple is one nor an Op
+        return _select_while_tracing(self.name, make_case, facts, explicit or FORCED[0])
 
     def known(self, facts: tuple, explicit: str | None = None) -> str | None:
         """What `select_by` chose for hashable facts before, if it did: for who knows that nothing else decides."""

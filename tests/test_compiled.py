@@ -149,6 +149,8 @@ def test_guards_of_a_convolution():
     x = torch.randn(1, 16, 4, 4)
     ours, theirs = (module.ConvTranspose2d(16, 8, 4, 2, 1) for module in (nn, torch.nn))
     assert guards(ours, x) <= guards(theirs, x) + 25
+    ours, theirs = (module.Sequential(layer, torch.nn.ReLU()) for module, layer in ((nn, ours), (torch.nn, theirs)))
+    assert guards(ours, x) <= guards(theirs, x) + 35
 
 
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from .. import functional as F
 from ..dispatch import EPOCH, Op, each_call_chooses
 from ..ops.conv_transpose.backends import OP, Case
-from ..ops.conv_transpose.layers import conv_transpose_call
+from ..ops.conv_transpose.layers import conv_transpose_call, conv_transpose_case
 from .layer import Twin
 
 Size = int | tuple[int, ...]
@@ -30,9 +30,13 @@ class _Call(Twin):
     _noted: dict[tuple, bool] = {}
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        plain = output_size is None and not is_compiling() and type(input) is Tensor and input.is_cpu
-        # what else was looked at would cost as much as a small convolution
-        if plain and self.backend is None and (self._left is EPOCH[0] or self._is_left_for(input)):
+        if is_compiling():
+            left = output_size is None and self._is_left_in_graph(input)
+        else:
+            # what else was looked at would cost as much as a small convolution
+            plain = output_size is None and type(input) is Tensor and input.is_cpu and self.backend is None
+            left = plain and (self._left is EPOCH[0] or self._is_left_for(input))
+        if left:
             return super().forward(input)  # type: ignore[misc]
         dims = len(self.kernel_size)
         if self.padding_mode != "zeros":
@@ -67,6 +71,13 @@ class _Call(Twin):
             call = conv_transpose_call(input, self.out_channels, self.stride)
             left = self._noted[seen] = op.leaves([case.of_this_call(*call)])
         return left
+
+    def _is_left_in_graph(self: Any, input: Tensor) -> bool:
+        """Whether PyTorch serves the call: known without the guards of all that the function looks at."""
+        call = conv_transpose_call(input, self.out_channels, self.stride)
+        geometry = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        facts = (input.device, input.dtype, self.bias is not None, *call, self.weight.shape, *geometry)
+        return OP.select_while_tracing(conv_transpose_case, facts, self.backend) == "torch"
 
     def is_left(self: Any, **epilogue: Any) -> bool:
         """Whether PyTorch serves this layer and what follows it, as a case names it, for any input."""

@@ -60,9 +60,11 @@ class Sequential(torch.nn.Sequential):
     _noted: tuple[Any, bool, dict[tuple, int]] = (None, False, {})
 
     def forward(self, input: Any) -> Any:
+        if is_compiling():
+            return super().forward(input)
         modules: list[Any] = list(self._modules.values())
         known = None
-        if not is_compiling() and type(input) is Tensor and input.is_cpu:
+        if type(input) is Tensor and input.is_cpu:
             now = (EPOCH[0], self.training, modules)
             noted = self._noted[0] == now
             if noted and self._noted[1]:

@@ -333,10 +333,10 @@ def _select_conv_transpose(
     geometry: Any = (stride, padding, output_padding, groups, dilation)
     known = conv_transpose_call(input, weight.shape[1] * groups, _per_dim(stride, dims))
     facts = (input.device, input.dtype, bias is not None, *known, weight.shape, *geometry, *epilogue)
-    return OP.select_by(facts, _conv_transpose_case, backend)
+    return OP.select_by(facts, conv_transpose_case, backend)
 
 
-def _conv_transpose_case(
+def conv_transpose_case(
     device: torch.device,
     dtype: torch.dtype,
     bias: bool,
