@@ -21,7 +21,7 @@ namespace {
 
 // kPanels: of kDepth rows, that a block has; kLines: of 64 bytes, that a row of the strips of a takes
 #if defined(__AVX512F__)
-constexpr int kRows = 8, kMaxVectors = 3, kPanels = 6, kLines = 1;
+constexpr int kRows = 8, kMaxVectors = 3, kPanels = 6, kLines = 2;
 #else
 constexpr int kRows = 6, kMaxVectors = 2, kPanels = 32, kLines = 3;
 #endif
