@@ -223,7 +223,7 @@ TRITON_CONVOLUTION = [
     ("gradient by the argument, not by xhat", "b_dweight += b_dz * b_xhat", "b_dweight += b_dz * b_u"),
     ("parts of the bias for the weight", "b_dweight += tl.load(dweight_parts +", "b_dweight += tl.load(dbias_parts +"),
     ("last element without a gradient", "m_y = o_y < count - start", "m_y = o_y < count - start - 1"),
-    ("relu's slope at 0", "s = tl.where(u <= 0, 0.0, 1.0)", "s = tl.where(u < 0, 0.0, 1.0)"),
+    ("relu's slope at 0", "d = tl.where(u <= 0, 0.0, d)", "d = tl.where(u < 0, 0.0, d)"),
 ]  # fmt: skip
 
 TRITON_RNN = [

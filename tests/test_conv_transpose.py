@@ -321,6 +321,21 @@ def test_depthwise_in_one_dimension_is_exact_and_stays_inside(seed, isa, dtype):
         exact = equations.convolve_backward(dy.double(), x.double(), weight.double(), g, (True, True, False))
         assert torch.equal(dx.double(), exact[0])
         assert torch.equal(dweight.sum(0).double(), exact[1])
+        # what is not finite goes where a tap is, and nowhere else
+        dy.view(-1)[rng.randrange(dy.numel())] = torch.inf
+        assert native.cpu_conv_transpose_backward("depthwise", window, x, weight, dy, dx, None)
+        exact = equations.convolve_backward(dy.double(), x.double(), weight.double(), g, (True, False, False))[0]
+        torch.testing.assert_close(dx.double(), exact, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_axis_of_one_output_that_no_tap_reaches(seed, isa):
+    generator = torch.Generator().manual_seed(seed)
+    g = geometry(2, (3, 2), (1, 1), (2, 0), groups=8)
+    x, weight = torch.randn(2, 8, 1, 40, generator=generator), torch.randn(8, 1, 1, 4, generator=generator)
+    tensors = [x.requires_grad_(), weight.requires_grad_(), *[None] * 5]
+    out = conv_transpose(tuple(tensors), g, Epilogue(), "cpu")[0]
+    assert out.shape[2] == 1 and not out.any()
+    assert not any(part.any() for part in torch.autograd.grad(out, tensors[:2], torch.randn(out.shape)))
 
 
 @pytest.mark.parametrize("method", ["gather", "squares"])
@@ -504,6 +519,25 @@ def test_gradients_that_are_not_finite(seed, isa, out_channels, kernel, stride, 
         # sums of 180 products and more on either side; how accurate they are, the rule judges
         for ours, theirs in zip(found, expected[:2], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("norm", ["none", "given"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_activations_where_something_is_not_finite(seed, isa, norm, activation, layout):
+    """relu's zero is one whatever comes; leaky relu multiplies what comes to a NaN."""
+    x, *others = random_tensors(seed, torch.float32, norm)
+    x[0, 0, 1, 1] = torch.nan
+    x, g, found = laid_out(x, LAYOUTS[layout]), geometry(2, 2, 1), []
+    for backend in ("cpu", "torch"):
+        leaf = x.detach().requires_grad_()
+        out = conv_transpose((leaf, *others), g, Epilogue(norm, 1e-5, activation, 0.3), backend)[0]
+        dout = torch.ones_like(out)
+        if activation == "relu":
+            dout[out == 0] = torch.inf
+        found.append(torch.autograd.grad(out, leaf, dout)[0])
+    assert found[1].isfinite().all()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

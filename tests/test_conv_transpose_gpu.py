@@ -149,6 +149,28 @@ def test_numerics_of_the_forms(seed, name, device, dtype, layer, layout):
     check_numerics(seed, name, device, dtype, layer, Epilogue("batch", 1e-5, "tanh"), LAYOUTS[layout])
 
 
+@by_backend
+@pytest.mark.parametrize("norm", ["none", "given"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_gradients_of_activations_where_something_is_not_finite(seed, name, device, norm, activation):
+    """relu's zero is one whatever comes; leaky relu multiplies what comes to a NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, *parameters = (torch.randn(*s, generator=generator) for s in ((2, 5, 3, 4), (5, 16, 3, 3), *[(16,)] * 4))
+    x[0, 0, 1, 1] = torch.nan
+    parameters = [p.abs().add(0.1).to(device) if norm == "given" else None for p in parameters]
+    found = []
+    for backend in (name, "torch"):
+        leaf = x.to(device).requires_grad_()
+        tensors = (leaf, weight.to(device), None, *parameters)
+        out = conv_transpose(tensors, geometry(2, 2, 1), Epilogue(norm, 1e-5, activation, 0.3), backend)[0]
+        dout = torch.ones_like(out)
+        if activation == "relu":
+            dout[out == 0] = torch.inf
+        found.append(torch.autograd.grad(out, leaf, dout)[0])
+    assert found[1].isfinite().all()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def check_numerics(seed, name, device, dtype, layer, epilogue, layout):
     """The rule for out and all gradients (dx and dweight are torch's own products of our dy)."""
     (channels, size, kernel), g = LAYERS[layer]

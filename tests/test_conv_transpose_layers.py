@@ -320,6 +320,50 @@ def test_sequential_calls_each_module_where_somebody_listens(monkeypatch, on_cpu
     assert calls == [3, 2, 3]
 
 
+def test_what_is_noted_of_a_layer_is_forgotten_with_its_dtype():
+    """Of float64 it is PyTorch's, of float32 not."""
+    x = torch.randn(4, 64, 16, 16)
+    for chain in (False, True):
+        layer = mmfast.nn.ConvTranspose2d(64, 64, 4, 2, 1)
+        module = mmfast.nn.Sequential(layer, torch.nn.ReLU()) if chain else layer
+        for dtype, served in ((torch.float64, True), (torch.float32, False), (torch.float64, True)):
+            module.to(dtype)
+            for _ in range(2):
+                out = module(x.to(dtype))
+                assert ("ConvTranspose" in type(out.grad_fn).__name__) is not served
+
+
+def test_a_layer_whose_weight_is_a_plain_tensor():
+    layer = mmfast.nn.ConvTranspose2d(4, 4, 3, bias=False)
+    weight = layer.weight.detach().clone()
+    del layer.weight
+    layer.weight, x = weight, torch.randn(1, 4, 5, 5)
+    assert torch.equal(layer(x), F.conv_transpose2d(x, weight))
+
+
+def test_a_chain_whose_norm_was_lazy_is_fused(monkeypatch):
+    calls, fused = [], sequential._call_fused
+    monkeypatch.setattr(sequential, "_call_fused", lambda chain, x: calls.append(len(chain)) or fused(chain, x))
+    lazy = [mmfast.nn.ConvTranspose2d(64, 64, 4, 2, 1), torch.nn.LazyBatchNorm2d(), torch.nn.ReLU()]
+    chain = mmfast.nn.Sequential(*lazy)
+    x = torch.randn(8, 64, 16, 16)
+    chain(x)
+    assert calls == []
+    chain(x)
+    assert calls == [3]
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_a_layer_is_traced_without_a_warning():
+    for layer, x in (
+        (mmfast.nn.ConvTranspose1d(16, 16, 4, 2, groups=16), torch.randn(1, 16, 8)),
+        (mmfast.nn.ConvTranspose2d(64, 32, 4, 2, 1), torch.randn(2, 64, 8, 8)),
+    ):
+        theirs = mmfast.restore(copy.deepcopy(layer))
+        assert torch.equal(torch.jit.trace(layer, x)(x), theirs(x))
+
+
 def test_sequential_does_not_fuse_other_norms(monkeypatch):
     calls = watched_calls(monkeypatch)
     for norm in (

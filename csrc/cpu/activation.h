@@ -1,4 +1,4 @@
-// The activations an epilogue can end with: their value and slope, on vectors.
+// The activations an epilogue can end with: their value, and a gradient through them, on vectors.
 #pragma once
 #include "cpu/simd.h"
 #include "mmfast.h"
@@ -60,20 +60,23 @@ inline Vec<C> normal_below(Vec<C> z) {
 }
 
 // None, relu, leaky relu: the slope is 1, 0 or negative_slope where z <= 0, and 1 elsewhere. Comparisons are written so
-// that NaN takes torch's way: through, with slope 1.
+// that NaN takes torch's way: through, but for leaky relu's gradient, which is multiplied. Zero is by selection, for
+// 0 * inf is none.
 template <typename C>
 struct Piecewise {
     C negative_slope;
 
     Vec<C> value(Vec<C> z) const {
-        // zero by selection, for 0 * inf is none
         const Vec<C> below = negative_slope == 0 ? Vec<C>{} : z * negative_slope;
         return z <= 0 ? below : z;
     }
-    // the slope at z
-    Vec<C> slope(Vec<C> z) const { return z <= 0 ? splat(negative_slope) : splat(C(1)); }
-    // the slope where the value is a; negative_slope >= 0 keeps the sign
-    Vec<C> slope_from(Vec<C> a) const { return slope(a); }
+    // d times the slope at z
+    Vec<C> gradient(Vec<C> d, Vec<C> z) const {
+        if (negative_slope == 0) return z <= 0 ? Vec<C>{} : d;
+        return z > 0 ? d : d * negative_slope;
+    }
+    // d times the slope where the value is a; negative_slope >= 0 keeps the sign
+    Vec<C> gradient_from(Vec<C> d, Vec<C> a) const { return gradient(d, a); }
 };
 
 // Tanh, sigmoid, silu, gelu: told apart at run time, for their own cost hides the branch.
@@ -87,6 +90,11 @@ struct Curved {
         const Vec<C> s = sigmoid_of(z);
         return activation == MMFAST_ACT_SILU ? z * s : s;
     }
+    Vec<C> gradient(Vec<C> d, Vec<C> z) const { return d * slope(z); }
+    // for silu and gelu, whose value does not tell their slope, a is the argument
+    Vec<C> gradient_from(Vec<C> d, Vec<C> a) const { return d * slope_from(a); }
+
+  private:
     Vec<C> slope(Vec<C> z) const {
         // 4 sigmoid(2z) sigmoid(-2z), in which nothing cancels
         if (activation == MMFAST_ACT_TANH) return sigmoid_of(z + z) * sigmoid_of(-(z + z)) * C(4);
@@ -95,7 +103,6 @@ struct Curved {
         const Vec<C> s = sigmoid_of(z);
         return activation == MMFAST_ACT_SILU ? s * (z * (C(1) - s) + C(1)) : slope_from(s);
     }
-    // for silu and gelu, whose value does not tell their slope, a is the argument
     Vec<C> slope_from(Vec<C> a) const {
         if (activation == MMFAST_ACT_TANH) return C(1) - a * a;
         return activation == MMFAST_ACT_SIGMOID ? a * (C(1) - a) : slope(a);

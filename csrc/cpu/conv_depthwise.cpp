@@ -148,8 +148,10 @@ class Plan {
 // Whether x is read where it is: one dimension, neighbouring taps.
 bool is_line(const Args& args, const Problem& problem) {
     const Axis& axis = problem.axis[2];
+    // of an axis of one position in and out, the tap may reach none
+    const bool reached = problem.axis[0].before == 0 && problem.axis[1].before == 0;
     return problem.taps == axis.kernel && problem.positions == axis.in && problem.out_positions == axis.out &&
-           axis.dilation == 1 && !args.y_channels_last;
+           axis.dilation == 1 && reached && !args.y_channels_last;
 }
 
 // A channel's y in one dimension, by vectors of outputs: output q * stride + r - before is the sum over t of
@@ -463,6 +465,7 @@ void backward_line(const Axis& axis, const T* x, const T* w, const T* dy, T* dx,
             load_deinterleaved<T, kStride>(from + t * kStride, phases);
 #pragma GCC unroll 4
             for (int r = 0; r < kStride; ++r) {
+                if (t * kStride + r >= axis.kernel) break;
                 total += phases[r] * taps[t * kStride + r];
                 sum[t * kStride + r] += phases[r] * v;
             }

@@ -234,7 +234,7 @@ int backward_channels_first(const Args& args, const Activation& activation) {
         T* dy = static_cast<T*>(args.dy) + offset;
         const auto affine = affine_of<C>(args, set, channel);
         const auto dargument = [&](Vec<C> v, int width, int64_t o) {
-            return load_float(dout + o, width) * activation.slope(affine.argument(v));
+            return activation.gradient(load_float(dout + o, width), affine.argument(v));
         };
         alignas(64) C dz[kChunkElements], xhat[kChunkElements];
         double dbias = 0, dweight = 0;
@@ -503,7 +503,7 @@ int backward_channels_last(const Args& args, const Activation& activation) {
                 load_row(dout + r * channels, group, d);
 #pragma GCC unroll 8
                 for (int j = 0; j < kVectors; ++j) {
-                    const Vec<C> dz = d[j] * activation.slope(affine[j].argument(v[j]));
+                    const Vec<C> dz = activation.gradient(d[j], affine[j].argument(v[j]));
                     part[j] += dz;
                     part[kVectors + j] += dz * affine[j].normalized(v[j]);
                 }
@@ -546,7 +546,7 @@ int backward_channels_last(const Args& args, const Activation& activation) {
                 load_row(dout + r * channels, group, d);
 #pragma GCC unroll 8
                 for (int j = 0; j < kVectors; ++j) {
-                    Vec<C> dz = d[j] * activation.slope(affine[j].argument(v[j]));
+                    Vec<C> dz = activation.gradient(d[j], affine[j].argument(v[j]));
                     if (args.measure) dz = dz - bias_mean[j] - affine[j].normalized(v[j]) * weight_mean[j];
                     d[j] = affine[j].scale * dz;
                 }
@@ -608,7 +608,7 @@ int activation_backward_of(const mmfast_activation_args& args) {
     const T* dout = static_cast<const T*>(args.dout);
     T* out = static_cast<T*>(args.out);
     return each_element<C>(args, [&](const auto& activation, int64_t i, int n) {
-        store_float(out + i, load_float(dout + i, n) * activation.slope_from(load_float(y + i, n)), n);
+        store_float(out + i, activation.gradient_from(load_float(dout + i, n), load_float(y + i, n)), n);
     });
 }
 

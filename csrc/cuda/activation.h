@@ -1,7 +1,7 @@
 // The activations an epilogue can end with, on N values at a time: which one is asked once, and not for each value.
 //
-// Each operation below costs 1 to 30 flops a value. Comparisons are written so that NaN takes torch's way: through,
-// with slope 1. A slope is 0, or negative_slope, where the argument is 0.
+// Each operation below costs 1 to 30 flops a value. Comparisons are written so that NaN takes torch's way: through, but
+// for leaky relu's gradient, which is multiplied. A slope is 0, or negative_slope, where the argument is 0.
 #pragma once
 #include "cuda/device.h"
 
@@ -64,7 +64,7 @@ MMFAST_DEVICE void activate_backward(const Activation& by, const float (&u)[N], 
         case MMFAST_ACT_RELU:
             return each<N>([&](int j) { d[j] = u[j] <= 0 ? 0.0f : d[j]; });
         case MMFAST_ACT_LEAKY_RELU:
-            return each<N>([&](int j) { d[j] *= u[j] <= 0 ? by.negative_slope : 1.0f; });
+            return each<N>([&](int j) { d[j] *= u[j] > 0 ? 1.0f : by.negative_slope; });
         case MMFAST_ACT_TANH:
             return each<N>([&](int j) { d[j] *= tanh_slope(u[j]); });
         case MMFAST_ACT_SIGMOID:

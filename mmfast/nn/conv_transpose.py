@@ -57,6 +57,11 @@ class _Call(Twin):
             backend=self.backend,
         )
 
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # the parameters' dtype or device may change, by which the layer was noted to be PyTorch's
+        self._asked = self._left = None
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
     def _is_left_for(self: Any, input: Tensor) -> bool:
         """Whether PyTorch serves this call, as far as is known from one like it."""
         if each_call_chooses():
@@ -89,7 +94,9 @@ class _Call(Twin):
         )
 
     def static_case(self: Any) -> tuple[Op, Any]:
-        parameter = next(self.parameters())
+        # of a weight that is made from others, one of these: to make it takes longer
+        parameter = next(self.parameters(), None)
+        parameter = self.weight if parameter is None else parameter
         channels = (self.in_channels, self.out_channels)
         geometry = (self.kernel_size, self.stride, self.padding, self.output_padding, self.dilation, self.groups)
         return OP, Case(parameter.device.type, parameter.dtype, *channels, *geometry, bias=self.bias is not None)

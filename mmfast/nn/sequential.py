@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -71,7 +72,9 @@ class Sequential(torch.nn.Sequential):
                 return super().forward(input)
             if not each_call_chooses():
                 if not noted or len(self._noted[2]) > MOST_NOTED:
-                    self._noted = (now, self._is_left(modules), {})
+                    # what is lazy is of another class after its first call
+                    lazy = any(isinstance(module, LazyModuleMixin) for module in modules)
+                    self._noted = (None, False, {}) if lazy else (now, self._is_left(modules), {})
                 known = self._noted[2]
         position = 0
         while position < len(modules):
@@ -93,6 +96,11 @@ class Sequential(torch.nn.Sequential):
             input = _call_fused(chain, input) if count > 1 else chain[0](input)
             position += len(chain)
         return input
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # as a layer forgets what it was asked
+        self._noted = (None, False, {})
+        return super()._apply(*args, **kwargs)
 
     def _fused_from(self, modules: list[Any], position: int, input: Any) -> int:
         """How many modules from `position` on are one op for this input; 0 or 1: none."""

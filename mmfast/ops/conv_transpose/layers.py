@@ -376,7 +376,7 @@ _SMALL_OUTPUT = 2**17
 def conv_transpose_call(input: Tensor, out_channels: int, stride: Sequence[int]) -> tuple[bool, bool, int, bool]:
     """(contiguous, gradients, spread, small) of `Case`: what a choice depends on besides the layer.
 
-    Of sizes that are symbols, of a graph for any, nothing is known.
+    Of sizes that are symbols, of a graph for any, or traced, nothing is known.
     """
     known = input.is_contiguous(), torch.is_grad_enabled()
     if not input.dim():
@@ -384,7 +384,11 @@ def conv_transpose_call(input: Tensor, out_channels: int, stride: Sequence[int])
     batch, *sizes = input.shape
     positions = math.prod(sizes[1:])
     elements = batch * positions * out_channels * math.prod(stride)
-    if torch.compiler.is_compiling() and not is_known(elements):
+    if torch.compiler.is_compiling():
+        unknown = not is_known(elements)
+    else:
+        unknown = torch._C._get_tracing_state() is not None
+    if unknown:
         return *known, 0, False
     spread = 0 if positions == 1 else 2 if sizes[-1] >= LONG_ROW else 1
     return *known, spread, elements < _SMALL_OUTPUT

@@ -90,39 +90,37 @@ def _activate(u, negative_slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _slope(u, negative_slope, ACTIVATION: tl.constexpr):
-    """activation'(u), at 0 as torch's"""
+def _gradient(d, u, negative_slope, ACTIVATION: tl.constexpr):
+    """d * activation'(u), at 0 and NaN as torch's; relu's 0 is one whatever d is"""
     if ACTIVATION == "relu":
-        s = tl.where(u <= 0, 0.0, 1.0)
+        d = tl.where(u <= 0, 0.0, d)
     elif ACTIVATION == "leaky_relu":
-        s = tl.where(u <= 0, negative_slope, 1.0)
+        d = tl.where(u > 0, d, d * negative_slope)
     elif ACTIVATION == "tanh":
         # 4 sigmoid(2u) sigmoid(-2u), in which nothing cancels
         e = tl.exp(-2.0 * tl.abs(u))
-        s = 4.0 * e / ((1.0 + e) * (1.0 + e))
+        d = d * (4.0 * e / ((1.0 + e) * (1.0 + e)))
     elif ACTIVATION == "sigmoid":
         e = tl.exp(-tl.abs(u))
-        s = e / ((1.0 + e) * (1.0 + e))
+        d = d * (e / ((1.0 + e) * (1.0 + e)))
     elif ACTIVATION == "silu":
         v = _sigmoid(u)
-        s = v * (1.0 + u * (1.0 - v))
+        d = d * (v * (1.0 + u * (1.0 - v)))
     elif ACTIVATION == "gelu":
-        s = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
-    else:
-        s = tl.full(u.shape, 1.0, tl.float32)
-    return s
+        d = d * (0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * tl.exp(-0.5 * u * u) * 0.3989422804014327)
+    return d
 
 
 @triton.jit
-def _slope_at_value(v, negative_slope, ACTIVATION: tl.constexpr):
-    """activation'(u) where activation(u) = v; of silu and gelu, whose value does not tell it, v is u"""
+def _gradient_at_value(d, v, negative_slope, ACTIVATION: tl.constexpr):
+    """d * activation'(u) where activation(u) = v; of silu and gelu, whose value does not tell it, v is u"""
     if ACTIVATION == "tanh":
-        s = 1.0 - v * v
+        d = d * (1.0 - v * v)
     elif ACTIVATION == "sigmoid":
-        s = v * (1.0 - v)
+        d = d * (v * (1.0 - v))
     else:
-        s = _slope(v, negative_slope, ACTIVATION)
-    return s
+        d = _gradient(d, v, negative_slope, ACTIVATION)
+    return d
 
 
 @triton.jit
@@ -560,7 +558,7 @@ def sums_kernel(
         b_dout = tl.load(dout + base + o_y, mask=m_y, other=0.0).to(tl.float32)
         b_xhat = (b_y - b_mean[None, :]) * b_invstd[None, :]
         b_u = b_xhat * b_weight[None, :] + b_bias[None, :]
-        b_dz = tl.where(m_y, b_dout * _slope(b_u, negative_slope, ACTIVATION), 0.0)
+        b_dz = tl.where(m_y, _gradient(b_dout, b_u, negative_slope, ACTIVATION), 0.0)
         b_dbias += b_dz
         b_dweight += b_dz * b_xhat
     o_part = (i_set * CHANNELS + o_channel).to(tl.int64) * parts + i_part
@@ -602,7 +600,7 @@ def input_gradient_kernel(
     b_dout = tl.load(dout + base + o_y, mask=m_y, other=0.0).to(tl.float32)
     b_xhat = (b_y - b_mean[None, :]) * b_invstd[None, :]
     b_u = b_xhat * b_weight[None, :] + b_bias[None, :]
-    b_dz = b_dout * _slope(b_u, negative_slope, ACTIVATION)
+    b_dz = _gradient(b_dout, b_u, negative_slope, ACTIVATION)
     if MEASURED:
         b_dbias = tl.load(dbias + i_set * CHANNELS + o_channel, mask=m_channel, other=0.0) * share
         b_dweight = tl.load(dweight + i_set * CHANNELS + o_channel, mask=m_channel, other=0.0) * share
@@ -621,13 +619,14 @@ def activation_gradient_kernel(
     # no mask on a whole block: one would keep the accesses from being 16 bytes wide, as count is known only at run time
     if start + BLOCK <= count:
         b_v = tl.load(value + start + o_y).to(tl.float32)
-        b_dy = tl.load(dout + start + o_y).to(tl.float32) * _slope_at_value(b_v, negative_slope, ACTIVATION)
+        b_dout = tl.load(dout + start + o_y).to(tl.float32)
+        b_dy = _gradient_at_value(b_dout, b_v, negative_slope, ACTIVATION)
         tl.store(dy + start + o_y, b_dy.to(dy.dtype.element_ty))
     else:
         m_y = o_y < count - start
         b_v = tl.load(value + start + o_y, mask=m_y, other=0.0).to(tl.float32)
         b_dout = tl.load(dout + start + o_y, mask=m_y, other=0.0).to(tl.float32)
-        b_dy = b_dout * _slope_at_value(b_v, negative_slope, ACTIVATION)
+        b_dy = _gradient_at_value(b_dout, b_v, negative_slope, ACTIVATION)
         tl.store(dy + start + o_y, b_dy.to(dy.dtype.element_ty), mask=m_y)
 
 
