@@ -384,10 +384,7 @@ def conv_transpose_call(input: Tensor, out_channels: int, stride: Sequence[int])
     batch, *sizes = input.shape
     positions = math.prod(sizes[1:])
     elements = batch * positions * out_channels * math.prod(stride)
-    if torch.compiler.is_compiling():
-        unknown = not is_known(elements)
-    else:
-        unknown = torch._C._get_tracing_state() is not None
+    unknown = not is_known(elements) if torch.compiler.is_compiling() else torch._C._get_tracing_state() is not None
     if unknown:
         return *known, 0, False
     spread = 0 if positions == 1 else 2 if sizes[-1] >= LONG_ROW else 1
