@@ -641,6 +641,18 @@ def test_lstms_on_intel(monkeypatch):
         assert backends_of(module, torch.randn(20, 16, 16)) == ["cpu"]
 
 
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_lstms_with_a_projection_are_a_loops_but_for_few_steps(monkeypatch, isa):
+    """oneDNN has no projection: PyTorch's is a loop over operators, as its GRU is."""
+    monkeypatch.setattr(native, "isa", lambda: isa)
+    monkeypatch.setattr(native, "is_intel", lambda: False)
+    module = mmfast.nn.LSTM(16, 130, proj_size=8)
+    x = torch.randn(2, 16, 16), torch.randn(64, 16, 16), torch.randn(128, 64, 16)
+    assert backends_of(module, *x) == ["torch", "cpu", "cpu"]
+    with torch.no_grad():
+        assert backends_of(module, *x) == ["torch", "cpu", "cpu"]
+
+
 def test_few_rows_of_heavy_layers_are_a_loops(monkeypatch):
     monkeypatch.setattr(native, "beats_mkl", lambda: True)
     x = torch.randn(4, 12, 16), torch.randn(4, 13, 16), torch.randn(1, 48, 16), torch.randn(1, 49, 16)
