@@ -3,7 +3,7 @@
 // Pointers, shapes and the formula: mmfast_conv_transpose_args in mmfast.h. Reads x and writes y once: bound by memory,
 // or by the caches.
 //
-// Forward in one dimension, the audio models' case, reads x where it is (Line). Else:
+// In one dimension, the audio models' case, rows are read where they are: Line, backward_line. Else:
 //
 // Along the last dimension a tap reaches phase r of the output (conv_geometry.h), so each phase is a row of its own, a
 // sum of shifted rows of x, and phases are interleaved once, at the end. Rows are copied between zeros, so that no tap
@@ -182,12 +182,16 @@ class Line {
     template <typename Activation>
     void run(const T* x, const T* w, T bias, T* y, const Activation& activation) const {
         const int64_t s = axis_.stride;
-        for (int64_t k = 0; k < axis_.kernel; k += s)
-            for (int64_t j = 0; j < s; ++j) taps_.get()[k + j] = taps_of_phases(w, k, phase_.get()[j]);
         // of positions from begin up to end, every tap has its x, and every output is one
         const int64_t begin = most(axis_.reach, parts_of(axis_.before, s));
         const int64_t end = least(axis_.in, (axis_.out + axis_.before) / s);
-        if (begin + L > end) return at_an_end(x, w, bias, y, axis_.q_first, axis_.q_end, activation);
+        const bool none = begin + L > end;
+        // few phases' taps are read where they are, and those of few products
+        const bool by_phase = s > 1 && s <= 4;
+        if (!by_phase || !is_few(none ? axis_.q_end - axis_.q_first : most(begin - axis_.q_first, axis_.q_end - end)))
+            for (int64_t k = 0; k < axis_.kernel; k += s)
+                for (int64_t j = 0; j < s; ++j) taps_.get()[k + j] = taps_of_phases(w, k, phase_.get()[j]);
+        if (none) return at_an_end(x, w, bias, y, axis_.q_first, axis_.q_end, activation);
         at_an_end(x, w, bias, y, axis_.q_first, begin, activation);
         if (s == 2)
             inside_by_phase<2>(x, w, bias, y, begin, end, activation);
@@ -203,6 +207,8 @@ class Line {
     }
 
   private:
+    bool is_few(int64_t positions) const { return positions * axis_.kernel <= kFewProducts; }
+
     V taps_of_phases(const T* w, int64_t k, B phase) const {
         if (axis_.stride <= L) return V(__builtin_shuffle(load_partial(w + k, int(least(axis_.kernel - k, L))), phase));
         V taps = {};
@@ -269,7 +275,7 @@ class Line {
     void at_an_end(const T* x, const T* w, T bias, T* y, int64_t first, int64_t last,
                    const Activation& activation) const {
         const int64_t s = axis_.stride, sets = whole_ + (rest_ > 0), out = least(axis_.out, last * s - axis_.before);
-        if ((last - first) * axis_.kernel <= kFewProducts) {
+        if (is_few(last - first)) {
             for (int64_t q = first; q < last; ++q)
                 for (int64_t r = 0; r < s; ++r) {
                     const int64_t o = q * s + r - axis_.before;
@@ -311,16 +317,23 @@ class Line {
     Scratch<V> taps_;
 };
 
+// body(first, last unit of a part) for a part a thread, by its status
+template <typename Body>
+int each_share(const Args& args, const Problem& problem, const Body& body) {
+    const int64_t units = args.batch * args.in_channels;
+    const int threads = threads_for(args, problem);
+    return parallel_status(threads, threads,
+                           [&](int64_t part) { return body(units * part / threads, units * (part + 1) / threads); });
+}
+
 template <typename T>
 int forward_lines(const Args& args, const Problem& problem) {
     const Axis& axis = problem.axis[2];
-    const int64_t units = args.batch * args.in_channels;
     return with_activation<T>(args.activation, args.negative_slope, [&](const auto& activation) {
-        const int threads = threads_for(args, problem);
-        return parallel_status(threads, threads, [&](int64_t part) -> int {
+        return each_share(args, problem, [&](int64_t unit, int64_t end) -> int {
             const Line<T> line(axis);
             if (!line.made()) return MMFAST_OUT_OF_MEMORY;
-            for (int64_t unit = units * part / threads; unit < units * (part + 1) / threads; ++unit) {
+            for (; unit < end; ++unit) {
                 const int64_t c = unit % args.in_channels;
                 const T bias = args.bias ? static_cast<const T*>(args.bias)[c] : T(0);
                 line.run(static_cast<const T*>(args.x) + unit * axis.in,
@@ -476,36 +489,25 @@ void backward_line(const Axis& axis, const T* x, const T* w, const T* dy, T* dx,
 }
 
 template <typename T>
-void backward_lines(const Args& args, const Problem& problem) {
+int backward_lines(const Args& args, const Problem& problem) {
     const Axis& axis = problem.axis[2];
     const auto line = axis.stride == 2   ? backward_line<T, 2>
                       : axis.stride == 3 ? backward_line<T, 3>
                                          : backward_line<T, 4>;
-    const int64_t units = args.batch * args.in_channels;
-    const int threads = threads_for(args, problem);
-    parallel_for(threads, threads, [&](int64_t part) {
-        for (int64_t unit = units * part / threads; unit < units * (part + 1) / threads; ++unit)
+    return each_share(args, problem, [&](int64_t unit, int64_t end) {
+        for (; unit < end; ++unit)
             line(axis, static_cast<const T*>(args.x) + unit * axis.in,
                  static_cast<const T*>(args.weight) + unit % args.in_channels * axis.kernel,
                  static_cast<const T*>(args.y) + unit * axis.out,
                  args.dx ? static_cast<T*>(args.dx) + unit * axis.in : nullptr,
                  args.dweight ? static_cast<T*>(args.dweight) + unit * axis.kernel : nullptr);
+        return MMFAST_OK;
     });
 }
 
 template <typename T>
-int backward_of(const Args& args) {
-    const Problem problem(args);
+int backward_rows(const Args& args, const Problem& problem) {
     const Axis *axis = problem.axis, &inner = axis[2];
-    if (args.dx && !all_finite(static_cast<const T*>(args.weight), args.in_channels * problem.taps))
-        return MMFAST_DECLINED;
-    const int64_t shares = args.batch * args.in_channels * problem.taps;
-    // of shorter rows there is more at their ends than between them
-    if (is_line(args, problem) && inner.stride > 1 && inner.stride <= 4 && inner.kernel <= 2 * inner.stride &&
-        inner.in >= 2 * kLanes<T>) {
-        backward_lines<T>(args, problem);
-        return !args.dweight || all_finite(static_cast<const T*>(args.dweight), shares) ? MMFAST_OK : MMFAST_DECLINED;
-    }
     const int64_t out_rows = axis[0].out * axis[1].out;
     const int64_t length = inner.in + inner.reach, whole = inner.stride * length;
     const Plan plan(problem, false);
@@ -514,7 +516,7 @@ int backward_of(const Args& args) {
     for (int64_t k = 0; k < inner.kernel; ++k) places.get()[k] = inner.phase(k) * length + inner.shift(k);
     const Image<T> y = image_of<T>(args, problem);
     const int64_t size = out_rows * whole;
-    const int status = each_group<T>(args, problem, size, [&](Range units, const Memory<T>& memory) {
+    return each_group<T>(args, problem, size, [&](Range units, const Memory<T>& memory) {
         for (int64_t unit = units.begin; unit < units.end; ++unit)
             for (int64_t r = 0; r < out_rows; ++r) {
                 const T* dy = y.at(unit / args.in_channels, unit % args.in_channels, r * inner.out);
@@ -529,7 +531,20 @@ int backward_of(const Args& args) {
             gradients_of(args, problem, plan, places.get(), memory.rows + (unit - units.begin) * size, unit);
         }
     });
+}
+
+template <typename T>
+int backward_of(const Args& args) {
+    const Problem problem(args);
+    const Axis& inner = problem.axis[2];
+    if (args.dx && !all_finite(static_cast<const T*>(args.weight), args.in_channels * problem.taps))
+        return MMFAST_DECLINED;
+    // of shorter rows there is more at their ends than between them
+    const bool lines = is_line(args, problem) && inner.stride > 1 && inner.stride <= 4 &&
+                       inner.kernel <= 2 * inner.stride && inner.in >= 2 * kLanes<T>;
+    const int status = lines ? backward_lines<T>(args, problem) : backward_rows<T>(args, problem);
     if (status || !args.dweight) return status;
+    const int64_t shares = args.batch * args.in_channels * problem.taps;
     return all_finite(static_cast<const T*>(args.dweight), shares) ? MMFAST_OK : MMFAST_DECLINED;
 }
 

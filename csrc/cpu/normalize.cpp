@@ -1,7 +1,8 @@
 // Normalisation and activation after a convolution: out = act((y - mean_c) * invstd_c * weight_c + bias_c), and back.
 //
 // Pointers, shapes and dtypes: mmfast_normalize_args in mmfast.h. Measuring forward reads y twice (the second time
-// mostly from cache) and writes out; backward reads dout and y twice and writes dy: bound by memory.
+// mostly from cache) and writes out; backward reads dout and y twice and writes dy: bound by memory. Channels of short
+// rows are read once.
 //
 // Moments are the corrected two-pass algorithm over chunks that fit the first caches (Chan, Golub, LeVeque, "Algorithms
 // for Computing the Sample Variance", 1983), chunks merged in double, in order. Chunks depend on shapes alone, so

@@ -193,9 +193,7 @@ def _epilogue(following: list[Any]) -> dict[str, Any]:
 
 
 def _somebody_listens() -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return any(_GLOBAL_HOOKS)
+    return torch.jit.is_tracing() or any(_GLOBAL_HOOKS)
 
 
 def _is_unwatched(module: torch.nn.Module) -> bool:
