@@ -528,12 +528,17 @@ def test_gradients_of_activations_where_something_is_not_finite(seed, isa, norm,
     """relu's zero is one whatever comes; leaky relu multiplies what comes to a NaN."""
     x, *others = random_tensors(seed, torch.float32, norm)
     x[0, 0, 1, 1] = torch.nan
-    x, g, found = laid_out(x, LAYOUTS[layout]), geometry(2, 2, 1), []
-    for backend in ("cpu", "torch"):
-        leaf = x.detach().requires_grad_()
-        out = conv_transpose((leaf, *others), g, Epilogue(norm, 1e-5, activation, 0.3), backend)[0]
+    hold_gradient_of_x((laid_out(x, LAYOUTS[layout]), *others), Epilogue(norm, 1e-5, activation, 0.3), "cpu")
+
+
+def hold_gradient_of_x(tensors, epilogue, name):
+    """A backend's dx is PyTorch's, and finite; where relu's result is 0 an infinite gradient comes to it."""
+    found = []
+    for backend in (name, "torch"):
+        leaf = tensors[0].detach().requires_grad_()
+        out = conv_transpose((leaf, *tensors[1:]), geometry(2, 2, 1), epilogue, backend)[0]
         dout = torch.ones_like(out)
-        if activation == "relu":
+        if epilogue.activation == "relu":
             dout[out == 0] = torch.inf
         found.append(torch.autograd.grad(out, leaf, dout)[0])
     assert found[1].isfinite().all()

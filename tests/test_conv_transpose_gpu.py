@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from test_conv_transpose import hold_gradient_of_x
 from test_module_db import CONVOLUTIONS, INFOS, hold_to_torch
 from torch.nn import functional as F
 
@@ -158,17 +159,8 @@ def test_gradients_of_activations_where_something_is_not_finite(seed, name, devi
     x, weight, *parameters = (torch.randn(*s, generator=generator) for s in ((2, 5, 3, 4), (5, 16, 3, 3), *[(16,)] * 4))
     x[0, 0, 1, 1] = torch.nan
     parameters = [p.abs().add(0.1).to(device) if norm == "given" else None for p in parameters]
-    found = []
-    for backend in (name, "torch"):
-        leaf = x.to(device).requires_grad_()
-        tensors = (leaf, weight.to(device), None, *parameters)
-        out = conv_transpose(tensors, geometry(2, 2, 1), Epilogue(norm, 1e-5, activation, 0.3), backend)[0]
-        dout = torch.ones_like(out)
-        if activation == "relu":
-            dout[out == 0] = torch.inf
-        found.append(torch.autograd.grad(out, leaf, dout)[0])
-    assert found[1].isfinite().all()
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    tensors = (x.to(device), weight.to(device), None, *parameters)
+    hold_gradient_of_x(tensors, Epilogue(norm, 1e-5, activation, 0.3), name)
 
 
 def check_numerics(seed, name, device, dtype, layer, epilogue, layout):
